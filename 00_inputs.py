@@ -1,0 +1,303 @@
+"""Algorithm 1's inputs: the seed preferences D_0 and the prompt sets X_1 ... X_T, disjoint from it and each other.
+
+Sources
+    ultrafeedback  argilla/ultrafeedback-binarized-preferences-cleaned, from the hub (Section 5.1)
+    a file         JSON, JSON Lines or Parquet, with prompt, chosen, rejected as texts or as lists of messages
+    world          a small synthetic world, with a base model to go with it: all that a run on a laptop needs
+
+Writes a folder: seed.jsonl        {"id", "prompt", "chosen", "rejected"}: the only labels that SPA sees
+                 prompts_t.jsonl   {"id", "prompt"}
+                 eval.jsonl        {"id", "prompt", "reference"}: a response to compare with, where the source has one
+                 all_gold.jsonl    with --all-gold: the labels of the seed and of all prompts, for the 100 % rows
+       world also: base/ (a model with random weights), sft.jsonl {"id", "prompt", "response"}, gold.json (its judge)
+
+    python 00_inputs.py --source ultrafeedback --output data
+    python 00_inputs.py --source my.jsonl --seed-size 500 --prompt-sizes 1000 2000 --output data
+
+Departs from the paper: rows that repeat a prompt are dropped, so that no X_i shares a prompt with another set.
+"""
+
+import argparse
+import itertools
+import json
+import random
+import re
+import time
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+import common
+
+# ---------------------------------------------------------------------------------------------
+# The small world: a help desk. A customer writes about one thing, an answer is 2 to 5 sentences, each helpful (+1),
+# vague (0) or rude (-1). The gold judge knows every sentence that can be said about a thing; a response is worth the
+# mean of its sentences, and a sentence that is none of them, or speaks of a part of another thing, is worth -1.
+
+PARTS = {
+    "kettle": "lid cable spout handle", "bicycle": "chain saddle pedal brake", "lamp": "bulb shade switch socket",
+    "radio": "dial aerial speaker battery", "toaster": "lever tray timer plug", "guitar": "string neck bridge peg",
+    "clock": "face spring bell pendulum", "camera": "lens strap shutter flash", "tent": "pole zip floor rope",
+    "chair": "leg seat cushion armrest", "suitcase": "wheel lock pocket frame", "drill": "chuck motor trigger belt",
+    "mixer": "bowl whisk gear cover", "fan": "blade grille knob stand", "heater": "coil fuse thermostat pipe",
+    "phone": "screen button charger case", "printer": "roller cartridge drawer sensor",
+    "boiler": "valve tank gauge burner", "vacuum": "hose filter bag brush", "fridge": "shelf door hinge seal",
+    "mower": "engine starter cutter fender", "piano": "key hammer bench soundboard",
+    "loom": "needle bobbin spool wick", "telescope": "mirror tripod eyepiece tube"}
+SENTENCES = {
+    1: ["i am {sorry|very sorry|so sorry} about your THING .",
+        "please {clean|wipe|dry|check|oil} the PART {with a soft cloth|with warm water|before you use it again|once a week} .",
+        "a new PART is {cheap and easy to find|easy to fit|in our shop already} .",
+        "we will {send|bring|lend} you a new PART {today|tomorrow|this week} .",
+        "you can fix the PART in {five|ten|twenty} minutes .",
+        "i hope the THING works again {today|tomorrow|this week} .",
+        "thank you for telling us about the PART ."],
+    0: ["the PART {may be|could be|might be} {old|loose|worn|wet} .",
+        "that {happens|can happen|is normal} with a THING .",
+        "it {may be|could be|might be} the PART .",
+        "a THING is {often|sometimes|rarely} simple .",
+        "i have {often|sometimes|rarely} seen a THING .",
+        "some people paint the PART .",
+        "the PART is near the middle of the THING ."],
+    -1: ["that is not my problem .",
+         "throw the THING away .",
+         "stop asking about the PART .",
+         "nobody {often|sometimes|rarely} likes your {ugly|silly|cheap} THING .",
+         "you broke the PART yourself .",
+         "only a fool would buy that PART .",
+         "i {often|sometimes|rarely} laugh about such a THING ."]}
+WRITERS = {"grumpy": (0.15, 0.30, 0.55), "tired": (0.35, 0.40, 0.25), "kind": (0.65, 0.30, 0.05)}  # shares of 1, 0, -1
+PROMPT = ("my {old|new|small|big|red|blue|green|cheap|heavy|lovely} THING from "
+          "{the market|the corner shop|my uncle|my sister|a friend|the big store|my office|the museum} "
+          "{is broken|does not work|makes a strange noise|smells of smoke|fell on the floor|stopped today} . "
+          "{can you help|what can i do|any idea} ?")
+SHAPE = dict(hidden_size=128, intermediate_size=352, num_hidden_layers=4, num_attention_heads=4,
+             num_key_value_heads=4, max_position_embeddings=256, tie_word_embeddings=False)
+CHAT_TEMPLATE = ("{{ bos_token }}{% for m in messages %}<{{ m.role }}> {{ m.content }}"
+                 "{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+                 "{% if add_generation_prompt %}<assistant>{% endif %}")
+
+
+def expand(template):
+    """"a {b|c} d" -> ["a b d", "a c d"]"""
+    parts = [part.split("|") if k % 2 else [part] for k, part in enumerate(re.split(r"\{(.*?)\}", template))]
+    return ["".join(choice) for choice in itertools.product(*parts)]
+
+
+def known_sentences(thing):
+    """{value: for each template, all it can say about the thing}"""
+    def fill(template):
+        parts = PARTS[thing].split() if "PART" in template else [""]
+        return [s.replace("PART", part).replace("THING", thing) for part in parts for s in expand(template)]
+    return {value: [fill(template) for template in templates] for value, templates in SENTENCES.items()}
+
+
+def write_answer(rng, sentences, writer):
+    """2 to 5 different sentences, of the kinds that the writer is inclined to."""
+    said, length = [], rng.randint(2, 5)
+    while len(said) < length:
+        [kind] = rng.choices((1, 0, -1), WRITERS[writer])
+        sentence = rng.choice(rng.choice(sentences[kind]))
+        if sentence not in said:
+            said.append(sentence)
+    return " ".join(said)
+
+
+def read_world(args, folder):
+    """Rows as of a preference data set, each prompt answered by two writers at random and labelled by gold.
+
+    Also writes gold.json, sft.jsonl and base/ into the folder.
+    """
+    rng, sentences = random.Random(args.seed), {thing: known_sentences(thing) for thing in PARTS}
+    gold = {thing: {s: value for value, filled in kinds.items() for group in filled for s in group}
+            for thing, kinds in sentences.items()}
+    common.write_json(folder / "gold.json", gold)
+    prompts = [(thing, text.replace("THING", thing)) for thing in PARTS for text in expand(PROMPT)]
+    needed = args.seed_size + sum(args.prompt_sizes) + args.eval_size
+    if needed + args.sft_size > len(prompts):
+        raise common.InputError(f"the world has {len(prompts)} prompts, {needed + args.sft_size} are asked for: "
+                                "lower --seed-size, --prompt-sizes, --eval-size or --sft-size")
+    rng.shuffle(prompts)
+
+    def answer(thing, writer=None):
+        return write_answer(rng, sentences[thing], writer or rng.choice(list(WRITERS)))
+
+    rows = []
+    for thing, text in prompts[:needed]:
+        prompt = common.as_messages(text)
+        one = two = answer(thing)
+        while common.gold_score(gold, prompt, one) == common.gold_score(gold, prompt, two):
+            one, two = answer(thing), answer(thing)
+        if common.gold_score(gold, prompt, one) < common.gold_score(gold, prompt, two):
+            one, two = two, one
+        rows.append({"prompt": prompt, "chosen": one, "rejected": two, "reference": answer(thing, "kind")})
+    common.write_jsonl(folder / "sft.jsonl", ({"id": f"sft-{k}", "prompt": prompt, "response": answer(thing)}
+                                              for k, (thing, prompt) in
+                                              enumerate(prompts[needed:needed + args.sft_size])))
+    texts = [prompt for _, prompt in prompts] + [s for known in gold.values() for s in known]
+    write_base_model(sorted({word for text in texts for word in text.split()}), args.seed, folder / "base")
+    return [{**row, "id": f"world-{k}", "where": f"world, row {k}"} for k, row in enumerate(rows)]
+
+
+def write_base_model(words, seed, folder):
+    """A Llama with random weights and a tokenizer of whole words, as an ordinary Hugging Face folder."""
+    special = ["<eos>", "<bos>", "<unk>", "<system>", "<user>", "<assistant>"]
+    words = Tokenizer(WordLevel({word: k for k, word in enumerate(special + words)}, unk_token="<unk>"))
+    words.pre_tokenizer = WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<bos>", eos_token="<eos>", unk_token="<unk>",
+                                        pad_token="<eos>", additional_special_tokens=special[3:],
+                                        clean_up_tokenization_spaces=False, chat_template=CHAT_TEMPLATE)
+    torch.manual_seed(seed)
+    config = LlamaConfig(vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id,
+                         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, **SHAPE)
+    common.save_model(LlamaForCausalLM(config), tokenizer, folder)
+
+
+# ---------------------------------------------------------------------------------------------
+# Preference data sets
+
+
+def read_table(source):
+    """[(row, where it stands)] of UltraFeedback or of a person's file."""
+    if source == "ultrafeedback":
+        from datasets import load_dataset  # slow to import, and only needed here
+        name = "argilla/ultrafeedback-binarized-preferences-cleaned"
+        try:
+            return [(row, f"{name}, row {k}") for k, row in enumerate(load_dataset(name, split="train"))]
+        except Exception as error:
+            raise common.InputError(f"{name}: cannot be loaded ({type(error).__name__}): get online, or download it "
+                                    "and give its Parquet file as --source")
+    try:
+        if source.endswith(".parquet"):
+            from datasets import Dataset
+            return [(row, f"{source}, row {k}") for k, row in enumerate(Dataset.from_parquet(source))]
+        text = Path(source).read_text(encoding="utf-8-sig")
+        if text.lstrip().startswith("["):
+            return [(row, f"{source}, row {k}") for k, row in enumerate(json.loads(text))]
+    except Exception as error:
+        raise common.InputError(f"{source}: cannot be read ({type(error).__name__}): --source is ultrafeedback, world, "
+                                "or a JSON, JSON Lines or Parquet file")
+    rows = []
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            try:
+                rows.append((json.loads(line), f"{source}:{number}"))
+            except (ValueError, RecursionError):
+                raise common.InputError(f"{source}:{number}: not JSON: {line[:60]!r}: write one object a line")
+    return rows
+
+
+def a_preference_text(value):
+    "a text, or a list of messages that ends with the assistant's"
+    if not isinstance(value, list):
+        return common.a_text(value)
+    return (bool(value) and all(isinstance(m, dict) for m in value) and value[-1].get("role") == "assistant"
+            and common.a_text(value[-1].get("content")) and (len(value) == 1 or common.a_prompt(value[:-1])))
+
+
+def split_prompt(prompt, answer, where):
+    """(messages before the answer, the answer's text): an answer may repeat the prompt that it answers."""
+    if isinstance(answer, list):
+        before, answer = answer[:-1], answer[-1]["content"]
+        prompt = before or prompt
+    elif isinstance(prompt, str) and answer.startswith(prompt) and answer[len(prompt):].strip():
+        answer = answer[len(prompt):].strip()
+    if prompt is None:
+        raise common.InputError(f"{where}: no prompt: give a field prompt, or messages before the answer")
+    return [{"role": m["role"], "content": m["content"]} for m in common.as_messages(prompt)], answer
+
+
+def read_preferences(source):
+    """Rows {"id", "prompt": messages, "where"} and, where it is labelled, "chosen" and "rejected" as texts."""
+    rows = []
+    for k, (row, where) in enumerate(read_table(source)):
+        checks = {"prompt": common.a_prompt, "chosen": a_preference_text, "rejected": a_preference_text}
+        common.check_row(row, {}, where)
+        row = {key: row[key] for key in ("id", *checks) if row.get(key) is not None}
+        labelled = "chosen" in row or "rejected" in row
+        inside = labelled and isinstance(row.get("chosen"), list) and len(row["chosen"]) > 1
+        needed = (["chosen", "rejected"] if labelled else []) + ([] if inside and "prompt" not in row else ["prompt"])
+        common.check_row(row, {key: checks[key] for key in needed}, where)
+        out = {"id": str(row.get("id", k)), "prompt": common.as_messages(row.get("prompt")), "where": where}
+        if labelled:
+            prompt, out["chosen"] = split_prompt(row.get("prompt"), row["chosen"], where)
+            out["prompt"], out["rejected"] = split_prompt(row.get("prompt"), row["rejected"], where)
+            if prompt != out["prompt"]:
+                raise common.InputError(f"{where}: chosen and rejected answer different prompts")
+        rows.append(out)
+    return rows
+
+
+def drop_repeats(rows):
+    """Rows whose prompt, compared by content, was not there before; how many were."""
+    seen = {}
+    for row in rows:
+        seen.setdefault(json.dumps([[m["role"], m["content"].strip()] for m in row["prompt"]]), row)
+    return list(seen.values()), len(rows) - len(seen)
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description="Make the seed preferences D_0 and the prompt sets X_t.")
+    parser.add_argument("--source", required=True, help="ultrafeedback, world, or a JSON, JSON Lines or Parquet file")
+    parser.add_argument("--output", required=True, help="folder for the files")
+    # Section 5.1
+    parser.add_argument("--seed-size", type=int, default=2000,
+                        help="|D_0|: of UltraFeedback 500, 1000, 2000, 6000 are the 0.8, 1.7, 3.3, 10 %% of Table 3")
+    parser.add_argument("--prompt-sizes", type=int, nargs="+", default=[8000, 20000, 30000],
+                        help="|X_1| ... |X_T|; they stay the same sets when --seed-size changes")
+    parser.add_argument("--eval-size", type=int, default=200, help="prompts held out for 05_eval.py")
+    parser.add_argument("--all-gold", action="store_true", help="write all_gold.jsonl as well")
+    parser.add_argument("--sft-size", type=int, default=12000, help="answers for SFT, of the world only")
+    parser.add_argument("--seed", type=int, default=0, help="shuffles; three of them are the three seeds of Table 4")
+    return parser.parse_args()
+
+
+def main():
+    args, started = parse_args(), time.time()
+    if min([args.seed_size, args.eval_size, args.sft_size, *args.prompt_sizes]) < 0:
+        raise common.InputError("--seed-size, --prompt-sizes, --eval-size and --sft-size must not be negative")
+    partial = common.open_output(args, *(["source"] if Path(args.source).exists() else []))
+    folder = partial / "data"
+    folder.mkdir(exist_ok=True)
+
+    if args.source == "world":
+        rows = read_world(args, folder)
+    else:
+        rows = read_preferences(args.source)
+    read = len(rows)
+    rows, repeats = drop_repeats(rows)
+    random.Random(args.seed).shuffle(rows)
+
+    # the prompt sets from the front and the seed from the back: a larger seed leaves the prompt sets as they are
+    labelled = [row for row in rows if "chosen" in row]
+    seed = labelled[len(labelled) - args.seed_size:] if args.seed_size else []
+    taken = {id(row) for row in seed}
+    rest = iter([row for row in rows if id(row) not in taken])
+    held_out = list(itertools.islice(rest, args.eval_size))
+    sets = [list(itertools.islice(rest, size)) for size in args.prompt_sizes]
+    got = [len(seed), len(held_out), *map(len, sets)]
+    if got != [args.seed_size, args.eval_size, *args.prompt_sizes]:
+        raise common.InputError(
+            f"{args.source}: {len(rows)} different prompts, {len(labelled)} with labels, do not make {args.seed_size} seed "
+            f"pairs, {args.eval_size} for evaluation and {args.prompt_sizes} prompts: lower the sizes")
+
+    def write(name, rows, *keys):
+        common.write_jsonl(folder / name, ({key: row[key] for key in ("id", "prompt", *keys) if key in row} for row in rows))
+
+    write("seed.jsonl", seed, "chosen", "rejected")
+    for t, prompts in enumerate(sets, 1):
+        write(f"prompts_{t}.jsonl", prompts)
+    write("eval.jsonl", [{"reference": row["chosen"], **row} if "chosen" in row else row for row in held_out], "reference")
+    if args.all_gold:
+        write("all_gold.jsonl", [row for row in seed + sum(sets, []) if "chosen" in row], "chosen", "rejected")
+    counts = {"rows read": read, "repeated prompts dropped": repeats, "seed pairs": len(seed),
+              "prompts": "+".join(str(len(prompts)) for prompts in sets), "held out": len(held_out)}
+    common.close_output(args, partial, folder, counts, started)
+
+
+if __name__ == "__main__":
+    common.run(main)

@@ -1,0 +1,115 @@
+"""Algorithm 1's input pi_init: supervised fine-tuning (App. B.1), cross-entropy on the response's tokens only.
+
+    L_SFT = E[-log pi_theta(y | x)], a mean over the response tokens of a step
+
+Reads  sft.jsonl    {"id": "7", "prompt": "Name a fish.", "response": "The eel."}
+                    a prompt may be a list of messages, of any number of turns
+Writes a model folder with metrics.jsonl (one line a step) and args.json
+
+    python 00_sft.py --model base --input sft.jsonl --output pi_init
+    torchrun --nproc-per-node 4 00_sft.py --model base --input sft.jsonl --output pi_init
+
+Departs from the paper: none.
+"""
+
+import argparse
+import time
+
+from torch import nn
+
+import common
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description="Supervised fine-tuning of a base model: the initial LLM pi_init.")
+    # what is read and written
+    parser.add_argument("--model", required=True, help="the base model")
+    parser.add_argument("--input", required=True, help="JSON Lines of id, prompt, response")
+    parser.add_argument("--output", required=True, help="folder for pi_init")
+    parser.add_argument("--tokenizer", help="folder or name of a tokenizer, where --model has none")
+    parser.add_argument("--chat-template", help="file with a Jinja chat template, where the tokenizer has none")
+    # App. B.1
+    parser.add_argument("--lr", type=float, default=2e-5, help="peak learning rate")
+    parser.add_argument("--epochs", type=int, default=1)
+    parser.add_argument("--batch-size", type=int, default=128, help="responses of one optimizer step, over all ranks")
+    parser.add_argument("--seed", type=int, default=0, help="decides the order of the rows")
+    # lengths, memory, safety
+    parser.add_argument("--max-prompt-length", type=int, default=1024, help="rows with a longer prompt are dropped")
+    parser.add_argument("--max-length", type=int, default=2048, help="prompt and response; responses are cut to fit")
+    parser.add_argument("--micro-batch-size", type=int, default=8, help="responses of one forward pass of one rank")
+    parser.add_argument("--activation-checkpointing", action="store_true", help="less memory for more compute")
+    parser.add_argument("--save-every", type=int, default=100, help="steps between states to go on from")
+    return parser.parse_args()
+
+
+def read_examples(args, tokenizer):
+    """[{"id", "prompt", "response"}] with token ids in the place of texts, and what was dropped."""
+    rows = common.read_jsonl(args.input, {"id": common.an_id, "prompt": common.a_prompt, "response": common.a_text})
+    ends, examples = common.end_ids(args.model, tokenizer), []
+    for row in rows:
+        prompt = common.prompt_ids(tokenizer, row["prompt"], f"{args.input}, id {row['id']}")
+        if len(prompt) <= min(args.max_prompt_length, args.max_length - 1):
+            response = common.response_ids(tokenizer, row["prompt"], prompt, row["response"], ends)
+            examples.append({"id": row["id"], "prompt": prompt, "response": response[:args.max_length - len(prompt)]})
+    if not examples:
+        raise common.InputError(f"{args.input}: all {len(rows)} prompts are too long: raise --max-prompt-length")
+    return examples, {"rows read": len(rows), "prompt too long": len(rows) - len(examples)}
+
+
+def example_length(example):
+    return len(example["prompt"]) + len(example["response"])
+
+
+def main():
+    args, started = parse_args(), time.time()
+    partial = common.open_output(args, "model", "input")
+    ranks = common.start_ranks()
+    tokenizer = common.load_tokenizer(args)
+    examples, counts = read_examples(args, tokenizer)
+
+    model = common.load_model(args.model, ranks.device)
+    policy = common.make_policy(model, args, ranks)
+    steps = common.epoch_batches(len(examples), args.batch_size, args.epochs, args.seed)
+    optimizer, scheduler = common.make_optimizer(model, args.lr, len(steps))
+    state = common.load_state(partial, model, optimizer, scheduler)
+
+    progress = common.progress(range(state["step"], len(steps)), "SFT", ranks)
+    for step in progress:
+        batch_examples, rows = [examples[i] for i in steps[step]], []
+        tokens = sum(len(example["response"]) for example in batch_examples)
+        micros = common.micro_batches(batch_examples, args.micro_batch_size, ranks, example_length)
+        optimizer.zero_grad()
+        for k, (micro, weight) in enumerate(micros):
+            batch = common.collate([(example["prompt"], example["response"]) for example in micro], ranks.device)
+            with common.sync(policy, last=k == len(micros) - 1):
+                with common.autocast(ranks.device):
+                    logits_theta = policy(batch.ids, batch.keep)  # (N, V)
+                losses = -common.response_logps(common.token_logps(logits_theta, batch.labels), batch.lengths)  # (b,)
+                # the mean over the step's response tokens, whatever the micro-batches; DDP divides by the ranks
+                (weight * losses.sum() / tokens * ranks.world).backward()
+            if weight:
+                rows += [{"id": example["id"], "loss": loss} for example, loss in zip(micro, losses.tolist())]
+
+        grad_norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
+        rows = common.gather(rows)
+        common.check_finite(step, rows, grad_norm, partial)
+        lr = scheduler.get_last_lr()[0]
+        optimizer.step()
+        scheduler.step()
+
+        if ranks.rank == 0:
+            loss = sum(row["loss"] for row in rows) / tokens
+            common.log_step(partial, {"step": step + 1, "loss": loss, "grad_norm": grad_norm, "lr": lr})
+            progress.set_postfix(loss=f"{loss:.3f}", refresh=False)
+            if (step + 1) % args.save_every == 0 and step + 1 < len(steps):
+                common.save_state(partial, step + 1, model, optimizer, scheduler)
+
+    if ranks.rank == 0:
+        common.save_model(model, tokenizer, partial / "model")
+        (partial / "metrics.jsonl").rename(partial / "model" / "metrics.jsonl")
+        common.close_output(args, partial, partial / "model", {**counts, "steps": len(steps)}, started)
+    common.barrier()
+
+
+if __name__ == "__main__":
+    common.run(main)

@@ -1,0 +1,152 @@
+"""Algorithm 1, line 1: "Obtaining an initial weakly aligned model pi_0 using DPO with pi_init and D_0".
+
+    p_theta(y_w > y_l | x) = sigmoid(beta log[pi_theta(y_w|x)/pi_ref(y_w|x)] - beta log[pi_theta(y_l|x)/pi_ref(y_l|x)])  (5)
+    L_DPO = E[-log p_theta(y_w > y_l | x)]                                                                            (6)
+
+pi_theta starts as pi_init, and pi_ref is pi_init.
+
+Reads  seed.jsonl    {"id": "7", "prompt": "Name a fish.", "chosen": "The eel.", "rejected": "A whale."}
+                     a prompt may be a list of messages, of any number of turns
+Writes a model folder with metrics.jsonl (one line a step) and args.json
+
+    python 01_seed_dpo.py --model pi_init --input seed.jsonl --output pi_0
+    torchrun --nproc-per-node 4 01_seed_dpo.py --model pi_init --input seed.jsonl --output pi_0
+
+Departs from the paper: none.
+"""
+
+import argparse
+import time
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import common
+
+
+def dpo_margin(logps_theta, logps_ref, beta):
+    """What the sigmoid of Eq. 5 is taken of. Summed log-probs (2b,), the b chosen first -> (b,)"""
+    chosen, rejected = (logps_theta - logps_ref).chunk(2)
+    return beta * chosen - beta * rejected
+
+
+def dpo_loss(margin):
+    """Eq. 6 for each pair: -log p_theta(y_w > y_l | x). (b,) -> (b,)"""
+    return -F.logsigmoid(margin)
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description="DPO on the seed preferences D_0: pi_init -> pi_0.")
+    # what is read and written
+    parser.add_argument("--model", required=True, help="pi_init: where pi_theta starts")
+    parser.add_argument("--ref-model", help="pi_ref in Eq. 5 (default: --model)")
+    parser.add_argument("--input", required=True, help="D_0: JSON Lines of id, prompt, chosen, rejected")
+    parser.add_argument("--output", required=True, help="folder for pi_0")
+    parser.add_argument("--tokenizer", help="folder or name of a tokenizer, where --model has none")
+    parser.add_argument("--chat-template", help="file with a Jinja chat template, where the tokenizer has none")
+    # Section 5.1
+    parser.add_argument("--beta", type=float, default=0.1, help="KL strength, beta in Eq. 5")
+    parser.add_argument("--lr", type=float, default=5e-7, help="peak learning rate, eta")
+    parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--batch-size", type=int, default=32, help="pairs of one optimizer step, over all ranks")
+    parser.add_argument("--seed", type=int, default=0, help="decides the order of the pairs")
+    # lengths, memory, safety
+    parser.add_argument("--max-prompt-length", type=int, default=1024, help="pairs with a longer prompt are dropped")
+    parser.add_argument("--max-length", type=int, default=2048, help="prompt and response; responses are cut to fit")
+    parser.add_argument("--micro-batch-size", type=int, default=4, help="pairs of one forward pass of one rank")
+    parser.add_argument("--activation-checkpointing", action="store_true", help="less memory for more compute")
+    parser.add_argument("--save-every", type=int, default=100, help="steps between states to go on from")
+    return parser.parse_args()
+
+
+def read_pairs(args, tokenizer):
+    """[{"id", "prompt", "chosen", "rejected"}] with token ids in the place of texts, and what was dropped."""
+    rows = common.read_jsonl(args.input, {"id": common.an_id, "prompt": common.a_prompt,
+                                          "chosen": common.a_text, "rejected": common.a_text})
+    ends, pairs = common.end_ids(args.model, tokenizer), []
+    counts = {"pairs read": len(rows), "prompt too long": 0, "same after cutting": 0}
+    for row in rows:
+        prompt = common.prompt_ids(tokenizer, row["prompt"], f"{args.input}, id {row['id']}")
+        if len(prompt) > min(args.max_prompt_length, args.max_length - 1):
+            counts["prompt too long"] += 1
+            continue
+        chosen, rejected = (common.response_ids(tokenizer, row["prompt"], prompt, row[key], ends)
+                            [:args.max_length - len(prompt)] for key in ("chosen", "rejected"))
+        if chosen == rejected:
+            counts["same after cutting"] += 1
+            continue
+        pairs.append({"id": row["id"], "prompt": prompt, "chosen": chosen, "rejected": rejected})
+    if not pairs:
+        raise common.InputError(f"{args.input}: no pair is left ({counts}): raise --max-prompt-length or --max-length")
+    return pairs, counts
+
+
+def pair_length(pair):
+    return len(pair["prompt"]) + max(len(pair["chosen"]), len(pair["rejected"]))
+
+
+def main():
+    args, started = parse_args(), time.time()
+    partial = common.open_output(args, "model", "ref_model", "input")
+    ranks = common.start_ranks()
+    tokenizer = common.load_tokenizer(args)
+    pairs, counts = read_pairs(args, tokenizer)
+    if args.ref_model:
+        common.check_same_vocabulary(args.model, args.ref_model)
+
+    model = common.load_model(args.model, ranks.device)
+    ref = common.ResponseLogits(common.load_model(args.ref_model or args.model, ranks.device))
+    policy = common.make_policy(model, args, ranks)
+    steps = common.epoch_batches(len(pairs), args.batch_size, args.epochs, args.seed)
+    optimizer, scheduler = common.make_optimizer(model, args.lr, len(steps))
+    state = common.load_state(partial, model, optimizer, scheduler)
+
+    progress = common.progress(range(state["step"], len(steps)), "seed DPO", ranks)
+    for step in progress:
+        batch_pairs, rows = [pairs[i] for i in steps[step]], []
+        micros = common.micro_batches(batch_pairs, args.micro_batch_size, ranks, pair_length)
+        optimizer.zero_grad()
+        for k, (micro, weight) in enumerate(micros):
+            batch = common.collate([(pair["prompt"], pair[y]) for y in ("chosen", "rejected") for pair in micro],
+                                   ranks.device)
+            with common.sync(policy, last=k == len(micros) - 1):
+                with common.autocast(ranks.device):
+                    logits_theta = policy(batch.ids, batch.keep)  # (N, V)
+                    with torch.no_grad():
+                        logits_ref = ref(batch.ids, batch.keep)
+                logps_theta = common.response_logps(common.token_logps(logits_theta, batch.labels), batch.lengths)
+                logps_ref = common.response_logps(common.token_logps(logits_ref, batch.labels), batch.lengths)
+                margin = dpo_margin(logps_theta, logps_ref, args.beta)  # (b,)
+                losses = dpo_loss(margin)
+                # the mean over the step's pairs, whatever the micro-batches; DDP divides by the ranks
+                (weight * losses.sum() / len(batch_pairs) * ranks.world).backward()
+            if weight:
+                values = zip(losses.tolist(), margin.tolist(), *(half.tolist() for half in logps_theta.chunk(2)))
+                rows += [{"id": pair["id"], "loss": loss, "margin": m, "logp_chosen": w, "logp_rejected": l}
+                         for pair, (loss, m, w, l) in zip(micro, values)]
+
+        grad_norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
+        rows = common.gather(rows)
+        common.check_finite(step, rows, grad_norm, partial)
+        lr = scheduler.get_last_lr()[0]
+        optimizer.step()
+        scheduler.step()
+
+        if ranks.rank == 0:
+            mean = {key: sum(row[key] for row in rows) / len(rows) for key in rows[0] if key != "id"}
+            mean["accuracy"] = sum(row["margin"] > 0 for row in rows) / len(rows)
+            common.log_step(partial, {"step": step + 1, **mean, "grad_norm": grad_norm, "lr": lr})
+            progress.set_postfix(loss=f"{mean['loss']:.3f}", accuracy=f"{mean['accuracy']:.2f}", refresh=False)
+            if (step + 1) % args.save_every == 0 and step + 1 < len(steps):
+                common.save_state(partial, step + 1, model, optimizer, scheduler)
+
+    if ranks.rank == 0:
+        common.save_model(model, tokenizer, partial / "model")
+        (partial / "metrics.jsonl").rename(partial / "model" / "metrics.jsonl")
+        common.close_output(args, partial, partial / "model", {**counts, "steps": len(steps)}, started)
+    common.barrier()
+
+
+if __name__ == "__main__":
+    common.run(main)

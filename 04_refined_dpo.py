@@ -1,0 +1,188 @@
+"""Algorithm 1, the inner loop: train pi_theta on D_t, with the least confident labels smoothed, giving pi_t.
+
+    h_theta~(x, y_1:t-1) = (1 + lambda) h_theta(x, y_1:t-1) - lambda h_ref(x, y_1:t-1)    token logits          (12)
+    z = 1 if p_theta~(y_w > y_l | x) < tau else 0                                                               (11)
+    L_rf = E[-((1 - alpha z) log p_theta(y_w > y_l | x) + alpha z log p_theta(y_l > y_w | x))]                  (10)
+
+pi_theta starts as pi_{t-1}, and pi_ref is pi_{t-1}, not pi_init. tau is the K-th percentile of p_theta~ over the last
+50 pairs (App. B.4) before the current step, over all ranks. No label is refined in the first 20 % of the steps.
+With lambda = 0, theta~ is theta, and Eq. 11 is Eq. 9. `diff 01_seed_dpo.py 04_refined_dpo.py` is what SPA adds to DPO.
+
+Reads  preferences_t.jsonl  what 03_judge.py writes; of it id, prompt_ids, chosen.ids, rejected.ids
+Writes a model folder with metrics.jsonl (one line a step) and args.json
+
+    python 04_refined_dpo.py --model pi_0 --input preferences_1.jsonl --output pi_1 --lam 0.5
+    torchrun --nproc-per-node 4 04_refined_dpo.py --model pi_0 --input preferences_1.jsonl --output pi_1 --lam 0.5
+
+Departs from the paper: "the K percentile sample of D_t" is taken over the latest 50 pairs, as App. B.4 says. The authors'
+release leaves lambda at 0 and takes tau from the means of micro-batches; here both are as in the paper.
+"""
+
+import argparse
+import math
+import time
+from collections import deque
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import common
+
+
+def dpo_margin(logps_theta, logps_ref, beta):
+    """What the sigmoid of Eq. 5 is taken of. Summed log-probs (2b,), the b chosen first -> (b,)"""
+    chosen, rejected = (logps_theta - logps_ref).chunk(2)
+    return beta * chosen - beta * rejected
+
+
+def extrapolate(logits_theta, logits_ref, lam):
+    """Eq. 12, on token logits before the log-softmax: mixing log-probs of responses is another model. (N, V) -> (N, V)"""
+    return (1 + lam) * logits_theta - lam * logits_ref
+
+
+def threshold(window, k_percent):
+    """tau in Eq. 9 and 11: the K-th percentile of the confidences in the window, of which one more is below K % of the time.
+
+    Of n values the k-th smallest has k / (n + 1) of what is still to come below it: "weibull" puts the percentile at
+    position K (n + 1) / 100. The default, linear, would flag 11.6 % for K = 10 and n = 50.
+    """
+    return float(np.percentile(window, k_percent, method="weibull"))
+
+
+def refined_loss(margin, z, alpha):
+    """Eq. 10 for each pair; log p_theta(y_l > y_w | x) is the log-sigmoid of -margin. (b,), z (b,) of 0 and 1 -> (b,)"""
+    return -((1 - alpha * z) * F.logsigmoid(margin) + alpha * z * F.logsigmoid(-margin))
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description="DPO on the self-labelled D_t with refined labels: pi_{t-1} -> pi_t.")
+    # what is read and written
+    parser.add_argument("--model", required=True, help="pi_{t-1}: where pi_theta starts")
+    parser.add_argument("--ref-model", help="pi_ref in Eq. 5 and 12 (default: --model)")
+    parser.add_argument("--input", required=True, help="D_t: preferences of 03_judge.py")
+    parser.add_argument("--output", required=True, help="folder for pi_t")
+    parser.add_argument("--tokenizer", help="folder or name of a tokenizer, where --model has none")
+    parser.add_argument("--chat-template", help="file with a Jinja chat template, where the tokenizer has none")
+    # Section 5.1
+    parser.add_argument("--beta", type=float, default=0.1, help="KL strength, beta in Eq. 5")
+    parser.add_argument("--lr", type=float, default=5e-7, help="peak learning rate, eta")
+    parser.add_argument("--epochs", type=int, default=1)
+    parser.add_argument("--batch-size", type=int, default=32, help="pairs of one optimizer step, over all ranks")
+    parser.add_argument("--refine", choices=("none", "self", "decoupled"), default="decoupled",
+                        help="the rows of Table 6: plain DPO (Eq. 6), Eq. 9 and 10, Eq. 10 to 12")
+    parser.add_argument("--alpha", type=float, default=0.1, help="label smoothing of doubtful pairs, alpha in Eq. 10")
+    parser.add_argument("--k-percent", type=float, default=10, help="share of pairs held doubtful, K in Section 4.2")
+    parser.add_argument("--lam", type=float, default=0.5, help="lambda in Eq. 12: 1/2, 1/4, 1/8 for t = 1, 2, 3")
+    parser.add_argument("--refine-after", type=float, default=0.2, help="share of the steps before labels are refined")
+    parser.add_argument("--window", type=int, default=50, help="latest pairs that tau is taken from (App. B.4)")
+    parser.add_argument("--seed", type=int, default=0, help="decides the order of the pairs")
+    # lengths, memory, safety
+    parser.add_argument("--max-prompt-length", type=int, default=1024, help="pairs with a longer prompt are dropped")
+    parser.add_argument("--max-length", type=int, default=2048, help="prompt and response; responses are cut to fit")
+    parser.add_argument("--micro-batch-size", type=int, default=4, help="pairs of one forward pass of one rank")
+    parser.add_argument("--activation-checkpointing", action="store_true", help="less memory for more compute")
+    parser.add_argument("--save-every", type=int, default=100, help="steps between states to go on from")
+    return parser.parse_args()
+
+
+def read_pairs(args):
+    """[{"id", "prompt", "chosen", "rejected"}], the sampled token ids as they were judged, and what was dropped."""
+    rows = common.read_jsonl(args.input, {"id": common.an_id, "prompt_ids": common.token_ids,
+                                          "chosen": common.a_response, "rejected": common.a_response})
+    pairs = [{"id": row["id"], "prompt": row["prompt_ids"], "chosen": row["chosen"]["ids"][:room],
+              "rejected": row["rejected"]["ids"][:room]} for row in rows
+             if len(row["prompt_ids"]) <= args.max_prompt_length and (room := args.max_length - len(row["prompt_ids"])) > 0]
+    counts = {"pairs read": len(rows), "prompt too long": len(rows) - len(pairs)}
+    pairs = [pair for pair in pairs if pair["chosen"] != pair["rejected"]]
+    counts["same after cutting"] = len(rows) - counts["prompt too long"] - len(pairs)
+    if not pairs:
+        raise common.InputError(f"{args.input}: no pair is left ({counts}): raise --max-prompt-length or --max-length")
+    return pairs, counts
+
+
+def pair_length(pair):
+    return len(pair["prompt"]) + max(len(pair["chosen"]), len(pair["rejected"]))
+
+
+def main():
+    args, started = parse_args(), time.time()
+    partial = common.open_output(args, "model", "ref_model", "input")
+    ranks = common.start_ranks()
+    tokenizer = common.load_tokenizer(args)
+    pairs, counts = read_pairs(args)
+    if args.ref_model:
+        common.check_same_vocabulary(args.model, args.ref_model)
+
+    model = common.load_model(args.model, ranks.device)
+    ref = common.ResponseLogits(common.load_model(args.ref_model or args.model, ranks.device))
+    policy = common.make_policy(model, args, ranks)
+    steps = common.epoch_batches(len(pairs), args.batch_size, args.epochs, args.seed)
+    optimizer, scheduler = common.make_optimizer(model, args.lr, len(steps))
+    state = common.load_state(partial, model, optimizer, scheduler)
+    window = deque(state.get("window", []), maxlen=args.window)  # p_theta~ of the latest pairs of all ranks
+    refine_from = math.inf if args.refine == "none" else args.refine_after * len(steps)
+    lam = args.lam if args.refine == "decoupled" else 0.0
+
+    progress = common.progress(range(state["step"], len(steps)), "refined DPO", ranks)
+    for step in progress:
+        batch_pairs, rows = [pairs[i] for i in steps[step]], []
+        micros = common.micro_batches(batch_pairs, args.micro_batch_size, ranks, pair_length)
+        ready = step >= refine_from and len(window) == args.window
+        tau = threshold(window, args.k_percent) if ready else 0.0  # p_theta~ < 0 never holds: nothing is flagged
+        optimizer.zero_grad()
+        for k, (micro, weight) in enumerate(micros):
+            batch = common.collate([(pair["prompt"], pair[y]) for y in ("chosen", "rejected") for pair in micro],
+                                   ranks.device)
+            with common.sync(policy, last=k == len(micros) - 1):
+                with common.autocast(ranks.device):
+                    logits_theta = policy(batch.ids, batch.keep)  # (N, V)
+                    with torch.no_grad():
+                        logits_ref = ref(batch.ids, batch.keep)
+                logps_theta = common.response_logps(common.token_logps(logits_theta, batch.labels), batch.lengths)
+                logps_ref = common.response_logps(common.token_logps(logits_ref, batch.labels), batch.lengths)
+                margin = dpo_margin(logps_theta, logps_ref, args.beta)  # (b,)
+                with torch.no_grad():
+                    logps_tilde = logps_theta
+                    if lam > 0:
+                        logits_tilde = extrapolate(logits_theta, logits_ref, lam)
+                        logp_tilde = common.token_logps(logits_tilde, batch.labels)
+                        logps_tilde = common.response_logps(logp_tilde, batch.lengths)
+                    confidence = torch.sigmoid(dpo_margin(logps_tilde, logps_ref, args.beta))  # p_theta~, (b,)
+                    z = (confidence < tau).float()  # Eq. 9, 11
+                losses = refined_loss(margin, z, args.alpha)
+                # the mean over the step's pairs, whatever the micro-batches; DDP divides by the ranks
+                (weight * losses.sum() / len(batch_pairs) * ranks.world).backward()
+            if weight:
+                values = zip(losses.tolist(), margin.tolist(), *(half.tolist() for half in logps_theta.chunk(2)),
+                             confidence.tolist(), z.tolist())
+                rows += [{"id": pair["id"], "loss": loss, "margin": m, "logp_chosen": w, "logp_rejected": l,
+                          "confidence": p, "flagged": flag} for pair, (loss, m, w, l, p, flag) in zip(micro, values)]
+
+        grad_norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
+        position = {pair["id"]: k for k, pair in enumerate(batch_pairs)}  # the window's order, whatever the ranks
+        rows = sorted(common.gather(rows), key=lambda row: position[row["id"]])
+        window.extend(row["confidence"] for row in rows)
+        common.check_finite(step, rows, grad_norm, partial)
+        lr = scheduler.get_last_lr()[0]
+        optimizer.step()
+        scheduler.step()
+
+        if ranks.rank == 0:
+            mean = {key: sum(row[key] for row in rows) / len(rows) for key in rows[0] if key != "id"}
+            mean["accuracy"] = sum(row["margin"] > 0 for row in rows) / len(rows)
+            common.log_step(partial, {"step": step + 1, **mean, "tau": tau, "grad_norm": grad_norm, "lr": lr})
+            progress.set_postfix(loss=f"{mean['loss']:.3f}", accuracy=f"{mean['accuracy']:.2f}", refresh=False)
+            if (step + 1) % args.save_every == 0 and step + 1 < len(steps):
+                common.save_state(partial, step + 1, model, optimizer, scheduler, window=list(window))
+
+    if ranks.rank == 0:
+        common.save_model(model, tokenizer, partial / "model")
+        (partial / "metrics.jsonl").rename(partial / "model" / "metrics.jsonl")
+        common.close_output(args, partial, partial / "model", {**counts, "steps": len(steps)}, started)
+    common.barrier()
+
+
+if __name__ == "__main__":
+    common.run(main)

@@ -1,0 +1,653 @@
+"""What the stages share and what has one right answer.
+
+    errors and records   InputError, run, read_jsonl, write_jsonl
+    outputs              open_output, close_output: written aside, renamed when whole, args.json beside them
+    ranks                start_ranks, gather, map_batches
+    models and text      load_tokenizer, load_model, save_model, prompt_ids, response_ids
+    log-probs            collate, ResponseLogits, token_logps, response_logps
+    sampling             uniforms, pick, sample
+    the small world      gold_values, gold_score
+    training             make_optimizer, epoch_batches, micro_batches, save_state, load_state
+
+"Eq. N" is the SPA paper's. Shapes: B sequences of T tokens, N response tokens in all of them, V words.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shutil
+import sys
+import time
+from collections import namedtuple
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import transformers
+from torch import nn
+from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import get_cosine_schedule_with_warmup
+
+transformers.utils.logging.disable_progress_bar()
+transformers.utils.logging.set_verbosity_error()
+
+# ---------------------------------------------------------------------------------------------
+# Errors and records
+
+
+class InputError(Exception):
+    """What the user has to mend. Its text is the one line they see: where, what was found, what to do."""
+
+
+def run(main):
+    """Run a stage's main(): an InputError becomes one line and exit status 2, Ctrl-C exit status 130."""
+    try:
+        main()
+    except InputError as error:
+        if os.environ.get("RANK", "0") == "0":  # every rank checks the same input; one speaks
+            print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+# A check's docstring is how the error message names what the field must be.
+
+
+def an_id(value):
+    "a text or an integer"
+    return isinstance(value, str) and value != "" or type(value) is int
+
+
+def a_text(value):
+    "a text that is not empty"
+    return isinstance(value, str) and value.strip() != ""
+
+
+def a_prompt(value):
+    "a text, or a list of messages {role: system|user|assistant, content: text} that ends with the user's"
+    if not isinstance(value, list):
+        return a_text(value)
+    messages = all(isinstance(m, dict) and m.get("role") in ("system", "user", "assistant")
+                   and isinstance(m.get("content"), str) for m in value)
+    return bool(value) and messages and value[-1]["role"] == "user" and a_text(value[-1]["content"])
+
+
+def token_ids(value):
+    "a list of token ids that is not empty"
+    return isinstance(value, list) and value != [] and all(type(i) is int and i >= 0 for i in value)
+
+
+def a_response(value):
+    "an object {text, ids: token ids, finish: eos|length}"
+    return (isinstance(value, dict) and isinstance(value.get("text"), str) and token_ids(value.get("ids"))
+            and value.get("finish") in ("eos", "length"))
+
+
+def responses(value):
+    "a list of at least two responses {text, ids: token ids, finish: eos|length}"
+    return isinstance(value, list) and len(value) >= 2 and all(map(a_response, value))
+
+
+def as_messages(prompt):
+    """A plain text means one user turn."""
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+
+
+def check_row(row, fields, where):
+    """Raises InputError unless each field is there and passes its check. fields: {name: check}"""
+    if not isinstance(row, dict):
+        raise InputError(f"{where}: not a JSON object: {json.dumps(row)[:60]}: write one object a line")
+    for name, check in fields.items():
+        if name not in row:
+            raise InputError(f'{where}: the field "{name}" is missing: it must be {check.__doc__}')
+        if not check(row[name]):
+            raise InputError(f'{where}: "{name}" is {json.dumps(row[name])[:60]}: it must be {check.__doc__}')
+
+
+def read_jsonl(path, fields):
+    """Rows of a JSON Lines file, each with the fields {name: check} and an id of its own.
+
+    Raises InputError with file and line.
+    """
+    rows, line_of = [], {}
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read ({reason(error)}): give a JSON Lines file in UTF-8")
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        where = f"{path}:{number}"
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            raise InputError(f"{where}: not a JSON object: {line[:60]!r}: write one object a line")
+        check_row(row, fields, where)
+        row["id"] = str(row["id"])
+        if row["id"] in line_of:
+            raise InputError(f'{where}: the id "{row["id"]}" stands in line {line_of[row["id"]]} too: ids must differ')
+        line_of[row["id"]] = number
+        if "prompt" in row:
+            row["prompt"] = as_messages(row["prompt"])
+        rows.append(row)
+    if not rows:
+        raise InputError(f"{path}: holds no rows")
+    return rows
+
+
+def reason(error):
+    """The system's words for an OSError, without its path."""
+    return getattr(error, "strerror", None) or type(error).__name__
+
+
+def write_jsonl(path, rows):
+    """Write the rows to a temporary name beside `path`, then rename."""
+    temporary = Path(f"{path}.tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    os.replace(temporary, path)
+
+
+# ---------------------------------------------------------------------------------------------
+# Outputs: made in OUTPUT.partial, renamed to OUTPUT when whole. args.json says what it was made with,
+# so that a stage started again goes on, is done already, or refuses to overwrite.
+
+
+def args_path(output):
+    """Where the record of an output lies: in a model folder, or beside a file as NAME.args.json."""
+    output = Path(output)
+    return output / "args.json" if output.is_dir() else output.with_name(output.name + ".args.json")
+
+
+def fingerprint(path):
+    """A short hash of a file's content; of a folder, what its args.json says it was made from, else its config."""
+    if isinstance(path, list):
+        return [fingerprint(p) for p in path]
+    path = Path(path)
+    if path.is_file():
+        return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    if (path / "args.json").is_file():
+        made = json.loads((path / "args.json").read_text())["made_from"]
+        return hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()[:16]
+    if (path / "config.json").is_file():
+        return fingerprint(path / "config.json")
+    return str(path)  # a name on the hub
+
+
+def open_output(args, *inputs, free=("output", "save_every")):
+    """Folder to work in. inputs: names of the options that are files or models this stage reads.
+
+    Exits with 0 where the output is there, made with these arguments from these inputs. Raises InputError
+    where it, or the unfinished one, was made with others. Options in `free` do not change what comes out.
+    """
+    output, partial = Path(args.output), Path(f"{args.output}.partial")
+    options = {k: v for k, v in vars(args).items() if k not in free}
+    made_from = {"stage": Path(sys.argv[0]).name, "args": options,
+                 "inputs": {k: fingerprint(options[k]) for k in inputs if options[k]}}
+    made_from = json.loads(json.dumps(made_from))
+    for there, record in ((output, args_path(output)), (partial, partial / "args.json")):
+        if not there.exists():
+            continue
+        try:
+            old = json.loads(record.read_text())["made_from"]
+        except (OSError, ValueError, KeyError, TypeError):
+            if there == partial and not record.exists():  # killed before its first line
+                continue
+            raise InputError(f"{there}: exists and does not say how it was made: move it or name another --output")
+        if old != made_from:
+            raise InputError(f"{there}: was made with {differences(old, made_from)}: "
+                             "delete it or name another --output")
+        if there == output:
+            if os.environ.get("RANK", "0") == "0":
+                print(f"{output}: already there, made with these arguments")
+            sys.exit(0)
+    partial.mkdir(parents=True, exist_ok=True)
+    write_json(partial / "args.json", {"made_from": made_from})
+    return partial
+
+
+def differences(old, new):
+    """'--lr 0.1 (now 0.2)' for the options, stages and inputs in which two records differ."""
+    if old.get("stage") != new["stage"]:
+        return f"another stage, {old.get('stage')}"
+    changed = [f"--{k.replace('_', '-')} {old['args'].get(k)} (now {new['args'].get(k)})"
+               for k in {**old["args"], **new["args"]} if old["args"].get(k) != new["args"].get(k)]
+    changed += [f"another content of --{k.replace('_', '-')}" for k in {**old["inputs"], **new["inputs"]}
+                if old["inputs"].get(k) != new["inputs"].get(k)]
+    return ", ".join(changed)
+
+
+def close_output(args, partial, made, counts, started):
+    """Rename `made`, a file or folder in `partial`, to the output; write its args.json; print the summary."""
+    record = json.loads((partial / "args.json").read_text())
+    record |= {"counts": counts, "seconds": round(time.time() - started, 1),
+               "versions": {"python": sys.version.split()[0], "torch": torch.__version__,
+                            "transformers": transformers.__version__}}
+    write_json(made / "args.json" if made.is_dir() else args_path(args.output), record)
+    os.replace(made, args.output)
+    shutil.rmtree(partial)
+    told = ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in counts.items())
+    print(f"{args.output}: {told} ({record['seconds']:.0f} s)")
+
+
+def write_json(path, value):
+    """Write through a temporary name, so that the file is the old one or the new one, never half of it."""
+    temporary = Path(f"{path}.tmp")
+    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+# ---------------------------------------------------------------------------------------------
+# Ranks
+
+Ranks = namedtuple("Ranks", "rank world device")
+
+
+def start_ranks():
+    """This process's place among torchrun's (0 of 1 without it), and its device."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    if world > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return Ranks(rank, world, device)
+
+
+def barrier():
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def gather(rows):
+    """The lists of all ranks as one list, in the order of the ranks."""
+    if not dist.is_initialized():
+        return rows
+    parts = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, rows)
+    return [row for part in parts for row in part]
+
+
+def progress(steps, label, ranks):
+    """A bar with rate and time left, on rank 0; where the output is no terminal, a line every half minute."""
+    terminal = sys.stderr.isatty()
+    return tqdm(steps, desc=label, disable=ranks.rank != 0, leave=False, dynamic_ncols=True,
+                mininterval=0.2 if terminal else 30, maxinterval=1 if terminal else 60, delay=2)
+
+
+def autocast(device):
+    """Compute in bf16 on a GPU, in float32 on a CPU. Weights are float32 on both."""
+    return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def length_batches(lengths, size):
+    """Indices in order of length, `size` at a time. They depend on the input alone, not on the ranks."""
+    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
+    return [order[i:i + size] for i in range(0, len(order), size)]
+
+
+def map_batches(compute, batches, partial, ranks, label):
+    """{i: compute's result for i}, with batches (lists of i) shared among the ranks, in turn.
+
+    compute: list of i -> list of results (JSON). A finished batch is a line of partial/LABEL.RANK.jsonl; when
+    the stage is started again, on any number of ranks, such batches are read instead of computed.
+    """
+    done = read_finished(partial, label)
+    barrier()
+    mine = [k for k in range(ranks.rank, len(batches), ranks.world) if k not in done]
+    with open(partial / f"{label}.{ranks.rank}.jsonl", "a", encoding="utf-8") as file:
+        file.write("\n")  # ends a line that a kill left half-written
+        for k in progress(mine, label, ranks):
+            file.write(json.dumps([k, compute(batches[k])]) + "\n")
+            file.flush()
+    barrier()
+    done = read_finished(partial, label)
+    return {i: result for k, batch in enumerate(batches) for i, result in zip(batch, done[k], strict=True)}
+
+
+def read_finished(partial, label):
+    finished = {}
+    for path in sorted(partial.glob(f"{label}.*.jsonl")):
+        for line in path.read_text(encoding="utf-8").split("\n"):
+            with contextlib.suppress(ValueError):  # empty or half-written
+                k, results = json.loads(line)
+                finished[k] = results
+    return finished
+
+
+# ---------------------------------------------------------------------------------------------
+# Models and text
+
+
+def load_tokenizer(args, name=None):
+    """The tokenizer of --tokenizer, else of `name`, with the chat template of --chat-template, else its own."""
+    name = args.tokenizer or name or args.model
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except Exception as error:  # transformers raises many kinds, most of them pages long
+        raise InputError(f"{name}: holds no tokenizer that can be loaded ({type(error).__name__}): "
+                         "--tokenizer names a folder or a model that has one")
+    if args.chat_template:
+        try:
+            tokenizer.chat_template = Path(args.chat_template).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"{args.chat_template}: cannot be read ({reason(error)}): --chat-template names a "
+                             "file with a Jinja chat template")
+    if not tokenizer.chat_template:
+        raise InputError(f"{name}: its tokenizer has no chat template: --chat-template names a file with one")
+    return tokenizer
+
+
+def load_config(name):
+    """The model's config with every dropout at 0: policy and reference must agree in train mode too."""
+    try:
+        config = AutoConfig.from_pretrained(name)
+    except Exception as error:
+        raise InputError(f"{name}: holds no model config that can be loaded ({type(error).__name__}): "
+                         "give the folder of a model, or its name on the hub")
+    for key, value in config.to_dict().items():
+        if "drop" in key and isinstance(value, float):
+            setattr(config, key, 0.0)
+    return config
+
+
+def load_model(name, device, dtype=torch.float32):
+    """A causal language model in eval mode. Raises InputError where the log-probs could not be taken from it."""
+    config = load_config(name)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(name, config=config, dtype=dtype, use_safetensors=True)
+    except Exception as error:
+        raise InputError(f"{name}: holds no causal language model in safetensors that can be loaded "
+                         f"({type(error).__name__}: {str(error).splitlines()[0][:100]})")
+    model = model.to(device).eval()
+    probe = torch.arange(4, device=device)[None] % config.get_text_config().vocab_size
+    with torch.no_grad():
+        ours, theirs = ResponseLogits(model)(probe, probe >= 0), model(input_ids=probe).logits[0].float()
+    if not torch.allclose(ours, theirs, rtol=1e-3, atol=1e-3):  # a model that caps or scales its logits
+        raise InputError(f"{name}: its logits are not its head applied to its last hidden state: not supported")
+    return model
+
+
+def scoring_dtype(device):
+    """What only scores or samples is held in the dtype the policy computes in."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def check_same_vocabulary(name, other):
+    """The log-ratio of two models needs that a token id means the same to both."""
+    sizes = [load_config(n).get_text_config().vocab_size for n in (name, other)]
+    if sizes[0] != sizes[1]:
+        raise InputError(f"{name} has a vocabulary of {sizes[0]} tokens, {other} one of {sizes[1]}: "
+                         "give two models with the same tokenizer")
+    try:
+        same = AutoTokenizer.from_pretrained(name).get_vocab() == AutoTokenizer.from_pretrained(other).get_vocab()
+    except Exception:  # a model without a tokenizer of its own is used with the other's
+        return
+    if not same:
+        raise InputError(f"{name} and {other} give different tokens the same id: "
+                         "give two models with the same tokenizer")
+
+
+def save_model(model, tokenizer, folder):
+    """An ordinary Hugging Face folder, float32: bf16 would round away the differences that the judge reads."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def end_ids(name, tokenizer):
+    """Ids that end a response: the tokenizer's EOS and the generation config's, which may name others."""
+    ends = {tokenizer.eos_token_id}
+    with contextlib.suppress(OSError):
+        named = GenerationConfig.from_pretrained(name).eos_token_id
+        ends |= set(named) if isinstance(named, list) else {named}
+    return sorted(ends - {None})
+
+
+def prompt_ids(tokenizer, messages, where):
+    """The prompt as the model sees it, up to where its answer begins: one BOS, the template's own."""
+    try:
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    except Exception as error:  # templates refuse some role orders with an exception of their own
+        raise InputError(f"{where}: the chat template refuses this prompt ({str(error)[:100]}): "
+                         "mend the row, or name another template with --chat-template")
+
+
+def response_ids(tokenizer, messages, prompt, text, ends):
+    """The response as the chat template writes it after `prompt` (ids), with one end token, the last.
+
+    The ids are sliced from the joint rendering, which is what the model was trained on. Where the text merges
+    with the prompt's last token there is no such slice, and the response is tokenised alone, as it is sampled.
+    """
+    joint = tokenizer.apply_chat_template(messages + [{"role": "assistant", "content": text}], return_dict=False)
+    ids = joint[len(prompt):] if joint[:len(prompt)] == prompt else tokenizer(text, add_special_tokens=False).input_ids
+    last = max((k for k, i in enumerate(ids) if i in ends), default=None)
+    if last is not None and not tokenizer.decode(ids[last + 1:]).strip():  # "<|im_end|>\n" ends with the former
+        return ids[:last + 1]
+    return ids + [tokenizer.eos_token_id if tokenizer.eos_token_id is not None else ends[0]]
+
+
+# ---------------------------------------------------------------------------------------------
+# Log-probs
+
+Batch = namedtuple("Batch", "ids keep labels lengths")
+
+
+def collate(sequences, device):
+    """[(prompt ids, response ids), ...] -> Batch, padded on the right. For ([5, 6], [7, 8, 9]) and ([5], [7]):
+
+        ids      (B, T) int64   [[5, 6, 7, 8, 9], [5, 7, 0, 0, 0]]
+        keep     (B, T) bool    [[0, 1, 1, 1, 0], [1, 0, 0, 0, 0]]   where a response token is predicted
+        labels   (N,)   int64   [7, 8, 9, 7]                         what is predicted there
+        lengths  list of B      [3, 1]                               response tokens of each sequence
+
+    Built from lengths, never from `ids == pad`, so an EOS that is also the padding token keeps its label.
+    """
+    width = max(len(x) + len(y) for x, y in sequences)
+    ids = torch.zeros(len(sequences), width, dtype=torch.long)
+    keep = torch.zeros(len(sequences), width, dtype=torch.bool)
+    for b, (x, y) in enumerate(sequences):
+        ids[b, :len(x) + len(y)] = torch.tensor(x + y)
+        keep[b, len(x) - 1:len(x) + len(y) - 1] = True
+    labels = torch.tensor([i for _, y in sequences for i in y])
+    return Batch(ids.to(device), keep.to(device), labels.to(device), [len(y) for _, y in sequences])
+
+
+class ResponseLogits(nn.Module):
+    """A causal language model whose head runs only where a response token is predicted. DDP wraps this.
+
+    No attention mask: with the padding on the right and causal attention no response token sees it.
+    """
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids, keep):
+        """ids (B, T), keep (B, T) bool -> logits (N, V), in float32: bf16 log-probs of a response err by nats."""
+        hidden = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # (B, T, d)
+        return self.model.get_output_embeddings()(hidden[keep]).float()
+
+
+def token_logps(logits, labels):
+    """log pi(y_t | x, y_<t) of each response token. logits (N, V), labels (N,) -> (N,)"""
+    return logits.gather(-1, labels[:, None])[:, 0] - logits.logsumexp(-1)
+
+
+def response_logps(logp, lengths):
+    """log pi(y | x): the sum over each response's tokens, not their mean. logp (N,), B lengths -> (B,)"""
+    return torch.stack([tokens.sum() for tokens in logp.split(lengths)])
+
+
+# ---------------------------------------------------------------------------------------------
+# Sampling
+
+
+def uniforms(seed, key, sample, steps):
+    """The numbers in [0, 1) that decide a sample, one a token: by (seed, prompt id, sample), not by rank or batch."""
+    digest = hashlib.blake2b(json.dumps([seed, key, sample]).encode(), digest_size=16).digest()
+    return np.random.Generator(np.random.Philox(key=int.from_bytes(digest))).random(steps)
+
+
+def pick(logits, u, temperature):
+    """The token at which the cumulative distribution passes u. logits (B, V), u (B,) float64 -> (B,)"""
+    if temperature == 0:
+        return logits.argmax(-1)
+    cdf = (logits.float() / temperature).softmax(-1).double().cumsum(-1)
+    return torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
+
+
+@torch.no_grad()
+def sample(model, prompts, u, temperature, max_new_tokens, ends):
+    """Sampled responses: (token ids, "eos" or "length") for each of the n samples of each of the B prompts.
+
+    model: in eval mode; prompts: B lists of ids; u: (B, n, max_new_tokens), see `uniforms`; ends: ids that end a
+    response. One prefill serves the n samples, and rows that have ended leave the batch.
+    """
+    device, n = model.device, u.shape[1]
+    width = max(map(len, prompts))
+    ids = torch.zeros(len(prompts), width, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for b, prompt in enumerate(prompts):  # padded on the left: every row's next token is in the last column
+        ids[b, width - len(prompt):] = torch.tensor(prompt)
+        mask[b, width - len(prompt):] = 1
+    ids, mask, u = ids.to(device), mask.to(device), torch.as_tensor(u, device=device).flatten(0, 1)
+    ends = torch.tensor(ends, device=device)
+    out = model(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
+                use_cache=True, logits_to_keep=1)
+    cache, logits = out.past_key_values, out.logits[:, -1].repeat_interleave(n, 0)
+    cache.batch_repeat_interleave(n)
+    mask = mask.repeat_interleave(n, 0)
+    tokens = torch.full((len(u), max_new_tokens), -1, device=device)
+    rows = torch.arange(len(u), device=device)  # those still going on
+    for step in range(max_new_tokens):
+        token = pick(logits, u[rows, step], temperature)
+        tokens[rows, step] = token
+        going = ~torch.isin(token, ends)
+        if step + 1 == max_new_tokens or not going.any():
+            break
+        if not going.all():
+            cache.batch_select_indices(going.nonzero()[:, 0])
+            rows, token, mask = rows[going], token[going], mask[going]
+        mask = torch.cat([mask, mask.new_ones(len(rows), 1)], 1)
+        logits = model(input_ids=token[:, None], attention_mask=mask, position_ids=mask.sum(-1, keepdim=True) - 1,
+                       past_key_values=cache, use_cache=True).logits[:, -1]
+    sampled = [[i for i in row if i >= 0] for row in tokens.tolist()]
+    finished = [(ids, "eos" if ids[-1] in ends.tolist() else "length") for ids in sampled]
+    return [finished[b:b + n] for b in range(0, len(finished), n)]
+
+
+# ---------------------------------------------------------------------------------------------
+# The small world's gold judge
+
+
+def gold_values(gold, prompt, text):
+    """The value of each sentence of a response: 1, 0, -1, or None where it is no sentence about the prompt's thing.
+
+    prompt: messages; gold: {thing: {sentence: value}}, as 00_inputs.py writes it.
+    """
+    known = next((gold[word] for word in prompt[-1]["content"].split() if word in gold), {})
+    sentences = [s.strip() for s in re.findall(r"[^.]*\.|[^.]+$", text)]  # the last may be unfinished
+    return [known.get(s) for s in sentences if s]
+
+
+def gold_score(gold, prompt, text):
+    """What a response is worth, in [-1, 1]: the mean over its sentences, so that length alone gains nothing.
+
+    A malformed sentence is worth -1, and so is a response without any.
+    """
+    values = [-1 if value is None else value for value in gold_values(gold, prompt, text)] or [-1]
+    return sum(values) / len(values)
+
+
+# ---------------------------------------------------------------------------------------------
+# Training
+
+
+def make_policy(model, args, ranks):
+    """The model in train mode (its dropout is 0) as what the loop calls: response logits, under DDP if ranks > 1."""
+    model.train()
+    if args.activation_checkpointing:
+        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+        enable({"use_reentrant": False})
+    policy = ResponseLogits(model)
+    return nn.parallel.DistributedDataParallel(policy) if ranks.world > 1 else policy
+
+
+def make_optimizer(model, lr, steps):
+    """AdamW without weight decay; the rate rises over the first 10 % of the steps, then falls as a cosine to 0."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0, fused=True)
+    return optimizer, get_cosine_schedule_with_warmup(optimizer, -(-steps // 10), steps)
+
+
+def epoch_batches(count, batch_size, epochs, seed):
+    """Indices of each optimizer step: every epoch visits each of `count` rows once, in an order of its own."""
+    rng = np.random.default_rng(seed)
+    orders = [rng.permutation(count).tolist() for _ in range(epochs)]
+    return [order[i:i + batch_size] for order in orders for i in range(0, count, batch_size)]
+
+
+def micro_batches(rows, size, ranks, length):
+    """This rank's (rows, weight) of one optimizer step, `size` rows at a time, rows of like length together.
+
+    Their make-up does not depend on the ranks. Where there are not enough for all ranks, some get the first one
+    with weight 0: DDP needs every rank to take part in every step.
+    """
+    rows = sorted(rows, key=length)
+    shares = [(rows[i:i + size], 1) for i in range(0, len(rows), size)]
+    shares += [(shares[0][0], 0)] * (-len(shares) % ranks.world)
+    return shares[ranks.rank::ranks.world]
+
+
+def sync(policy, last):
+    """Gradients are summed over the ranks in the last micro-batch of a step only."""
+    return policy.no_sync() if hasattr(policy, "no_sync") and not last else contextlib.nullcontext()
+
+
+def check_finite(step, rows, grad_norm, partial):
+    """Raises InputError before a step that would put NaN into the weights, naming the rows it comes from."""
+    bad = [row["id"] for row in rows if not np.isfinite(row["loss"])]
+    if bad or not np.isfinite(grad_norm):
+        raise InputError(f"step {step + 1}: the loss or its gradient is not finite (ids {', '.join(bad[:5]) or 'all'}): "
+                         f"lower --lr, or look at these rows; what was saved before is kept in {partial}")
+
+
+def save_state(partial, step, model, optimizer, scheduler, **state):
+    """All that `load_state` needs to go on after `step` steps, under a temporary name first."""
+    state |= {"step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
+              "scheduler": scheduler.state_dict()}
+    torch.save(state, partial / "state.tmp")
+    os.replace(partial / "state.tmp", partial / "state.pt")
+
+
+def load_state(partial, model, optimizer, scheduler):
+    """What save_state saved, already put into model, optimizer and scheduler; {"step": 0} where there is nothing.
+
+    The metrics of steps taken after it are dropped: they will be taken again.
+    """
+    state, metrics = {"step": 0}, partial / "metrics.jsonl"
+    if (partial / "state.pt").is_file():
+        state = torch.load(partial / "state.pt", map_location="cpu", weights_only=True)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        scheduler.load_state_dict(state["scheduler"])
+        print(f"going on after step {state['step']}")
+    if metrics.is_file() and os.environ.get("RANK", "0") == "0":
+        kept = metrics.read_text().splitlines()[:state["step"]]
+        metrics.write_text("".join(line + "\n" for line in kept))
+    return state
+
+
+def log_step(partial, metrics):
+    """One line of metrics.jsonl."""
+    with open(partial / "metrics.jsonl", "a") as file:
+        file.write(json.dumps(metrics) + "\n")

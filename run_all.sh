@@ -1,0 +1,128 @@
+#!/usr/bin/env bash
+# SPA, Algorithm 1.
+#
+#   bash run_all.sh                     the small world, on a laptop's CPU
+#   bash run_all.sh mistral-7b          a setting of the paper: mistral-7b, phi-2, llama-3-8b, phi-3-medium,
+#                                       mistral-7b-no-seed
+#   bash run_all.sh SETTING --dry-run   print the commands and run none
+#   bash run_all.sh test                the tests (what follows is for pytest)
+#
+# Every variable of the block "Settings" can be given from the environment: SEED=1 LR=1e-6 bash run_all.sh mistral-7b
+# Results lie in runs/$NAME. A finished stage is not run again; a failed one stops the script with its status.
+set -euo pipefail
+cd "$(dirname "$0")"
+
+SETTING=${1:-world}
+shift $(( $# > 0 ? 1 : 0 ))
+DRY_RUN=
+if [ "$SETTING" = --dry-run ]; then SETTING=world DRY_RUN=1; fi
+if [ "$SETTING" != test ] && [ "${1:-}" = --dry-run ]; then DRY_RUN=1; shift; fi
+
+# ---- Settings ---------------------------------------------------------------------------------
+case $SETTING in
+  world)   # responses of 25 tokens, not 300: the margin, a sum over tokens, needs a larger beta (see README.md)
+    : "${BETA:=5}" "${LR:=1e-4}" "${BATCH_SIZE:=16}" "${MICRO_BATCH_SIZE:=16}" "${SAMPLING_BATCH_SIZE:=128}"
+    : "${SEED_SIZE:=200}" "${PROMPT_SIZES:=800 2000 3000}" "${EVAL_SIZE:=300}" "${MAX_NEW_TOKENS:=60}" "${CUT:=drop}"
+    : "${SFT_LR:=3e-3}" "${SFT_EPOCHS:=3}" "${SFT_BATCH_SIZE:=32}" "${GOLD_LABEL_SHARE:=3.3 %}" ;;
+  mistral-7b)         : "${INIT:=alignment-handbook/zephyr-7b-sft-full}" ;;                                # Section 5.1
+  phi-2)              : "${INIT:=lole25/phi-2-sft-ultrachat-full}" "${LR:=5e-6}" "${ITERATIONS:=1}" ;;     # App. B.3
+  llama-3-8b)         : "${INIT:=meta-llama/Meta-Llama-3-8B-Instruct}"
+                      : "${LR:=1e-5}" "${SEED_EPOCHS:=1}" "${BETA:=0.01}" "${ITERATIONS:=2}" ;;            # App. B.3
+  phi-3-medium)       : "${INIT:=microsoft/Phi-3-medium-4k-instruct}"
+                      : "${LR:=1e-5}" "${SEED_EPOCHS:=1}" "${BETA:=0.01}" "${ITERATIONS:=2}" ;;            # App. B.3
+  mistral-7b-no-seed) : "${INIT:=mistralai/Mistral-7B-v0.1}" "${PI_0:=mistralai/Mistral-7B-Instruct-v0.1}" # Figure 4
+                      : "${SEED_SIZE:=0}" ;;
+  test) ;;
+  *) echo "run_all.sh: no setting \"$SETTING\": world, mistral-7b, phi-2, llama-3-8b, phi-3-medium, mistral-7b-no-seed or test" >&2
+     exit 2 ;;
+esac
+: "${SEED:=0}" "${NAME:=$SETTING-seed$SEED}" "${RUNS:=runs}" "${SOURCE:=ultrafeedback}"
+: "${SEED_SIZE:=2000}" "${PROMPT_SIZES:=8000 20000 30000}" "${EVAL_SIZE:=200}" "${ITERATIONS:=3}"
+: "${BETA:=0.1}" "${LR:=5e-7}" "${SEED_EPOCHS:=3}" "${BATCH_SIZE:=32}" "${MICRO_BATCH_SIZE:=2}"
+: "${TEMPERATURE:=0.7}" "${MAX_NEW_TOKENS:=300}" "${CUT:=eos}" "${SAMPLING_BATCH_SIZE:=32}"
+: "${REFINE:=decoupled}" "${ALPHA:=0.1}" "${K_PERCENT:=10}" "${LAMBDAS:=0.5 0.25 0.125}"
+: "${GOLD_LABEL_SHARE:=$([ "$SEED_SIZE" = 0 ] && echo 0 || echo 3.3) %}" "${NPROC:=}" "${PYTHON:=}"
+
+# ---- Python -----------------------------------------------------------------------------------
+if [ -z "$PYTHON" ]; then
+  PYTHON=.venv/bin/python
+  if [ -z "$DRY_RUN" ] && ! cmp -s requirements.txt .venv/requirements.txt; then
+    echo "run_all.sh: installing requirements.txt into .venv"
+    python3 -m venv .venv
+    $PYTHON -m pip install --quiet --disable-pip-version-check -r requirements.txt
+    cp requirements.txt .venv/requirements.txt
+  fi
+fi
+if [ "$SETTING" = test ]; then exec "$PYTHON" -m pytest tests "$@"; fi
+if [ $# -gt 0 ]; then echo "run_all.sh: what is \"$1\"? After a setting comes nothing or --dry-run" >&2; exit 2; fi
+if [ -z "$NPROC" ]; then
+  NPROC=$( (nvidia-smi --list-gpus 2>/dev/null || true) | wc -l)
+fi
+LAUNCH=("$PYTHON")
+if [ "$NPROC" -gt 1 ]; then LAUNCH=("$PYTHON" -m torch.distributed.run --nproc-per-node "$NPROC"); fi
+
+run() { if [ -n "$DRY_RUN" ]; then printf '%q ' "$@"; echo; else "$@"; fi; }
+stage() { run "${LAUNCH[@]}" "$@"; }  # on all GPUs
+alone() { run "$PYTHON" "$@"; }       # what has no work to share
+
+# ---- Algorithm 1 ------------------------------------------------------------------------------
+R=$RUNS/$NAME
+read -ra sizes <<< "$PROMPT_SIZES"
+read -ra lambdas <<< "$LAMBDAS"
+sampling=(--temperature "$TEMPERATURE" --max-new-tokens "$MAX_NEW_TOKENS" --seed "$SEED"
+          --micro-batch-size "$SAMPLING_BATCH_SIZE")
+training=(--beta "$BETA" --lr "$LR" --batch-size "$BATCH_SIZE" --micro-batch-size "$MICRO_BATCH_SIZE" --seed "$SEED")
+[ "$SETTING" = world ] || training+=(--activation-checkpointing)
+inputs=(--seed-size "$SEED_SIZE" --prompt-sizes "${sizes[@]}" --eval-size "$EVAL_SIZE" --seed "$SEED" --output "$R/data")
+
+# Input: pi_init, D_0, {X_t}
+if [ "$SETTING" = world ]; then
+  alone 00_inputs.py --source world --all-gold "${inputs[@]}"
+  INIT=$R/pi_init
+  stage 00_sft.py --model "$R/data/base" --input "$R/data/sft.jsonl" --output "$INIT" --lr "$SFT_LR" \
+    --epochs "$SFT_EPOCHS" --batch-size "$SFT_BATCH_SIZE" --micro-batch-size "$SFT_BATCH_SIZE" --seed "$SEED"
+else
+  alone 00_inputs.py --source "$SOURCE" "${inputs[@]}"
+fi
+
+# Obtaining an initial weakly aligned model pi_0 using DPO with pi_init and D_0
+if [ -z "${PI_0:-}" ]; then
+  PI_0=$R/pi_0
+  stage 01_seed_dpo.py --model "$INIT" --input "$R/data/seed.jsonl" --output "$PI_0" --epochs "$SEED_EPOCHS" "${training[@]}"
+fi
+
+# for t = 1 to T do
+policy=$PI_0
+for (( t = 1; t <= ITERATIONS; t++ )); do
+  # Synthesizing preference data D_t with pi_{t-1} and X_t
+  stage 02_generate.py --model "$policy" --input "$R/data/prompts_$t.jsonl" --output "$R/responses_$t.jsonl" \
+    --cut "$CUT" "${sampling[@]}"
+  stage 03_judge.py --model "$policy" --init-model "$INIT" --input "$R/responses_$t.jsonl" \
+    --output "$R/preferences_$t.jsonl" --beta "$BETA" --micro-batch-size "$SAMPLING_BATCH_SIZE"
+  # pi_theta, pi_ref <- pi_{t-1}; de-coupled noise detection, refined labels, update; pi_t
+  stage 04_refined_dpo.py --model "$policy" --input "$R/preferences_$t.jsonl" --output "$R/pi_$t" --refine "$REFINE" \
+    --alpha "$ALPHA" --k-percent "$K_PERCENT" --lam "${lambdas[t-1]}" "${training[@]}"
+  policy=$R/pi_$t
+done
+
+# return pi_T, and what each model on the way is worth
+evaluated=()
+evaluate() {  # name of the folder, name in the table, share of gold labels, model, more options
+  local options=("${@:5}")
+  [ "$SETTING" != world ] || options+=(--gold "$R/data/gold.json")
+  stage 05_eval.py --model "$4" --input "$R/data/eval.jsonl" --output "$R/eval/$1" --name "$2" --gold-labels "$3" \
+    "${sampling[@]}" "${options[@]}"
+  evaluated+=("$R/eval/$1")
+}
+evaluate sft "SFT (pi_init)" "0 %" "$INIT"
+evaluate dpo "DPO on the seed (pi_0)" "$GOLD_LABEL_SHARE" "$PI_0"
+for (( t = 1; t <= ITERATIONS; t++ )); do
+  preferences=()
+  [ "$SETTING" != world ] || preferences=(--preferences "$R/preferences_$t.jsonl")
+  evaluate "spa_$t" "SPA, iteration $t (pi_$t)" "$GOLD_LABEL_SHARE" "$R/pi_$t" "${preferences[@]}"
+done
+if [ "$SETTING" = world ]; then
+  stage 01_seed_dpo.py --model "$INIT" --input "$R/data/all_gold.jsonl" --output "$R/dpo_all_gold" --epochs 1 "${training[@]}"
+  evaluate dpo_all_gold "DPO on all gold labels" "100 %" "$R/dpo_all_gold"
+fi
+alone 05_eval.py --report "${evaluated[@]}" --output "$R/report"
