@@ -17,7 +17,6 @@ Writes a folder: seed.jsonl        {"id", "prompt", "chosen", "rejected"}: the o
 Departs from the paper: rows that repeat a prompt are dropped, so that no X_i shares a prompt with another set.
 """
 
-import argparse
 import itertools
 import json
 import random
@@ -241,25 +240,23 @@ def drop_repeats(rows):
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description="Make the seed preferences D_0 and the prompt sets X_t.")
+    parser = common.Parser(description="Make the seed preferences D_0 and the prompt sets X_t.")
     parser.add_argument("--source", required=True, help="ultrafeedback, world, or a JSON, JSON Lines or Parquet file")
     parser.add_argument("--output", required=True, help="folder for the files")
     # Section 5.1
-    parser.add_argument("--seed-size", type=int, default=2000,
+    parser.add_argument("--seed-size", type=common.number(int, 0), default=2000,
                         help="|D_0|: of UltraFeedback 500, 1000, 2000, 6000 are the 0.8, 1.7, 3.3, 10 %% of Table 3")
-    parser.add_argument("--prompt-sizes", type=int, nargs="+", default=[8000, 20000, 30000],
+    parser.add_argument("--prompt-sizes", type=common.number(int, 1), nargs="+", default=[8000, 20000, 30000],
                         help="|X_1| ... |X_T|; they stay the same sets when --seed-size changes")
-    parser.add_argument("--eval-size", type=int, default=200, help="prompts held out for 05_eval.py")
+    parser.add_argument("--eval-size", type=common.number(int, 0), default=200, help="prompts held out for 05_eval.py")
     parser.add_argument("--all-gold", action="store_true", help="write all_gold.jsonl as well")
-    parser.add_argument("--sft-size", type=int, default=12000, help="answers for SFT, of the world only")
-    parser.add_argument("--seed", type=int, default=0, help="shuffles; three of them are the three seeds of Table 4")
+    parser.add_argument("--sft-size", type=common.number(int, 0), default=12000, help="answers for SFT, of the world only")
+    parser.add_argument("--seed", type=common.number(int, 0), default=0, help="shuffles; three of them are the three seeds of Table 4")
     return parser.parse_args()
 
 
 def main():
     args, started = parse_args(), time.time()
-    if min([args.seed_size, args.eval_size, args.sft_size, *args.prompt_sizes]) < 0:
-        raise common.InputError("--seed-size, --prompt-sizes, --eval-size and --sft-size must not be negative")
     partial = common.open_output(args, *(["source"] if Path(args.source).exists() else []))
     folder = partial / "data"
     folder.mkdir(exist_ok=True)

@@ -12,7 +12,6 @@ Writes a model folder with metrics.jsonl (one line a step) and args.json
 Departs from the paper: none.
 """
 
-import argparse
 import time
 
 from torch import nn
@@ -21,7 +20,7 @@ import common
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description="Supervised fine-tuning of a base model: the initial LLM pi_init.")
+    parser = common.Parser(description="Supervised fine-tuning of a base model: the initial LLM pi_init.")
     # what is read and written
     parser.add_argument("--model", required=True, help="the base model")
     parser.add_argument("--input", required=True, help="JSON Lines of id, prompt, response")
@@ -29,16 +28,16 @@ def parse_args():
     parser.add_argument("--tokenizer", help="folder or name of a tokenizer, where --model has none")
     parser.add_argument("--chat-template", help="file with a Jinja chat template, where the tokenizer has none")
     # App. B.1
-    parser.add_argument("--lr", type=float, default=2e-5, help="peak learning rate")
-    parser.add_argument("--epochs", type=int, default=1)
-    parser.add_argument("--batch-size", type=int, default=128, help="responses of one optimizer step, over all ranks")
-    parser.add_argument("--seed", type=int, default=0, help="decides the order of the rows")
+    parser.add_argument("--lr", type=common.number(float, 0), default=2e-5, help="peak learning rate")
+    parser.add_argument("--epochs", type=common.number(int, 1), default=1)
+    parser.add_argument("--batch-size", type=common.number(int, 1), default=128, help="responses of one optimizer step, over all ranks")
+    parser.add_argument("--seed", type=common.number(int, 0), default=0, help="decides the order of the rows")
     # lengths, memory, safety
-    parser.add_argument("--max-prompt-length", type=int, default=1024, help="rows with a longer prompt are dropped")
-    parser.add_argument("--max-length", type=int, default=2048, help="prompt and response; responses are cut to fit")
-    parser.add_argument("--micro-batch-size", type=int, default=8, help="responses of one forward pass of one rank")
+    parser.add_argument("--max-prompt-length", type=common.number(int, 1), default=1024, help="rows with a longer prompt are dropped")
+    parser.add_argument("--max-length", type=common.number(int, 2), default=2048, help="prompt and response; responses are cut to fit")
+    parser.add_argument("--micro-batch-size", type=common.number(int, 1), default=8, help="responses of one forward pass of one rank")
     parser.add_argument("--activation-checkpointing", action="store_true", help="less memory for more compute")
-    parser.add_argument("--save-every", type=int, default=100, help="steps between states to go on from")
+    parser.add_argument("--save-every", type=common.number(int, 1), default=100, help="steps between states to go on from")
     return parser.parse_args()
 
 

@@ -15,7 +15,6 @@ Writes a model folder with metrics.jsonl (one line a step) and args.json
 Departs from the paper: none.
 """
 
-import argparse
 import time
 
 import torch
@@ -37,7 +36,7 @@ def dpo_loss(margin):
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description="DPO on the seed preferences D_0: pi_init -> pi_0.")
+    parser = common.Parser(description="DPO on the seed preferences D_0: pi_init -> pi_0.")
     # what is read and written
     parser.add_argument("--model", required=True, help="pi_init: where pi_theta starts")
     parser.add_argument("--ref-model", help="pi_ref in Eq. 5 (default: --model)")
@@ -46,17 +45,17 @@ def parse_args():
     parser.add_argument("--tokenizer", help="folder or name of a tokenizer, where --model has none")
     parser.add_argument("--chat-template", help="file with a Jinja chat template, where the tokenizer has none")
     # Section 5.1
-    parser.add_argument("--beta", type=float, default=0.1, help="KL strength, beta in Eq. 5")
-    parser.add_argument("--lr", type=float, default=5e-7, help="peak learning rate, eta")
-    parser.add_argument("--epochs", type=int, default=3)
-    parser.add_argument("--batch-size", type=int, default=32, help="pairs of one optimizer step, over all ranks")
-    parser.add_argument("--seed", type=int, default=0, help="decides the order of the pairs")
+    parser.add_argument("--beta", type=common.number(float, 0), default=0.1, help="KL strength, beta in Eq. 5")
+    parser.add_argument("--lr", type=common.number(float, 0), default=5e-7, help="peak learning rate, eta")
+    parser.add_argument("--epochs", type=common.number(int, 1), default=3)
+    parser.add_argument("--batch-size", type=common.number(int, 1), default=32, help="pairs of one optimizer step, over all ranks")
+    parser.add_argument("--seed", type=common.number(int, 0), default=0, help="decides the order of the pairs")
     # lengths, memory, safety
-    parser.add_argument("--max-prompt-length", type=int, default=1024, help="pairs with a longer prompt are dropped")
-    parser.add_argument("--max-length", type=int, default=2048, help="prompt and response; responses are cut to fit")
-    parser.add_argument("--micro-batch-size", type=int, default=4, help="pairs of one forward pass of one rank")
+    parser.add_argument("--max-prompt-length", type=common.number(int, 1), default=1024, help="pairs with a longer prompt are dropped")
+    parser.add_argument("--max-length", type=common.number(int, 2), default=2048, help="prompt and response; responses are cut to fit")
+    parser.add_argument("--micro-batch-size", type=common.number(int, 1), default=4, help="pairs of one forward pass of one rank")
     parser.add_argument("--activation-checkpointing", action="store_true", help="less memory for more compute")
-    parser.add_argument("--save-every", type=int, default=100, help="steps between states to go on from")
+    parser.add_argument("--save-every", type=common.number(int, 1), default=100, help="steps between states to go on from")
     return parser.parse_args()
 
 

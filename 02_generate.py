@@ -15,7 +15,6 @@ number of ranks and after a restart. Its ids, not its text, are what is judged a
 Departs from the paper: the paper does not say what becomes of a response that hit the limit (--cut).
 """
 
-import argparse
 import time
 
 import numpy as np
@@ -30,7 +29,7 @@ lies well above a normal answer"""
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description="Sample responses from pi_{t-1} for the prompts X_t.")
+    parser = common.Parser(description="Sample responses from pi_{t-1} for the prompts X_t.")
     # what is read and written
     parser.add_argument("--model", required=True, help="pi_{t-1}")
     parser.add_argument("--input", required=True, help="X_t: JSON Lines of id, prompt")
@@ -38,14 +37,14 @@ def parse_args():
     parser.add_argument("--tokenizer", help="folder or name of a tokenizer, where --model has none")
     parser.add_argument("--chat-template", help="file with a Jinja chat template, where the tokenizer has none")
     # Section 5.1, App. B.4
-    parser.add_argument("--samples", type=int, default=2, help="responses per prompt")
-    parser.add_argument("--temperature", type=float, default=0.7, help="0 takes the likeliest token")
-    parser.add_argument("--max-new-tokens", type=int, default=300)
+    parser.add_argument("--samples", type=common.number(int, 2), default=2, help="responses per prompt")
+    parser.add_argument("--temperature", type=common.number(float, 0), default=0.7, help="0 takes the likeliest token")
+    parser.add_argument("--max-new-tokens", type=common.number(int, 1), default=300)
     parser.add_argument("--cut", choices=("eos", "open", "drop"), default="eos", help=CUT)
-    parser.add_argument("--seed", type=int, default=0, help="another seed, other samples")
+    parser.add_argument("--seed", type=common.number(int, 0), default=0, help="another seed, other samples")
     # lengths, memory
-    parser.add_argument("--max-prompt-length", type=int, default=1024, help="longer prompts are dropped")
-    parser.add_argument("--micro-batch-size", type=int, default=16, help="prompts sampled at a time by one rank")
+    parser.add_argument("--max-prompt-length", type=common.number(int, 1), default=1024, help="longer prompts are dropped")
+    parser.add_argument("--micro-batch-size", type=common.number(int, 1), default=16, help="prompts sampled at a time by one rank")
     return parser.parse_args()
 
 
@@ -72,8 +71,6 @@ def settle_cut(ids, finish, cut, eos):
 
 def main():
     args, started = parse_args(), time.time()
-    if args.samples < 2 or args.temperature < 0 or args.max_new_tokens < 1:
-        raise common.InputError("--samples must be 2 or more, --temperature 0 or more, --max-new-tokens 1 or more")
     partial = common.open_output(args, "model", "input")
     ranks = common.start_ranks()
     tokenizer = common.load_tokenizer(args)
@@ -98,7 +95,7 @@ def main():
                 counts["responses"] += 1
                 counts["tokens"] += len(ids)
                 counts["cut at the limit"] += finish == "length"
-                ids = settle_cut(ids, finish, args.cut, tokenizer.eos_token_id)
+                ids = settle_cut(ids, finish, args.cut, ends[0])
                 if ids is not None:
                     text = tokenizer.decode(ids, skip_special_tokens=True).strip()
                     responses.append({"text": text, "ids": ids, "finish": finish})

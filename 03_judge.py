@@ -17,7 +17,6 @@ Writes preferences_t.jsonl  {"id": "12", "prompt": [...], "prompt_ids": [1, 733,
 Departs from the paper: pairs that carry no preference (the same response twice, p = 0.5 exactly) are dropped.
 """
 
-import argparse
 import math
 import time
 
@@ -45,28 +44,31 @@ def best_and_worst(scores):
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description="Label pairs of responses by the model's own implicit reward.")
+    parser = common.Parser(description="Label pairs of responses by the model's own implicit reward.")
     # what is read and written
     parser.add_argument("--model", required=True, help="pi_{t-1}, which sampled the responses")
     parser.add_argument("--init-model", required=True, help="pi_init, the reference in Eq. 7")
     parser.add_argument("--input", required=True, help="responses of 02_generate.py")
     parser.add_argument("--output", required=True, help="D_t: JSON Lines of labelled pairs")
     # Section 5.1
-    parser.add_argument("--beta", type=float, default=0.1, help="beta in Eq. 7: scales p, never the label")
+    parser.add_argument("--beta", type=common.number(float, 0), default=0.1, help="beta in Eq. 7: scales p, never the label")
     # memory
-    parser.add_argument("--micro-batch-size", type=int, default=16, help="prompts scored at a time by one rank")
+    parser.add_argument("--micro-batch-size", type=common.number(int, 1), default=16, help="prompts scored at a time by one rank")
     return parser.parse_args()
 
 
 def score(name, rows, label, args, partial, ranks):
     """log pi(y | x) of every response of every row, by the model in the folder `name`: a list of lists."""
-    model = common.ResponseLogits(common.load_model(name, ranks.device, common.scoring_dtype(ranks.device)))
+    model = common.load_model(name, ranks.device, common.scoring_dtype(ranks.device))
+    for row in rows:
+        common.check_ids(args.input, row["id"], row["prompt_ids"] + sum((y["ids"] for y in row["responses"]), []), model)
+    response_logits = common.ResponseLogits(model)
 
     @torch.no_grad()
     def compute(indices):
         sequences = [(rows[i]["prompt_ids"], y["ids"]) for i in indices for y in rows[i]["responses"]]
         batch = common.collate(sequences, ranks.device)
-        logp = common.token_logps(model(batch.ids, batch.keep), batch.labels)  # (N,)
+        logp = common.token_logps(response_logits(batch.ids, batch.keep), batch.labels)  # (N,)
         logps = iter(common.response_logps(logp, batch.lengths).tolist())
         return [[next(logps) for _ in rows[i]["responses"]] for i in indices]
 

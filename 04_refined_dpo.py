@@ -18,7 +18,6 @@ Departs from the paper: "the K percentile sample of D_t" is taken over the lates
 release leaves lambda at 0 and takes tau from the means of micro-batches; here both are as in the paper.
 """
 
-import argparse
 import math
 import time
 from collections import deque
@@ -57,7 +56,7 @@ def refined_loss(margin, z, alpha):
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description="DPO on the self-labelled D_t with refined labels: pi_{t-1} -> pi_t.")
+    parser = common.Parser(description="DPO on the self-labelled D_t with refined labels: pi_{t-1} -> pi_t.")
     # what is read and written
     parser.add_argument("--model", required=True, help="pi_{t-1}: where pi_theta starts")
     parser.add_argument("--ref-model", help="pi_ref in Eq. 5 and 12 (default: --model)")
@@ -66,24 +65,24 @@ def parse_args():
     parser.add_argument("--tokenizer", help="folder or name of a tokenizer, where --model has none")
     parser.add_argument("--chat-template", help="file with a Jinja chat template, where the tokenizer has none")
     # Section 5.1
-    parser.add_argument("--beta", type=float, default=0.1, help="KL strength, beta in Eq. 5")
-    parser.add_argument("--lr", type=float, default=5e-7, help="peak learning rate, eta")
-    parser.add_argument("--epochs", type=int, default=1)
-    parser.add_argument("--batch-size", type=int, default=32, help="pairs of one optimizer step, over all ranks")
+    parser.add_argument("--beta", type=common.number(float, 0), default=0.1, help="KL strength, beta in Eq. 5")
+    parser.add_argument("--lr", type=common.number(float, 0), default=5e-7, help="peak learning rate, eta")
+    parser.add_argument("--epochs", type=common.number(int, 1), default=1)
+    parser.add_argument("--batch-size", type=common.number(int, 1), default=32, help="pairs of one optimizer step, over all ranks")
     parser.add_argument("--refine", choices=("none", "self", "decoupled"), default="decoupled",
                         help="the rows of Table 6: plain DPO (Eq. 6), Eq. 9 and 10, Eq. 10 to 12")
-    parser.add_argument("--alpha", type=float, default=0.1, help="label smoothing of doubtful pairs, alpha in Eq. 10")
-    parser.add_argument("--k-percent", type=float, default=10, help="share of pairs held doubtful, K in Section 4.2")
-    parser.add_argument("--lam", type=float, default=0.5, help="lambda in Eq. 12: 1/2, 1/4, 1/8 for t = 1, 2, 3")
-    parser.add_argument("--refine-after", type=float, default=0.2, help="share of the steps before labels are refined")
-    parser.add_argument("--window", type=int, default=50, help="latest pairs that tau is taken from (App. B.4)")
-    parser.add_argument("--seed", type=int, default=0, help="decides the order of the pairs")
+    parser.add_argument("--alpha", type=common.number(float, 0, 1), default=0.1, help="label smoothing of doubtful pairs, alpha in Eq. 10")
+    parser.add_argument("--k-percent", type=common.number(float, 0, 100), default=10, help="share of pairs held doubtful, K in Section 4.2")
+    parser.add_argument("--lam", type=common.number(float, 0), default=0.5, help="lambda in Eq. 12: 1/2, 1/4, 1/8 for t = 1, 2, 3")
+    parser.add_argument("--refine-after", type=common.number(float, 0, 1), default=0.2, help="share of the steps before labels are refined")
+    parser.add_argument("--window", type=common.number(int, 1), default=50, help="latest pairs that tau is taken from (App. B.4)")
+    parser.add_argument("--seed", type=common.number(int, 0), default=0, help="decides the order of the pairs")
     # lengths, memory, safety
-    parser.add_argument("--max-prompt-length", type=int, default=1024, help="pairs with a longer prompt are dropped")
-    parser.add_argument("--max-length", type=int, default=2048, help="prompt and response; responses are cut to fit")
-    parser.add_argument("--micro-batch-size", type=int, default=4, help="pairs of one forward pass of one rank")
+    parser.add_argument("--max-prompt-length", type=common.number(int, 1), default=1024, help="pairs with a longer prompt are dropped")
+    parser.add_argument("--max-length", type=common.number(int, 2), default=2048, help="prompt and response; responses are cut to fit")
+    parser.add_argument("--micro-batch-size", type=common.number(int, 1), default=4, help="pairs of one forward pass of one rank")
     parser.add_argument("--activation-checkpointing", action="store_true", help="less memory for more compute")
-    parser.add_argument("--save-every", type=int, default=100, help="steps between states to go on from")
+    parser.add_argument("--save-every", type=common.number(int, 1), default=100, help="steps between states to go on from")
     return parser.parse_args()
 
 
@@ -116,6 +115,8 @@ def main():
         common.check_same_vocabulary(args.model, args.ref_model)
 
     model = common.load_model(args.model, ranks.device)
+    for pair in pairs:
+        common.check_ids(args.input, pair["id"], pair["prompt"] + pair["chosen"] + pair["rejected"], model)
     ref = common.ResponseLogits(common.load_model(args.ref_model or args.model, ranks.device))
     policy = common.make_policy(model, args, ranks)
     steps = common.epoch_batches(len(pairs), args.batch_size, args.epochs, args.seed)

@@ -15,7 +15,6 @@ Writes a folder with responses.jsonl {"id", "prompt", "response", "finish", "ref
 Departs from the paper: AlpacaEval 2.0 and MT-Bench ask GPT-4; here the gold judge of the small world decides.
 """
 
-import argparse
 import json
 import time
 from pathlib import Path
@@ -50,7 +49,7 @@ def sigmoid(x):
 
 
 def parse_args():
-    parser = argparse.ArgumentParser(description="Evaluate a model, or put evaluated models side by side.")
+    parser = common.Parser(description="Evaluate a model, or put evaluated models side by side.")
     # what is read and written
     parser.add_argument("--model", help="the model to evaluate")
     parser.add_argument("--input", help="JSON Lines of id, prompt, reference")
@@ -63,11 +62,11 @@ def parse_args():
     parser.add_argument("--name", help="the model's name in the table (default: --model)")
     parser.add_argument("--gold-labels", default="-", help="share of gold labels it has seen, for the table")
     # sampling
-    parser.add_argument("--temperature", type=float, default=0.7, help="0 takes the likeliest token")
-    parser.add_argument("--max-new-tokens", type=int, default=300)
-    parser.add_argument("--max-prompt-length", type=int, default=1024, help="longer prompts are dropped")
-    parser.add_argument("--micro-batch-size", type=int, default=16, help="prompts sampled at a time by one rank")
-    parser.add_argument("--seed", type=int, default=0, help="another seed, other samples")
+    parser.add_argument("--temperature", type=common.number(float, 0), default=0.7, help="0 takes the likeliest token")
+    parser.add_argument("--max-new-tokens", type=common.number(int, 1), default=300)
+    parser.add_argument("--max-prompt-length", type=common.number(int, 1), default=1024, help="longer prompts are dropped")
+    parser.add_argument("--micro-batch-size", type=common.number(int, 1), default=16, help="prompts sampled at a time by one rank")
+    parser.add_argument("--seed", type=common.number(int, 0), default=0, help="another seed, other samples")
     return parser.parse_args()
 
 

@@ -12,6 +12,7 @@
 "Eq. N" is the SPA paper's. Shapes: B sequences of T tokens, N response tokens in all of them, V words.
 """
 
+import argparse
 import contextlib
 import hashlib
 import json
@@ -48,14 +49,41 @@ def run(main):
     try:
         main()
     except InputError as error:
-        if os.environ.get("RANK", "0") == "0":  # every rank checks the same input; one speaks
-            print(f"{Path(sys.argv[0]).name}: {error}", file=sys.stderr)
-        sys.exit(2)
+        one_line(error)
+    except OSError as error:  # no space left, no permission
+        if error.filename is None and error.errno is None:
+            raise
+        one_line(f"{error.filename or 'writing'}: {error.strerror}")
     except KeyboardInterrupt:
         sys.exit(130)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def one_line(message):
+    """Every rank checks the same input, so one of them speaks."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with an error in one line as everywhere else."""
+
+    def error(self, message):
+        one_line(f"{message}: --help lists the options")
+
+
+def number(kind, low, high=float("inf")):
+    """An argparse type: an int or float in [low, high]."""
+    def parse(text):
+        value = kind(text)
+        if not low <= value <= high:  # NaN as well
+            raise ValueError
+        return value
+    parse.__name__ = f"{kind.__name__} in [{low}, {high}]"
+    return parse
 
 
 # A check's docstring is how the error message names what the field must be.
@@ -189,7 +217,8 @@ def open_output(args, *inputs, free=("output", "save_every")):
     Exits with 0 where the output is there, made with these arguments from these inputs. Raises InputError
     where it, or the unfinished one, was made with others. Options in `free` do not change what comes out.
     """
-    output, partial = Path(args.output), Path(f"{args.output}.partial")
+    output = Path(args.output)
+    partial = output.with_name(output.name + ".partial")
     options = {k: v for k, v in vars(args).items() if k not in free}
     made_from = {"stage": Path(sys.argv[0]).name, "args": options,
                  "inputs": {k: fingerprint(options[k]) for k in inputs if options[k]}}
@@ -211,7 +240,8 @@ def open_output(args, *inputs, free=("output", "save_every")):
                 print(f"{output}: already there, made with these arguments")
             sys.exit(0)
     partial.mkdir(parents=True, exist_ok=True)
-    write_json(partial / "args.json", {"made_from": made_from})
+    if os.environ.get("RANK", "0") == "0":
+        write_json(partial / "args.json", {"made_from": made_from})
     return partial
 
 
@@ -329,9 +359,9 @@ def read_finished(partial, label):
 # Models and text
 
 
-def load_tokenizer(args, name=None):
-    """The tokenizer of --tokenizer, else of `name`, with the chat template of --chat-template, else its own."""
-    name = args.tokenizer or name or args.model
+def load_tokenizer(args):
+    """The tokenizer of --tokenizer, else of --model, with the chat template of --chat-template, else its own."""
+    name = args.tokenizer or args.model
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except Exception as error:  # transformers raises many kinds, most of them pages long
@@ -378,6 +408,14 @@ def load_model(name, device, dtype=torch.float32):
     return model
 
 
+def check_ids(path, row_id, ids, model):
+    """Raises InputError where a token id is not in the model's vocabulary: the file is another tokenizer's."""
+    size = model.get_input_embeddings().num_embeddings
+    if max(ids) >= size:
+        raise InputError(f"{path}, id {row_id}: token id {max(ids)} is not in the model's vocabulary of {size}: "
+                         "give the model that the file was made with")
+
+
 def scoring_dtype(device):
     """What only scores or samples is held in the dtype the policy computes in."""
     return torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -405,12 +443,23 @@ def save_model(model, tokenizer, folder):
 
 
 def end_ids(name, tokenizer):
-    """Ids that end a response: the tokenizer's EOS and the generation config's, which may name others."""
+    """Ids that end a response; the first is the one with which the chat template ends a turn.
+
+    They are the tokenizer's EOS and those of the model's generation config, which may differ: Phi-3 ends a turn with
+    <|end|>, its tokenizer's EOS is <|endoftext|>.
+    """
     ends = {tokenizer.eos_token_id}
     with contextlib.suppress(OSError):
         named = GenerationConfig.from_pretrained(name).eos_token_id
         ends |= set(named) if isinstance(named, list) else {named}
-    return sorted(ends - {None})
+    ends -= {None}
+    if not ends:
+        raise InputError(f"{name}: neither its tokenizer nor its generation config names an end token: "
+                         "--tokenizer names a tokenizer that has one")
+    turn = tokenizer.apply_chat_template([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
+                                         return_dict=False)
+    last = next((i for i in reversed(turn) if i in ends), tokenizer.eos_token_id)
+    return sorted(ends, key=lambda i: (i != last, i))
 
 
 def prompt_ids(tokenizer, messages, where):
@@ -433,7 +482,7 @@ def response_ids(tokenizer, messages, prompt, text, ends):
     last = max((k for k, i in enumerate(ids) if i in ends), default=None)
     if last is not None and not tokenizer.decode(ids[last + 1:]).strip():  # "<|im_end|>\n" ends with the former
         return ids[:last + 1]
-    return ids + [tokenizer.eos_token_id if tokenizer.eos_token_id is not None else ends[0]]
+    return ids + [ends[0]]
 
 
 # ---------------------------------------------------------------------------------------------
