@@ -24,6 +24,7 @@ import time
 from collections import namedtuple
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -33,6 +34,7 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers import get_cosine_schedule_with_warmup
 
+huggingface_hub.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()
 
@@ -223,14 +225,13 @@ def open_output(args, *inputs, free=("output", "save_every")):
     made_from = {"stage": Path(sys.argv[0]).name, "args": options,
                  "inputs": {k: fingerprint(options[k]) for k in inputs if options[k]}}
     made_from = json.loads(json.dumps(made_from))
+    begun = partial.is_dir() and any(p.is_dir() or p.name != "args.json" and p.stat().st_size > 1 for p in partial.iterdir())
     for there, record in ((output, args_path(output)), (partial, partial / "args.json")):
-        if not there.exists():
+        if not there.exists() or there == partial and not begun:
             continue
         try:
             old = json.loads(record.read_text())["made_from"]
         except (OSError, ValueError, KeyError, TypeError):
-            if there == partial and not record.exists():  # killed before its first line
-                continue
             raise InputError(f"{there}: exists and does not say how it was made: move it or name another --output")
         if old != made_from:
             raise InputError(f"{there}: was made with {differences(old, made_from)}: "
@@ -359,12 +360,21 @@ def read_finished(partial, label):
 # Models and text
 
 
+def check_name(name):
+    """A model is a folder here or a name on the hub."""
+    if not Path(name).is_dir() and not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name):
+        raise InputError(f"{name}: no such folder: give the folder of a model, or its name on the hub")
+
+
 def load_tokenizer(args):
     """The tokenizer of --tokenizer, else of --model, with the chat template of --chat-template, else its own."""
     name = args.tokenizer or args.model
+    check_name(name)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except Exception as error:  # transformers raises many kinds, most of them pages long
+        if not Path(name).is_dir():
+            raise InputError(f"{name}: no such folder, and not to be had from the hub ({type(error).__name__})")
         raise InputError(f"{name}: holds no tokenizer that can be loaded ({type(error).__name__}): "
                          "--tokenizer names a folder or a model that has one")
     if args.chat_template:
@@ -380,6 +390,7 @@ def load_tokenizer(args):
 
 def load_config(name):
     """The model's config with every dropout at 0: policy and reference must agree in train mode too."""
+    check_name(name)
     try:
         config = AutoConfig.from_pretrained(name)
     except Exception as error:
@@ -629,7 +640,7 @@ def make_policy(model, args, ranks):
         enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
         enable({"use_reentrant": False})
     policy = ResponseLogits(model)
-    return nn.parallel.DistributedDataParallel(policy) if ranks.world > 1 else policy
+    return nn.parallel.DistributedDataParallel(policy, gradient_as_bucket_view=True) if ranks.world > 1 else policy
 
 
 def make_optimizer(model, lr, steps):

@@ -1,0 +1,73 @@
+"""The small world on several seeds: mean and standard deviation of every row of its table.
+
+    python benchmarks/small_world.py                      # the five seeds the README reports
+    python benchmarks/small_world.py --seeds 100 101 --jobs 2
+
+Runs `bash run_all.sh world` once a seed (what is finished is not run again), then prints the table and what it claims.
+Data, base model, order of the pairs and samples all follow the seed.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROWS = ["sft", "dpo", "spa_1", "spa_2", "spa_3", "dpo_all_gold"]
+COLUMNS = {"win_rate": "Win rate (%)", "length_controlled_winrate": "LC win rate (%)", "avg_length": "Mean length (chars)",
+           "judge_accuracy": "Judge accuracy (%)", "malformed": "Malformed (%)", "eos_rate": "EOS (%)"}
+
+
+def run(seed, args):
+    """{row: metrics} of one seed."""
+    threads = max(1, os.cpu_count() // args.jobs)
+    environment = os.environ | {"SEED": str(seed), "RUNS": args.runs, "PYTHON": sys.executable,
+                                "OMP_NUM_THREADS": str(threads)}
+    Path(args.runs).mkdir(parents=True, exist_ok=True)
+    with open(Path(args.runs) / f"world-seed{seed}.log", "a") as log:
+        subprocess.run(["bash", str(HERE.parent / "run_all.sh"), "world"], env=environment, stdout=log, stderr=log, check=True)
+    evaluated = Path(args.runs) / f"world-seed{seed}" / "eval"
+    return {row: json.loads((evaluated / row / "metrics.json").read_text()) for row in ROWS}
+
+
+def cell(values):
+    values = [value for value in values if value is not None]
+    if not values:
+        return "-"
+    return f"{statistics.mean(values):.1f} ± {statistics.stdev(values) if len(values) > 1 else 0:.1f}"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5], help="not those it was tuned on: 100 ...")
+    parser.add_argument("--runs", default=str(HERE.parent / "runs"), help="folder of the runs")
+    parser.add_argument("--jobs", type=int, default=1, help="seeds at a time")
+    args = parser.parse_args()
+    with ThreadPoolExecutor(args.jobs) as pool:
+        seeds = list(pool.map(lambda seed: run(seed, args), args.seeds))
+
+    print(f"Seeds {' '.join(map(str, args.seeds))}: mean ± standard deviation\n")
+    print("| Model | Gold labels | " + " | ".join(COLUMNS.values()) + " |\n" + "|---" * (len(COLUMNS) + 2) + "|")
+    for row in ROWS:
+        cells = [cell([seed[row].get(key) for seed in seeds]) for key in COLUMNS]
+        print("| " + " | ".join([seeds[0][row]["name"], seeds[0][row]["gold_labels"], *cells]) + " |")
+    wins = {row: [seed[row]["win_rate"] for seed in seeds] for row in ROWS}
+    print("\nWin rate by seed")
+    for row in ROWS:
+        print(f"  {row:13}", *(f"{value:5.1f}" for value in wins[row]))
+    gains = [last - seed for last, seed in zip(wins["spa_3"], wins["dpo"])]
+    accuracy = [seed[f"spa_{t}"]["judge_accuracy"] for seed in seeds for t in (1, 2, 3)]
+    above = sum(spa > gold for spa, gold in zip(wins["spa_3"], wins["dpo_all_gold"]))
+    grown = [statistics.mean(wins[row]) for row in ("sft", "dpo", "spa_1", "spa_2", "spa_3")]
+    print(f"SPA's last iteration above seed DPO by {cell(gains)} points, at least {min(gains):.1f}")
+    print(f"the mean grows with every stage: {grown == sorted(grown)}")
+    print(f"judge accuracy at least {min(accuracy):.1f} % in every iteration of every seed")
+    print(f"SPA's last iteration above DPO on all gold labels on {above} of {len(seeds)} seeds")
+
+
+if __name__ == "__main__":
+    main()
