@@ -139,7 +139,7 @@ def read_world(args, folder):
                                               enumerate(prompts[needed:needed + args.sft_size])))
     texts = [prompt for _, prompt in prompts] + [s for known in gold.values() for s in known]
     write_base_model(sorted({word for text in texts for word in text.split()}), args.seed, folder / "base")
-    return [{**row, "id": f"world-{k}", "where": f"world, row {k}"} for k, row in enumerate(rows)]
+    return [{"id": f"world-{k}", **row} for k, row in enumerate(rows)]
 
 
 def write_base_model(words, seed, folder):
@@ -211,32 +211,53 @@ def split_prompt(prompt, answer, where):
 
 
 def read_preferences(source):
-    """Rows {"id", "prompt": messages, "where"} and, where it is labelled, "chosen" and "rejected" as texts."""
-    rows = []
+    """Rows {"id", "prompt": messages} and, where it is labelled, "chosen" and "rejected" as texts."""
+    checks = {"prompt": common.a_prompt, "chosen": a_preference_text, "rejected": a_preference_text}
+    rows, where_of = [], {}
     for k, (row, where) in enumerate(read_table(source)):
-        checks = {"prompt": common.a_prompt, "chosen": a_preference_text, "rejected": a_preference_text}
-        common.check_row(row, {}, where)
-        row = {key: row[key] for key in ("id", *checks) if row.get(key) is not None}
+        if isinstance(row, dict):
+            row = {key: value for key, value in row.items() if value is not None}  # Parquet has None for "not there"
         labelled = "chosen" in row or "rejected" in row
-        inside = labelled and isinstance(row.get("chosen"), list) and len(row["chosen"]) > 1
-        needed = (["chosen", "rejected"] if labelled else []) + ([] if inside and "prompt" not in row else ["prompt"])
-        common.check_row(row, {key: checks[key] for key in needed}, where)
-        out = {"id": str(row.get("id", k)), "prompt": common.as_messages(row.get("prompt")), "where": where}
+        needed = ("chosen", "rejected") if labelled else ("prompt",)
+        common.check_row(row, {key: check for key, check in checks.items() if key in row or key in needed}, where)
+        new = {"id": str(row.get("id", k)), "prompt": common.as_messages(row.get("prompt"))}
         if labelled:
-            prompt, out["chosen"] = split_prompt(row.get("prompt"), row["chosen"], where)
-            out["prompt"], out["rejected"] = split_prompt(row.get("prompt"), row["rejected"], where)
-            if prompt != out["prompt"]:
-                raise common.InputError(f"{where}: chosen and rejected answer different prompts")
-        rows.append(out)
+            new["prompt"], new["chosen"] = split_prompt(row.get("prompt"), row["chosen"], where)
+            prompt, new["rejected"] = split_prompt(row.get("prompt"), row["rejected"], where)
+            if prompt != new["prompt"]:
+                raise common.InputError(f"{where}: chosen and rejected answer different prompts: mend or remove the row")
+        if new["id"] in where_of:
+            raise common.InputError(f'{where}: the id "{new["id"]}" is that of {where_of[new["id"]]} too: ids must differ')
+        where_of[new["id"]] = where
+        rows.append(new)
     return rows
 
 
 def drop_repeats(rows):
-    """Rows whose prompt, compared by content, was not there before; how many were."""
+    """The rows whose prompt, compared by content, was not there before."""
     seen = {}
     for row in rows:
         seen.setdefault(json.dumps([[m["role"], m["content"].strip()] for m in row["prompt"]]), row)
-    return list(seen.values()), len(rows) - len(seen)
+    return list(seen.values())
+
+
+def split(rows, args):
+    """(D_0, held-out rows, [X_1, ..., X_T]), disjoint.
+
+    The prompt sets are taken from the front and the seed from the back of the shuffled rows, so that a larger seed
+    leaves the prompt sets as they are, as in Table 3.
+    """
+    labelled = [row for row in rows if "chosen" in row]
+    seed = labelled[len(labelled) - args.seed_size:] if 0 < args.seed_size <= len(labelled) else []
+    taken = {row["id"] for row in seed}
+    rest = iter([row for row in rows if row["id"] not in taken])
+    held_out = list(itertools.islice(rest, args.eval_size))
+    sets = [list(itertools.islice(rest, size)) for size in args.prompt_sizes]
+    if [len(seed), len(held_out), *map(len, sets)] != [args.seed_size, args.eval_size, *args.prompt_sizes]:
+        raise common.InputError(f"{args.source}: {len(rows)} different prompts, {len(labelled)} of them labelled, are not "
+                                f"enough for {args.seed_size} seed pairs, {args.eval_size} held-out prompts and sets of "
+                                f"{args.prompt_sizes}: lower --seed-size, --eval-size or --prompt-sizes")
+    return seed, held_out, sets
 
 
 def parse_args():
@@ -261,29 +282,14 @@ def main():
     folder = partial / "data"
     folder.mkdir(exist_ok=True)
 
-    if args.source == "world":
-        rows = read_world(args, folder)
-    else:
-        rows = read_preferences(args.source)
-    read = len(rows)
-    rows, repeats = drop_repeats(rows)
-    random.Random(args.seed).shuffle(rows)
-
-    # the prompt sets from the front and the seed from the back: a larger seed leaves the prompt sets as they are
-    labelled = [row for row in rows if "chosen" in row]
-    seed = labelled[len(labelled) - args.seed_size:] if args.seed_size else []
-    taken = {id(row) for row in seed}
-    rest = iter([row for row in rows if id(row) not in taken])
-    held_out = list(itertools.islice(rest, args.eval_size))
-    sets = [list(itertools.islice(rest, size)) for size in args.prompt_sizes]
-    got = [len(seed), len(held_out), *map(len, sets)]
-    if got != [args.seed_size, args.eval_size, *args.prompt_sizes]:
-        raise common.InputError(
-            f"{args.source}: {len(rows)} different prompts, {len(labelled)} with labels, do not make {args.seed_size} seed "
-            f"pairs, {args.eval_size} for evaluation and {args.prompt_sizes} prompts: lower the sizes")
+    rows = read_world(args, folder) if args.source == "world" else read_preferences(args.source)
+    different = drop_repeats(rows)
+    random.Random(args.seed).shuffle(different)
+    seed, held_out, sets = split(different, args)
 
     def write(name, rows, *keys):
-        common.write_jsonl(folder / name, ({key: row[key] for key in ("id", "prompt", *keys) if key in row} for row in rows))
+        keys = ("id", "prompt", *keys)
+        common.write_jsonl(folder / name, ({key: row[key] for key in keys if key in row} for row in rows))
 
     write("seed.jsonl", seed, "chosen", "rejected")
     for t, prompts in enumerate(sets, 1):
@@ -291,7 +297,7 @@ def main():
     write("eval.jsonl", [{"reference": row["chosen"], **row} if "chosen" in row else row for row in held_out], "reference")
     if args.all_gold:
         write("all_gold.jsonl", [row for row in seed + sum(sets, []) if "chosen" in row], "chosen", "rejected")
-    counts = {"rows read": read, "repeated prompts dropped": repeats, "seed pairs": len(seed),
+    counts = {"rows read": len(rows), "repeated prompts dropped": len(rows) - len(different), "seed pairs": len(seed),
               "prompts": "+".join(str(len(prompts)) for prompts in sets), "held out": len(held_out)}
     common.close_output(args, partial, folder, counts, started)
 

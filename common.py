@@ -225,9 +225,8 @@ def open_output(args, *inputs, free=("output", "save_every")):
     made_from = {"stage": Path(sys.argv[0]).name, "args": options,
                  "inputs": {k: fingerprint(options[k]) for k in inputs if options[k]}}
     made_from = json.loads(json.dumps(made_from))
-    begun = partial.is_dir() and any(p.is_dir() or p.name != "args.json" and p.stat().st_size > 1 for p in partial.iterdir())
     for there, record in ((output, args_path(output)), (partial, partial / "args.json")):
-        if not there.exists() or there == partial and not begun:
+        if not there.exists() or there == partial and not holds_work(partial):
             continue
         try:
             old = json.loads(record.read_text())["made_from"]
@@ -244,6 +243,11 @@ def open_output(args, *inputs, free=("output", "save_every")):
     if os.environ.get("RANK", "0") == "0":
         write_json(partial / "args.json", {"made_from": made_from})
     return partial
+
+
+def holds_work(partial):
+    """Whether a stage got as far as writing anything but its arguments."""
+    return any(path.name != "args.json" and path.is_file() and path.stat().st_size > 1 for path in partial.rglob("*"))
 
 
 def differences(old, new):
