@@ -49,7 +49,8 @@ PARTS = {
     "loom": "needle bobbin spool wick", "telescope": "mirror tripod eyepiece tube"}
 SENTENCES = {
     1: ["i am {sorry|very sorry|so sorry} about your THING .",
-        "please {clean|wipe|dry|check|oil} the PART {with a soft cloth|with warm water|before you use it again|once a week} .",
+        "please {clean|wipe|dry|check|oil} the PART "
+        "{with a soft cloth|with warm water|before you use it again|once a week} .",
         "a new PART is {cheap and easy to find|easy to fit|in our shop already} .",
         "we will {send|bring|lend} you a new PART {today|tomorrow|this week} .",
         "you can fix the PART in {five|ten|twenty} minutes .",
@@ -225,9 +226,9 @@ def read_preferences(source):
             new["prompt"], new["chosen"] = split_prompt(row.get("prompt"), row["chosen"], where)
             prompt, new["rejected"] = split_prompt(row.get("prompt"), row["rejected"], where)
             if prompt != new["prompt"]:
-                raise common.InputError(f"{where}: chosen and rejected answer different prompts: mend or remove the row")
+                raise common.InputError(f"{where}: chosen and rejected answer different prompts: mend the row")
         if new["id"] in where_of:
-            raise common.InputError(f'{where}: the id "{new["id"]}" is that of {where_of[new["id"]]} too: ids must differ')
+            raise common.InputError(f"{where}: {where_of[new['id']]} has the id {new['id']!r} too: ids must differ")
         where_of[new["id"]] = where
         rows.append(new)
     return rows
@@ -254,25 +255,27 @@ def split(rows, args):
     held_out = list(itertools.islice(rest, args.eval_size))
     sets = [list(itertools.islice(rest, size)) for size in args.prompt_sizes]
     if [len(seed), len(held_out), *map(len, sets)] != [args.seed_size, args.eval_size, *args.prompt_sizes]:
-        raise common.InputError(f"{args.source}: {len(rows)} different prompts, {len(labelled)} of them labelled, are not "
-                                f"enough for {args.seed_size} seed pairs, {args.eval_size} held-out prompts and sets of "
-                                f"{args.prompt_sizes}: lower --seed-size, --eval-size or --prompt-sizes")
+        raise common.InputError(
+            f"{args.source}: {len(rows)} different prompts, {len(labelled)} of them labelled, are not enough for "
+            f"{args.seed_size} seed pairs, {args.eval_size} held-out prompts and sets of {args.prompt_sizes}: "
+            "lower --seed-size, --eval-size or --prompt-sizes")
     return seed, held_out, sets
 
 
 def parse_args():
     parser = common.Parser(description="Make the seed preferences D_0 and the prompt sets X_t.")
-    parser.add_argument("--source", required=True, help="ultrafeedback, world, or a JSON, JSON Lines or Parquet file")
-    parser.add_argument("--output", required=True, help="folder for the files")
+    add = parser.add_argument
+    add("--source", required=True, help="ultrafeedback, world, or a JSON, JSON Lines or Parquet file")
+    add("--output", required=True, help="folder for the files")
     # Section 5.1
-    parser.add_argument("--seed-size", type=common.number(int, 0), default=2000,
-                        help="|D_0|: of UltraFeedback 500, 1000, 2000, 6000 are the 0.8, 1.7, 3.3, 10 %% of Table 3")
-    parser.add_argument("--prompt-sizes", type=common.number(int, 1), nargs="+", default=[8000, 20000, 30000],
-                        help="|X_1| ... |X_T|; they stay the same sets when --seed-size changes")
-    parser.add_argument("--eval-size", type=common.number(int, 0), default=200, help="prompts held out for 05_eval.py")
-    parser.add_argument("--all-gold", action="store_true", help="write all_gold.jsonl as well")
-    parser.add_argument("--sft-size", type=common.number(int, 0), default=12000, help="answers for SFT, of the world only")
-    parser.add_argument("--seed", type=common.number(int, 0), default=0, help="shuffles; three of them are the three seeds of Table 4")
+    add("--seed-size", type=common.natural, default=2000,
+        help="|D_0|: of UltraFeedback 500, 1000, 2000, 6000 are the 0.8, 1.7, 3.3, 10 %% of Table 3")
+    add("--prompt-sizes", type=common.positive, nargs="+", default=[8000, 20000, 30000],
+        help="|X_1| ... |X_T|; they stay the same sets when --seed-size changes")
+    add("--eval-size", type=common.natural, default=200, help="prompts held out for 05_eval.py")
+    add("--all-gold", action="store_true", help="write all_gold.jsonl as well")
+    add("--sft-size", type=common.natural, default=12000, help="answers for SFT, of the world only")
+    add("--seed", type=common.natural, default=0, help="shuffles; three of them are the three seeds of Table 4")
     return parser.parse_args()
 
 
@@ -294,7 +297,10 @@ def main():
     write("seed.jsonl", seed, "chosen", "rejected")
     for t, prompts in enumerate(sets, 1):
         write(f"prompts_{t}.jsonl", prompts)
-    write("eval.jsonl", [{"reference": row["chosen"], **row} if "chosen" in row else row for row in held_out], "reference")
+    for row in held_out:
+        if "chosen" in row:  # of the world, a reference of its own
+            row.setdefault("reference", row["chosen"])
+    write("eval.jsonl", held_out, "reference")
     if args.all_gold:
         write("all_gold.jsonl", [row for row in seed + sum(sets, []) if "chosen" in row], "chosen", "rejected")
     counts = {"rows read": len(rows), "repeated prompts dropped": len(rows) - len(different), "seed pairs": len(seed),

@@ -50,23 +50,24 @@ def sigmoid(x):
 
 def parse_args():
     parser = common.Parser(description="Evaluate a model, or put evaluated models side by side.")
+    add = parser.add_argument
     # what is read and written
-    parser.add_argument("--model", help="the model to evaluate")
-    parser.add_argument("--input", help="JSON Lines of id, prompt, reference")
-    parser.add_argument("--gold", help="gold.json of the small world")
-    parser.add_argument("--preferences", help="D_t the model was trained on: how often its labels agree with gold")
-    parser.add_argument("--report", nargs="+", help="folders of evaluated models, in the order of the table's rows")
-    parser.add_argument("--output", required=True, help="folder")
-    parser.add_argument("--tokenizer", help="folder or name of a tokenizer, where --model has none")
-    parser.add_argument("--chat-template", help="file with a Jinja chat template, where the tokenizer has none")
-    parser.add_argument("--name", help="the model's name in the table (default: --model)")
-    parser.add_argument("--gold-labels", default="-", help="share of gold labels it has seen, for the table")
+    add("--model", help="the model to evaluate")
+    add("--input", help="JSON Lines of id, prompt, reference")
+    add("--gold", help="gold.json of the small world")
+    add("--preferences", help="D_t the model was trained on: how often its labels agree with gold")
+    add("--report", nargs="+", help="folders of evaluated models, in the order of the table's rows")
+    add("--output", required=True, help="folder")
+    add("--tokenizer", help="folder or name of a tokenizer, where --model has none")
+    add("--chat-template", help="file with a Jinja chat template, where the tokenizer has none")
+    add("--name", help="the model's name in the table (default: --model)")
+    add("--gold-labels", default="-", help="share of gold labels it has seen, for the table")
     # sampling
-    parser.add_argument("--temperature", type=common.number(float, 0), default=0.7, help="0 takes the likeliest token")
-    parser.add_argument("--max-new-tokens", type=common.number(int, 1), default=300)
-    parser.add_argument("--max-prompt-length", type=common.number(int, 1), default=1024, help="longer prompts are dropped")
-    parser.add_argument("--micro-batch-size", type=common.number(int, 1), default=16, help="prompts sampled at a time by one rank")
-    parser.add_argument("--seed", type=common.number(int, 0), default=0, help="another seed, other samples")
+    add("--temperature", type=common.nonnegative, default=0.7, help="0 takes the likeliest token")
+    add("--max-new-tokens", type=common.positive, default=300)
+    add("--max-prompt-length", type=common.positive, default=1024, help="longer prompts are dropped")
+    add("--micro-batch-size", type=common.positive, default=16, help="prompts sampled at a time by one rank")
+    add("--seed", type=common.natural, default=0, help="another seed, other samples")
     return parser.parse_args()
 
 
@@ -77,7 +78,7 @@ def read_gold(path):
             return gold
     except (OSError, ValueError, AttributeError):
         pass
-    raise common.InputError(f"{path}: is not a gold judge {{thing: {{sentence: value}}}}: give 00_inputs.py's gold.json")
+    raise common.InputError(f"{path}: is no gold judge {{thing: {{sentence: value}}}}: give 00_inputs.py's gold.json")
 
 
 def read_prompts(args, tokenizer):
