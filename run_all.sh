@@ -47,6 +47,8 @@ esac
 if [ -z "$PYTHON" ]; then
   PYTHON=.venv/bin/python
   if [ -z "$DRY_RUN" ] && ! cmp -s requirements.txt .venv/requirements.txt; then
+    python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
+      { echo "run_all.sh: $(python3 --version) is too old: Python 3.11 or newer is needed" >&2; exit 2; }
     echo "run_all.sh: installing requirements.txt into .venv"
     python3 -m venv .venv
     $PYTHON -m pip install --quiet --disable-pip-version-check -r requirements.txt
