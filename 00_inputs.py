@@ -33,47 +33,32 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 import common
 
 # ---------------------------------------------------------------------------------------------
-# The small world: a help desk. A customer writes about one thing, an answer is 2 to 5 sentences, each helpful (+1),
-# vague (0) or rude (-1). The gold judge knows every sentence that can be said about a thing; a response is worth the
-# mean of its sentences, and a sentence that is none of them, or speaks of a part of another thing, is worth -1.
+# The small world: a help desk. A customer writes about a thing, and an answer is an opening, one or two offers and a
+# closing. One word of each sentence says in what spirit it is meant: helpful (1), vague (0) or rude (-1). The gold
+# judge knows every sentence that can be said about a thing; a response is worth the mean of its sentences, and one that
+# is none of them (malformed, or about a part of another thing), or is said twice, is worth -1.
 
 PARTS = {
     "kettle": "lid cable spout handle", "bicycle": "chain saddle pedal brake", "lamp": "bulb shade switch socket",
-    "radio": "dial aerial speaker battery", "toaster": "lever tray timer plug", "guitar": "string neck bridge peg",
-    "clock": "face spring bell pendulum", "camera": "lens strap shutter flash", "tent": "pole zip floor rope",
-    "chair": "leg seat cushion armrest", "suitcase": "wheel lock pocket frame", "drill": "chuck motor trigger belt",
-    "mixer": "bowl whisk gear cover", "fan": "blade grille knob stand", "heater": "coil fuse thermostat pipe",
-    "phone": "screen button charger case", "printer": "roller cartridge drawer sensor",
-    "boiler": "valve tank gauge burner", "vacuum": "hose filter bag brush", "fridge": "shelf door hinge seal",
-    "mower": "engine starter cutter fender", "piano": "key hammer bench soundboard",
-    "loom": "needle bobbin spool wick", "telescope": "mirror tripod eyepiece tube"}
-SENTENCES = {
-    1: ["i am {sorry|very sorry|so sorry} about your THING .",
-        "please {clean|wipe|dry|check|oil} the PART "
-        "{with a soft cloth|with warm water|before you use it again|once a week} .",
-        "a new PART is {cheap and easy to find|easy to fit|in our shop already} .",
-        "we will {send|bring|lend} you a new PART {today|tomorrow|this week} .",
-        "you can fix the PART in {five|ten|twenty} minutes .",
-        "i hope the THING works again {today|tomorrow|this week} .",
-        "thank you for telling us about the PART ."],
-    0: ["the PART {may be|could be|might be} {old|loose|worn|wet} .",
-        "that {happens|can happen|is normal} with a THING .",
-        "it {may be|could be|might be} the PART .",
-        "a THING is {often|sometimes|rarely} simple .",
-        "i have {often|sometimes|rarely} seen a THING .",
-        "some people paint the PART .",
-        "the PART is near the middle of the THING ."],
-    -1: ["that is not my problem .",
-         "throw the THING away .",
-         "stop asking about the PART .",
-         "nobody {often|sometimes|rarely} likes your {ugly|silly|cheap} THING .",
-         "you broke the PART yourself .",
-         "only a fool would buy that PART .",
-         "i {often|sometimes|rarely} laugh about such a THING ."]}
-WRITERS = {"grumpy": (0.15, 0.30, 0.55), "tired": (0.35, 0.40, 0.25), "kind": (0.65, 0.30, 0.05)}  # shares of 1, 0, -1
+    "radio": "dial aerial speaker battery", "guitar": "string neck bridge peg", "clock": "face spring bell pendulum",
+    "camera": "lens strap shutter flash", "tent": "pole zip floor rope", "chair": "leg seat cushion armrest",
+    "suitcase": "wheel lock pocket frame", "mixer": "bowl whisk gear cover", "heater": "coil fuse thermostat pipe",
+    "printer": "roller cartridge drawer sensor", "vacuum": "hose filter bag brush", "fridge": "shelf door hinge seal",
+    "piano": "key hammer bench soundboard"}
+SPIRIT = {1: "gladly|kindly|happily|cheerfully", 0: "maybe|perhaps|possibly|somehow", -1: "never|hardly|grudgingly|angrily"}
+OPENINGS = ["i SPIRIT {read|hear} about your THING .",
+            "we SPIRIT help people with a THING ."]
+OFFERS = ["we SPIRIT {clean|wipe|dry|oil} the PART {with a cloth|with warm water|once a week} .",
+          "we SPIRIT fix the PART in {five|ten|twenty} minutes .",
+          "we SPIRIT {send|bring|lend} you a new PART {today|tomorrow|this week} .",
+          "i SPIRIT show you how to {clean|wipe|dry|oil} the PART .",
+          "you can SPIRIT leave the PART with us {today|tomorrow|this week} ."]
+CLOSINGS = ["i SPIRIT hope the THING works again {today|tomorrow|this week} .",
+            "i SPIRIT wish you a good {day|week|year} with it ."]
+WRITERS = {"grumpy": (0.1, 0.3, 0.6), "tired": (0.3, 0.4, 0.3), "kind": (0.6, 0.3, 0.1)}  # shares of 1, 0, -1
 PROMPT = ("my {old|new|small|big|red|blue|green|cheap|heavy|lovely} THING from "
           "{the market|the corner shop|my uncle|my sister|a friend|the big store|my office|the museum} "
-          "{is broken|does not work|makes a strange noise|smells of smoke|fell on the floor|stopped today} . "
+          "{is broken|does not work|makes a noise|smells of smoke|fell down|stopped today} . "
           "{can you help|what can i do|any idea} ?")
 SHAPE = dict(hidden_size=128, intermediate_size=352, num_hidden_layers=4, num_attention_heads=4,
              num_key_value_heads=4, max_position_embeddings=256, tie_word_embeddings=False)
@@ -88,22 +73,23 @@ def expand(template):
     return ["".join(choice) for choice in itertools.product(*parts)]
 
 
-def known_sentences(thing):
-    """{value: for each template, all it can say about the thing}"""
+def known_sentences(thing, value):
+    """[for each kind of sentence [for each template [all it can say about the thing in that spirit]]]"""
     def fill(template):
-        parts = PARTS[thing].split() if "PART" in template else [""]
-        return [s.replace("PART", part).replace("THING", thing) for part in parts for s in expand(template)]
-    return {value: [fill(template) for template in templates] for value, templates in SENTENCES.items()}
+        template = template.replace("THING", thing).replace("PART", "{%s}" % PARTS[thing].replace(" ", "|"))
+        return expand(template.replace("SPIRIT", "{%s}" % SPIRIT[value]))
+    return [[fill(template) for template in templates] for templates in (OPENINGS, OFFERS, CLOSINGS)]
 
 
 def write_answer(rng, sentences, writer):
-    """2 to 5 different sentences, of the kinds that the writer is inclined to."""
-    said, length = [], rng.randint(2, 5)
-    while len(said) < length:
-        [kind] = rng.choices((1, 0, -1), WRITERS[writer])
-        sentence = rng.choice(rng.choice(sentences[kind]))
-        if sentence not in said:
-            said.append(sentence)
+    """An opening, one or two offers and a closing, all different. sentences: {value: known_sentences}"""
+    said = []
+    for kind in [0] + [1] * rng.randint(1, 2) + [2]:
+        sentence = None
+        while sentence is None or sentence in said:
+            [value] = rng.choices(list(sentences), WRITERS[writer])
+            sentence = rng.choice(rng.choice(sentences[value][kind]))
+        said.append(sentence)
     return " ".join(said)
 
 
@@ -112,9 +98,10 @@ def read_world(args, folder):
 
     Also writes gold.json, sft.jsonl and base/ into the folder.
     """
-    rng, sentences = random.Random(args.seed), {thing: known_sentences(thing) for thing in PARTS}
-    gold = {thing: {s: value for value, filled in kinds.items() for group in filled for s in group}
-            for thing, kinds in sentences.items()}
+    rng = random.Random(args.seed)
+    sentences = {thing: {value: known_sentences(thing, value) for value in SPIRIT} for thing in PARTS}
+    gold = {thing: {sentence: value for value, kinds in by_value.items() for kind in kinds for filled in kind
+                    for sentence in filled} for thing, by_value in sentences.items()}
     common.write_json(folder / "gold.json", gold)
     prompts = [(thing, text.replace("THING", thing)) for thing in PARTS for text in expand(PROMPT)]
     needed = args.seed_size + sum(args.prompt_sizes) + args.eval_size

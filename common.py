@@ -623,19 +623,19 @@ def sample(model, prompts, u, temperature, max_new_tokens, ends):
 
 
 def gold_values(gold, prompt, text):
-    """The value of each sentence of a response: 1, 0, -1, or None where it is no sentence about the prompt's thing.
+    """The value of each sentence of a response: 1, 0, -1; None where it is malformed, off the topic or said before.
 
     prompt: messages; gold: {thing: {sentence: value}}, as 00_inputs.py writes it.
     """
     known = next((gold[word] for word in prompt[-1]["content"].split() if word in gold), {})
-    sentences = [s.strip() for s in re.findall(r"[^.]*\.|[^.]+$", text)]  # the last may be unfinished
-    return [known.get(s) for s in sentences if s]
+    sentences = [s.strip() for s in re.findall(r"[^.]*\.|[^.]+$", text) if s.strip()]  # the last may be unfinished
+    return [None if s in sentences[:k] else known.get(s) for k, s in enumerate(sentences)]
 
 
 def gold_score(gold, prompt, text):
     """What a response is worth, in [-1, 1]: the mean over its sentences, so that length alone gains nothing.
 
-    A malformed sentence is worth -1, and so is a response without any.
+    A malformed or repeated sentence is worth -1, and so is a response without any.
     """
     values = [-1 if value is None else value for value in gold_values(gold, prompt, text)] or [-1]
     return sum(values) / len(values)
