@@ -45,7 +45,8 @@ PARTS = {
     "suitcase": "wheel lock pocket frame", "mixer": "bowl whisk gear cover", "heater": "coil fuse thermostat pipe",
     "printer": "roller cartridge drawer sensor", "vacuum": "hose filter bag brush", "fridge": "shelf door hinge seal",
     "piano": "key hammer bench soundboard"}
-SPIRIT = {1: "gladly|kindly|happily|cheerfully", 0: "maybe|perhaps|possibly|somehow", -1: "never|hardly|grudgingly|angrily"}
+SPIRIT = {1: "gladly|kindly|happily|cheerfully", 0: "maybe|perhaps|possibly|somehow",
+          -1: "never|hardly|grudgingly|angrily"}
 OPENINGS = ["i SPIRIT {read|hear} about your THING .",
             "we SPIRIT help people with a THING ."]
 OFFERS = ["we SPIRIT {clean|wipe|dry|oil} the PART {with a cloth|with warm water|once a week} .",

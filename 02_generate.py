@@ -70,6 +70,32 @@ def settle_cut(ids, finish, cut, eos):
     return ids + [eos] if cut == "eos" else None
 
 
+def write(args, partial, rows, sampled, tokenizer, ends, counts, started):
+    """The records, with the responses that hit the limit settled, and how many there were."""
+    kept = []
+    counts |= {"responses": 0, "tokens": 0, "cut at the limit": 0, "dropped for a cut response": 0}
+    for i, row in enumerate(rows):
+        responses = []
+        for ids, finish in sampled[i]:
+            counts["responses"] += 1
+            counts["tokens"] += len(ids)
+            counts["cut at the limit"] += finish == "length"
+            ids = settle_cut(ids, finish, args.cut, ends[0])
+            if ids is not None:
+                text = tokenizer.decode(ids, skip_special_tokens=True).strip()
+                responses.append({"text": text, "ids": ids, "finish": finish})
+        if len(responses) < 2:
+            counts["dropped for a cut response"] += 1
+        else:
+            kept.append({key: row[key] for key in ("id", "prompt", "prompt_ids")} | {"responses": responses})
+    if not kept:
+        raise common.InputError(f"{args.model}: every response hit the limit of {args.max_new_tokens} tokens: "
+                                "raise --max-new-tokens or choose another --cut")
+    counts["prompts kept"] = len(kept)
+    common.write_jsonl(partial / "responses", kept)
+    common.close_output(args, partial, partial / "responses", counts, started)
+
+
 def main():
     args, started = parse_args(), time.time()
     partial = common.open_output(args, "model", "input")
@@ -87,30 +113,7 @@ def main():
 
     batches = common.length_batches([len(row["prompt_ids"]) for row in rows], args.micro_batch_size)
     sampled = common.map_batches(generate, batches, partial, ranks, "sampling")
-    if ranks.rank == 0:
-        kept = []
-        counts |= {"responses": 0, "tokens": 0, "cut at the limit": 0, "dropped for a cut response": 0}
-        for i, row in enumerate(rows):
-            responses = []
-            for ids, finish in sampled[i]:
-                counts["responses"] += 1
-                counts["tokens"] += len(ids)
-                counts["cut at the limit"] += finish == "length"
-                ids = settle_cut(ids, finish, args.cut, ends[0])
-                if ids is not None:
-                    text = tokenizer.decode(ids, skip_special_tokens=True).strip()
-                    responses.append({"text": text, "ids": ids, "finish": finish})
-            if len(responses) < 2:
-                counts["dropped for a cut response"] += 1
-            else:
-                kept.append({key: row[key] for key in ("id", "prompt", "prompt_ids")} | {"responses": responses})
-        if not kept:
-            raise common.InputError(f"{args.model}: every response hit the limit of {args.max_new_tokens} tokens: "
-                                    "raise --max-new-tokens or choose another --cut")
-        counts["prompts kept"] = len(kept)
-        common.write_jsonl(partial / "responses", kept)
-        common.close_output(args, partial, partial / "responses", counts, started)
-    common.barrier()
+    common.on_first_rank(lambda: write(args, partial, rows, sampled, tokenizer, ends, counts, started), ranks)
 
 
 if __name__ == "__main__":

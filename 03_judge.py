@@ -80,6 +80,31 @@ def score(name, rows, label, args, partial, ranks):
     return [scored[i] for i in range(len(rows))]
 
 
+def write(args, partial, rows, logps_policy, logps_ref, counts, started):
+    """D_t: of each row the pair that Eq. 8 makes of it."""
+    preferences = []
+    for row, policy, ref in zip(rows, logps_policy, logps_ref):
+        if not all(map(math.isfinite, policy + ref)):
+            raise common.InputError(f"{args.input}, id {row['id']}: a log-prob is not finite ({policy}, {ref}): "
+                                    "remove the row, or look at the models")
+        one, two = best_and_worst([a - b for a, b in zip(policy, ref)])
+        p = preference([policy[one], policy[two]], [ref[one], ref[two]], args.beta)  # Eq. 7
+        if p == 0.5:
+            counts["ties"] += 1
+            continue
+        chosen, rejected = (one, two) if p > 0.5 else (two, one)  # Eq. 8
+        preferences.append({"id": row["id"], "prompt": row["prompt"], "prompt_ids": row["prompt_ids"],
+                            "chosen": row["responses"][chosen], "rejected": row["responses"][rejected], "p": p,
+                            "logps": {"policy": policy, "ref": ref}, "judge": "init"})
+    if not preferences:
+        raise common.InputError(f"{args.input}: no pair carries a preference ({counts}): is --model "
+                                "still the same as --init-model?")
+    counts["pairs"] = len(preferences)
+    counts["first chosen"] = sum(row["p"] > 0.5 for row in preferences)
+    common.write_jsonl(partial / "preferences", preferences)
+    common.close_output(args, partial, partial / "preferences", counts, started)
+
+
 def main():
     args, started = parse_args(), time.time()
     partial = common.open_output(args, "model", "init_model", "input")
@@ -94,29 +119,7 @@ def main():
     logps_policy = score(args.model, kept, "scoring with pi_{t-1}", args, partial, ranks)
     logps_ref = score(args.init_model, kept, "scoring with pi_init", args, partial, ranks)
 
-    if ranks.rank == 0:
-        preferences = []
-        for row, policy, ref in zip(kept, logps_policy, logps_ref):
-            if not all(map(math.isfinite, policy + ref)):
-                raise common.InputError(f"{args.input}, id {row['id']}: a log-prob is not finite ({policy}, {ref}): "
-                                        "remove the row, or look at the models")
-            one, two = best_and_worst([a - b for a, b in zip(policy, ref)])
-            p = preference([policy[one], policy[two]], [ref[one], ref[two]], args.beta)
-            if p == 0.5:
-                counts["ties"] += 1
-                continue
-            chosen, rejected = (one, two) if p > 0.5 else (two, one)  # Eq. 8
-            preferences.append({"id": row["id"], "prompt": row["prompt"], "prompt_ids": row["prompt_ids"],
-                                "chosen": row["responses"][chosen], "rejected": row["responses"][rejected], "p": p,
-                                "logps": {"policy": policy, "ref": ref}, "judge": "init"})
-        if not preferences:
-            raise common.InputError(f"{args.input}: no pair carries a preference ({counts}): is --model "
-                                    "still the same as --init-model?")
-        counts["pairs"] = len(preferences)
-        counts["first chosen"] = sum(row["p"] > 0.5 for row in preferences)
-        common.write_jsonl(partial / "preferences", preferences)
-        common.close_output(args, partial, partial / "preferences", counts, started)
-    common.barrier()
+    common.on_first_rank(lambda: write(args, partial, kept, logps_policy, logps_ref, counts, started), ranks)
 
 
 if __name__ == "__main__":

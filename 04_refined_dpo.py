@@ -181,11 +181,8 @@ def main():
             if (step + 1) % args.save_every == 0 and step + 1 < len(steps):
                 common.save_state(partial, step + 1, model, optimizer, scheduler, window=list(window))
 
-    if ranks.rank == 0:
-        common.save_model(model, tokenizer, partial / "model")
-        (partial / "metrics.jsonl").rename(partial / "model" / "metrics.jsonl")
-        common.close_output(args, partial, partial / "model", {**counts, "steps": len(steps)}, started)
-    common.barrier()
+    counts["steps"] = len(steps)
+    common.on_first_rank(lambda: common.save_trained(args, partial, model, tokenizer, counts, started), ranks)
 
 
 if __name__ == "__main__":

@@ -315,6 +315,20 @@ def barrier():
         dist.barrier()
 
 
+def on_first_rank(finish, ranks):
+    """Rank 0 calls finish(), the others wait; what stops it stops them all."""
+    stopped = [None]
+    if ranks.rank == 0:
+        try:
+            finish()
+        except (InputError, OSError) as error:
+            stopped = [error]
+    if dist.is_initialized():
+        dist.broadcast_object_list(stopped)
+    if stopped[0]:
+        raise stopped[0]
+
+
 def gather(rows):
     """The lists of all ranks as one list, in the order of the ranks."""
     if not dist.is_initialized():
@@ -448,13 +462,14 @@ def scoring_dtype(device):
 
 
 def check_same_vocabulary(name, other):
-    """The log-ratio of two models needs that a token id means the same to both; more tokens than the other is no harm."""
+    """A log-ratio of two models needs that a token id means the same to both; that one has more does no harm."""
     sizes = [load_config(n).get_text_config().vocab_size for n in (name, other)]
     if sizes[0] != sizes[1]:
         raise InputError(f"{name} has a vocabulary of {sizes[0]} tokens, {other} one of {sizes[1]}: "
                          "give two models with the same tokenizer")
     try:
-        one, two = ({i: token for token, i in AutoTokenizer.from_pretrained(n).get_vocab().items()} for n in (name, other))
+        tokenizers = [AutoTokenizer.from_pretrained(n) for n in (name, other)]
+        one, two = ({i: token for token, i in tokenizer.get_vocab().items()} for tokenizer in tokenizers)
     except Exception:  # a model without a tokenizer of its own is used with the other's
         return
     if any(one[i] != two[i] for i in one.keys() & two.keys()):
@@ -712,8 +727,16 @@ def check_finite(step, rows, grad_norm, partial):
     """Raises InputError before a step that would put NaN into the weights, naming the rows it comes from."""
     bad = [row["id"] for row in rows if not np.isfinite(row["loss"])]
     if bad or not np.isfinite(grad_norm):
-        raise InputError(f"step {step + 1}: the loss or its gradient is not finite (ids {', '.join(bad[:5]) or 'all'}): "
-                         f"lower --lr, or look at these rows; what was saved before is kept in {partial}")
+        ids = ", ".join((bad or [row["id"] for row in rows])[:5])
+        raise InputError(f"step {step + 1}: the loss or its gradient is not finite (ids {ids}): lower --lr, or look at "
+                         f"these rows; what was saved before is kept in {partial}")
+
+
+def save_trained(args, partial, model, tokenizer, counts, started):
+    """The trained model and the metrics of its steps, as the output."""
+    save_model(model, tokenizer, partial / "model")
+    (partial / "metrics.jsonl").rename(partial / "model" / "metrics.jsonl")
+    close_output(args, partial, partial / "model", counts, started)
 
 
 def save_state(partial, step, model, optimizer, scheduler, **state):

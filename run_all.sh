@@ -31,7 +31,8 @@ case $SETTING in
   phi-3-medium)       : "${INIT:=microsoft/Phi-3-medium-4k-instruct}"
                       : "${LR:=1e-5}" "${SEED_EPOCHS:=1}" "${BETA:=0.01}" "${ITERATIONS:=2}" ;;            # App. B.3
   mistral-7b-no-seed) : "${INIT:=mistralai/Mistral-7B-v0.1}" "${PI_0:=mistralai/Mistral-7B-Instruct-v0.1}" # Figure 4
-                      : "${SEED_SIZE:=0}" ;;
+                      : "${SEED_SIZE:=0}" "${INIT_TOKENIZER:=$PI_0}"  # a base model has no chat template
+                      : "${INIT_NAME:=Mistral-7B-v0.1 (pi_init)}" "${PI_0_NAME:=Mistral-7B-Instruct-v0.1 (pi_0)}" ;;
   test) ;;
   *) echo "run_all.sh: no setting \"$SETTING\": world, mistral-7b, phi-2, llama-3-8b, phi-3-medium, mistral-7b-no-seed or test" >&2
      exit 2 ;;
@@ -41,7 +42,13 @@ esac
 : "${BETA:=0.1}" "${LR:=5e-7}" "${SEED_EPOCHS:=3}" "${BATCH_SIZE:=32}" "${MICRO_BATCH_SIZE:=2}"
 : "${TEMPERATURE:=0.7}" "${MAX_NEW_TOKENS:=300}" "${CUT:=eos}" "${SAMPLING_BATCH_SIZE:=32}"
 : "${REFINE:=decoupled}" "${ALPHA:=0.1}" "${K_PERCENT:=10}" "${LAMBDAS:=0.5 0.25 0.125}"
+: "${INIT_NAME:=SFT (pi_init)}" "${PI_0_NAME:=DPO on the seed (pi_0)}" "${INIT_TOKENIZER:=}"
 : "${GOLD_LABEL_SHARE:=$([ "$SEED_SIZE" = 0 ] && echo 0 || echo 3.3) %}" "${NPROC:=}" "${PYTHON:=}"
+
+if [ "$SETTING" != test ] && [ $# -gt 0 ]; then
+  echo "run_all.sh: what is \"$1\"? After a setting comes nothing or --dry-run" >&2
+  exit 2
+fi
 
 # ---- Python -----------------------------------------------------------------------------------
 if [ -z "$PYTHON" ]; then
@@ -56,7 +63,6 @@ if [ -z "$PYTHON" ]; then
   fi
 fi
 if [ "$SETTING" = test ]; then exec "$PYTHON" -m pytest tests "$@"; fi
-if [ $# -gt 0 ]; then echo "run_all.sh: what is \"$1\"? After a setting comes nothing or --dry-run" >&2; exit 2; fi
 if [ -z "$NPROC" ]; then
   NPROC=$( (nvidia-smi --list-gpus 2>/dev/null || true) | wc -l)
 fi
@@ -116,8 +122,8 @@ evaluate() {  # name of the folder, name in the table, share of gold labels, mod
     "${sampling[@]}" "${options[@]}"
   evaluated+=("$R/eval/$1")
 }
-evaluate sft "SFT (pi_init)" "0 %" "$INIT"
-evaluate dpo "DPO on the seed (pi_0)" "$GOLD_LABEL_SHARE" "$PI_0"
+evaluate sft "$INIT_NAME" "0 %" "$INIT" ${INIT_TOKENIZER:+--tokenizer "$INIT_TOKENIZER"}
+evaluate dpo "$PI_0_NAME" "$GOLD_LABEL_SHARE" "$PI_0"
 for (( t = 1; t <= ITERATIONS; t++ )); do
   preferences=()
   [ "$SETTING" != world ] || preferences=(--preferences "$R/preferences_$t.jsonl")
