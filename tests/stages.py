@@ -1,0 +1,149 @@
+"""Start stages as a person would, but in this process, where torch is imported already.
+
+As a program, under torchrun: runs several stages in turn as one of the ranks (test_ranks.py), see `run_ranks`.
+"""
+
+import contextlib
+import functools
+import importlib.util
+import io
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections import namedtuple
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import common
+
+Ran = namedtuple("Ran", "status out err")
+NO_RANKS = {key: value for key, value in os.environ.items()
+            if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")}
+
+
+@functools.cache
+def load(name):
+    """The module of a stage: "01_seed_dpo" is no name that `import` takes."""
+    spec = importlib.util.spec_from_file_location("stage_" + name, ROOT / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def command_line(options):
+    """{"lr": 1, "all_gold": True, "prompt_sizes": [2, 3]} -> --lr 1 --all-gold --prompt-sizes 2 3"""
+    words = []
+    for key, value in options.items():
+        values = [] if value is True else value if isinstance(value, list) else [value]
+        words += ["--" + key.replace("_", "-"), *map(str, values)]
+    return words
+
+
+def attempt(name, /, **options):
+    """Run a stage -> its exit status and what it wrote to stdout and stderr."""
+    main, argv, out, err = load(name).main, sys.argv, io.StringIO(), io.StringIO()
+    sys.argv = [f"{name}.py", *command_line(options)]
+    try:
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            common.run(main)
+        status = 0
+    except SystemExit as stop:
+        status = stop.code or 0
+    finally:
+        sys.argv = argv
+    return Ran(status, out.getvalue(), err.getvalue())
+
+
+def run(name, /, **options):
+    """Run a stage that must succeed -> its output, as a path."""
+    ran = attempt(name, **options)
+    assert ran.status == 0, ran.err
+    return Path(options["output"])
+
+
+def parsed(name, words):
+    """What a stage makes of the words of its command line, defaults included."""
+    argv, sys.argv = sys.argv, [name, *words]
+    try:
+        return load(name).parse_args()
+    finally:
+        sys.argv = argv
+
+
+def rows(path):
+    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+
+
+def write_rows(path, rows):
+    Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def metrics(model):
+    return rows(Path(model) / "metrics.jsonl")
+
+
+def weights(model):
+    from safetensors.torch import load_file
+    return load_file(Path(model) / "model.safetensors")
+
+
+def farthest(one, two):
+    """The largest difference between two models' weights."""
+    one, two = weights(one), weights(two)
+    assert one.keys() == two.keys()
+    return max((one[key] - two[key]).abs().max().item() for key in one)
+
+
+def moved(one, two):
+    return farthest(one, two) > 1e-4
+
+
+# ---------------------------------------------------------------------------------------------
+# Two ranks
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def run_ranks(folder, *runs):
+    """Each of runs, (stage, options), by two processes under torchrun -> for each run, the two ranks' Ran.
+
+    One torchrun serves all the runs, each with a port of its own to meet at: most of the time goes into imports.
+    """
+    job = [[name, {key: str(v) if isinstance(v, Path) else v for key, v in options.items()}, free_port()]
+           for name, options in runs]
+    (folder / "job.json").write_text(json.dumps(job))
+    with subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port",
+                           str(free_port()), __file__, folder / "job.json"], text=True, stdout=subprocess.PIPE,
+                          stderr=subprocess.STDOUT, env=NO_RANKS | {"OMP_NUM_THREADS": "1"}) as torchrun:
+        try:
+            output, _ = torchrun.communicate(timeout=120)
+        except subprocess.TimeoutExpired:
+            torchrun.terminate()  # not kill: its processes must end too
+            output, _ = torchrun.communicate()
+    assert torchrun.returncode == 0, output[-5000:]
+    ranks = [[Ran(*ran) for ran in rows(folder / f"job.json.{rank}")] for rank in range(2)]
+    return list(zip(*ranks, strict=True))
+
+
+def be_a_rank(job):
+    import torch
+    torch.set_num_threads(1)
+    done = []
+    for k, (name, options, port) in enumerate(json.loads(Path(job).read_text())):
+        if k > 0:  # the first meets where torchrun says
+            os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE="False")
+        done.append(attempt(name, **options))
+    write_rows(f"{job}.{os.environ['RANK']}", done)
+
+
+if __name__ == "__main__":
+    be_a_rank(sys.argv[1])

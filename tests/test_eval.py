@@ -1,0 +1,156 @@
+"""05: win rates, the gold judge and what a run writes."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import common
+import stages
+from stages import rows, run, write_rows
+
+evaluation = stages.load("05_eval")
+GOLD = {"lamp": {"the bulb is new .": 1, "a lamp is a lamp .": 0, "throw the lamp away .": -1},
+        "tent": {"the pole is new .": 1}}
+LAMP = [{"role": "user", "content": "my tent is fine ."}, {"role": "assistant", "content": "good ."},
+        {"role": "user", "content": "my red lamp is broken . can you help ?"}]
+
+
+# ---------------------------------------------------------------------------------------------
+# Win rates
+
+
+def test_win_rate_by_hand():
+    # 2 wins, 1 tie, 1 loss: (1 + 1 + 0.5 + 0) / 4 = 62.5 %; squared deviations 2 * 0.375^2 + 0.125^2 + 0.625^2 = 0.6875;
+    # standard error sqrt(0.6875 / 3 / 4) = 23.94 %
+    assert evaluation.win_rate(np.array([1, 1, 0.5, 0])) == pytest.approx((62.5, 23.9357), abs=1e-3)
+
+
+def logistic_regression(preference, d, ridge):
+    """Minimises the cross-entropy + ridge / 2 (b^2 + w^2) by L-BFGS -> 100 sigmoid(b)."""
+    d, y = torch.tensor(d, dtype=torch.float64), torch.tensor(preference, dtype=torch.float64)
+    w = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+    x = torch.tanh(d / d.std())
+    optimizer = torch.optim.LBFGS([w], max_iter=500, tolerance_grad=1e-12, tolerance_change=1e-15,
+                                  line_search_fn="strong_wolfe")
+
+    def loss():
+        optimizer.zero_grad()
+        value = torch.nn.functional.binary_cross_entropy_with_logits(w[0] + w[1] * x, y, reduction="sum")
+        value = value + ridge / 2 * (w ** 2).sum()
+        value.backward()
+        return value
+    optimizer.step(loss)
+    return 100 * torch.sigmoid(w[0]).item()
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_the_length_controlled_win_rate_is_that_of_another_optimiser(seed):
+    rng = np.random.default_rng(seed)
+    lengths, others = rng.integers(20, 400, 150), rng.integers(20, 300, 150)
+    better = 0.7 + 1.5 * np.tanh((lengths - others) / 100) + rng.logistic(size=150)
+    preference = (1 + np.sign(better)) / 2
+    preference[:5] = 0.5
+    ours = evaluation.length_controlled_win_rate(preference, lengths, others)
+    assert ours == pytest.approx(logistic_regression(preference, lengths - others, 0.01), abs=1e-4)
+    assert abs(ours - 100 * preference.mean()) > 2  # longer responses win more often here, and are not rewarded for it
+
+
+def test_the_length_controlled_win_rate_of_equally_long_responses_is_the_win_rate():
+    preference = np.array([1] * 70 + [0] * 30)
+    for d in (np.zeros(100), np.full(100, 40)):
+        rate = evaluation.length_controlled_win_rate(preference, 100 + d, np.full(100, 100))
+        assert rate == pytest.approx(70, abs=0.05)  # 0.05: the ridge
+
+
+def test_the_length_controlled_win_rate_is_symmetric():
+    rng = np.random.default_rng(0)
+    preference, lengths, others = rng.integers(0, 2, 60), rng.integers(5, 90, 60), rng.integers(5, 90, 60)
+    rate = evaluation.length_controlled_win_rate(preference, lengths, others)
+    # seen from the other model
+    assert evaluation.length_controlled_win_rate(1 - preference, others, lengths) == pytest.approx(100 - rate)
+    # a win, and the same difference of lengths the other way round a loss: nobody is better
+    both = np.concatenate([preference, 1 - preference])
+    assert evaluation.length_controlled_win_rate(both, [*lengths, *others], [*others, *lengths]) == pytest.approx(50)
+
+
+def test_a_model_that_always_wins_has_a_finite_rate():
+    rate = evaluation.length_controlled_win_rate(np.ones(50), np.arange(50), np.arange(50)[::-1])
+    assert 95 < rate < 100
+    assert math.isfinite(evaluation.length_controlled_win_rate(np.array([1.0]), [3], [5]))
+
+
+# ---------------------------------------------------------------------------------------------
+# The gold judge
+
+
+@pytest.mark.parametrize("text, score", [
+    ("the bulb is new .", 1),
+    ("the bulb is new . throw the lamp away .", 0),                          # (1 - 1) / 2
+    ("the bulb is new . a lamp is a lamp .", 1 / 2),
+    ("the bulb is new . a lamp is a lamp . the bulb is new .", 0),           # said twice: (1 + 0 - 1) / 3
+    ("the bulb is new . the new bulb .", 0),                                 # malformed: (1 - 1) / 2
+    ("the pole is new .", -1),                                               # of the tent, which is not asked about
+    ("the bulb is new . a lamp is", 0),                                      # cut: (1 - 1) / 2
+    ("", -1)])
+def test_the_gold_score_by_hand(text, score):
+    assert common.gold_score(GOLD, LAMP, text) == pytest.approx(score)
+
+
+def test_the_judge_accuracy_by_hand(tmp_path):
+    def response(text):
+        return {"text": text, "ids": [1], "finish": "eos"}
+
+    good, fair, bad = map(response, ("the bulb is new .", "a lamp is a lamp .", "throw the lamp away ."))
+    pairs = [(good, bad), (fair, bad), (bad, fair), (good, good)]  # right, right, wrong, and one gold has no view of
+    path = write_rows(tmp_path / "preferences.jsonl", [{"id": k, "prompt": LAMP, "chosen": w, "rejected": l}
+                                                       for k, (w, l) in enumerate(pairs)])
+    assert evaluation.judge_accuracy(path, GOLD) == pytest.approx(200 / 3)
+    assert evaluation.judge_accuracy(write_rows(path, rows(path)[3:]), GOLD) is None  # no pair to judge by
+
+
+# ---------------------------------------------------------------------------------------------
+# A run
+
+
+@pytest.fixture(scope="module")
+def evaluated(world, pi_0, tmp_path_factory):
+    return run("05_eval", model=pi_0, input=world / "eval.jsonl", gold=world / "gold.json", name="a model", gold_labels="3 %",
+               max_new_tokens=12, output=tmp_path_factory.mktemp("eval") / "out")
+
+
+def test_05_scores_its_responses_against_the_references(evaluated, world):
+    gold, written = json.loads((world / "gold.json").read_text()), rows(evaluated / "responses.jsonl")
+    metrics = json.loads((evaluated / "metrics.json").read_text())
+    for row, given in zip(written, rows(world / "eval.jsonl"), strict=True):
+        assert (row["id"], row["prompt"], row["reference"]) == (given["id"], given["prompt"], given["reference"])
+        ours, theirs = (common.gold_score(gold, row["prompt"], row[key]) for key in ("response", "reference"))
+        assert row["preference"] == (1 if ours > theirs else 0.5 if ours == theirs else 0)
+    assert metrics["n"] == len(written)
+    assert metrics["win_rate"] == pytest.approx(100 * np.mean([row["preference"] for row in written]))
+    assert metrics["avg_length"] == pytest.approx(np.mean([len(row["response"]) for row in written]))
+    assert metrics["eos_rate"] == pytest.approx(100 * np.mean([row["finish"] == "eos" for row in written]))
+    assert metrics["malformed"] == 100  # of a model that knows nothing
+
+
+def test_05_finds_the_references_as_good_as_themselves(world):
+    gold = json.loads((world / "gold.json").read_text())
+    given = [{**row, "response": row["reference"]} for row in rows(world / "eval.jsonl")]
+    metrics = evaluation.score(given, gold)
+    assert (metrics["win_rate"], metrics["malformed"]) == (50, 0)
+    assert metrics["length_controlled_winrate"] == pytest.approx(50)
+
+
+def test_05_reports_models_side_by_side(evaluated, tmp_path):
+    output = run("05_eval", report=[evaluated, evaluated], output=tmp_path / "report")
+    table, samples = ((output / name).read_text() for name in ("table.md", "samples.md"))
+    lines = table.splitlines()
+    assert len(lines) == 4 and lines[2] == lines[3]
+    cells = [cell.strip() for cell in lines[2].strip("|").split("|")]
+    metrics = json.loads((evaluated / "metrics.json").read_text())
+    assert cells[:3] == ["a model", "3 %", f"{metrics['win_rate']:.1f}"]
+    assert lines[0].count("|") == lines[1].count("|") == lines[2].count("|")
+    for row in rows(evaluated / "responses.jsonl")[:3]:
+        assert row["prompt"][-1]["content"] in samples and samples.count(row["response"]) >= 2

@@ -1,0 +1,250 @@
+"""run_all.sh: the loop of Algorithm 1 on the small world, the paper's settings, and what it does when a stage fails."""
+
+import json
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+import stages
+from stages import ROOT, parsed, rows
+
+CLEAN = {key: os.environ[key] for key in ("PATH", "HOME", "TMPDIR", "LANG") if key in os.environ}
+LITTLE = {"SEED_SIZE": "20", "PROMPT_SIZES": "24", "ITERATIONS": "1", "EVAL_SIZE": "10", "SFT_SIZE": "64",
+          "SFT_EPOCHS": "1", "MAX_NEW_TOKENS": "12", "CUT": "eos", "BATCH_SIZE": "8"}
+SETTINGS = ["mistral-7b", "phi-2", "llama-3-8b", "phi-3-medium", "mistral-7b-no-seed"]
+
+
+def bash(*words, root=ROOT, **environment):
+    return subprocess.run(["bash", root / "run_all.sh", *words], capture_output=True, text=True, timeout=300,
+                          env=CLEAN | {"NPROC": "1"} | environment)
+
+
+# ---------------------------------------------------------------------------------------------
+# End to end
+
+
+@pytest.fixture(scope="module")
+def little(tmp_path_factory):
+    """The folder of a whole run on a world of a few dozen rows, and what it printed."""
+    runs = tmp_path_factory.mktemp("runs")
+    done = bash(**LITTLE, PYTHON=sys.executable, RUNS=str(runs), NAME="little", OMP_NUM_THREADS="1")
+    assert done.returncode == 0, done.stderr
+    return runs / "little", done
+
+
+def files(folder):
+    return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.rglob("*") if path.is_file()}
+
+
+def test_the_small_world_ends_with_a_table_and_samples(little):
+    folder, done = little
+    table = (folder / "report" / "table.md").read_text()
+    assert table in done.stdout
+    names = [line.split("|")[1].strip() for line in table.splitlines()[2:]]
+    assert names == ["SFT (pi_init)", "DPO on the seed (pi_0)", "SPA, iteration 1 (pi_1)", "DPO on all gold labels"]
+    samples = (folder / "report" / "samples.md").read_text()
+    assert samples in done.stdout and samples.count("\n> ") + samples.startswith("> ") == 3
+    assert all(samples.count(name) == 3 for name in names)
+    assert "Traceback" not in done.stderr
+
+
+def test_every_stage_of_the_small_world_leaves_its_output_and_metrics(little):
+    folder, _ = little
+    assert not list(folder.rglob("*.partial")) and not list(folder.rglob("*.tmp"))
+    assert (len(rows(folder / "data/seed.jsonl")), len(rows(folder / "data/prompts_1.jsonl"))) == (20, 24)
+    assert len(rows(folder / "responses_1.jsonl")) == 24
+    assert 0 < len(rows(folder / "preferences_1.jsonl")) <= 24
+    wanted = {"step", "loss", "margin", "accuracy", "logp_chosen", "logp_rejected", "grad_norm", "lr"}
+    for model, keys in (("pi_init", {"step", "loss", "grad_norm", "lr"}), ("pi_0", wanted), ("dpo_all_gold", wanted),
+                        ("pi_1", wanted | {"tau", "flagged"})):
+        assert all(keys <= set(line) for line in rows(folder / model / "metrics.jsonl")), model
+        assert (folder / model / "model.safetensors").is_file() and (folder / model / "tokenizer.json").is_file()
+    accuracy = json.loads((folder / "eval" / "spa_1" / "metrics.json").read_text())["judge_accuracy"]
+    assert accuracy is None or 0 <= accuracy <= 100  # None: gold may hold all the pairs of so small a model equal
+    # pi_1 was trained from pi_0, with pi_0 as the reference: at the first step they agree
+    assert rows(folder / "pi_1" / "metrics.jsonl")[0]["margin"] == 0
+    assert stages.moved(folder / "pi_init", folder / "pi_0") and stages.farthest(folder / "pi_0", folder / "pi_1") > 0
+
+
+def test_every_number_that_is_written_is_json(little):
+    def refuse(name):  # NaN, which Python writes and others cannot read
+        raise ValueError(f"{name} in {path}")
+
+    folder, _ = little
+    for path in [*folder.rglob("*.json"), *folder.rglob("*.jsonl")]:
+        for text in path.read_text(encoding="utf-8").splitlines() if path.suffix == ".jsonl" else [path.read_text()]:
+            json.loads(text, parse_constant=refuse)
+
+
+def test_a_second_run_does_nothing_again(little):
+    folder, first = little
+    before = files(folder)
+    again = bash(**LITTLE, PYTHON=sys.executable, RUNS=str(folder.parent), NAME="little", OMP_NUM_THREADS="1")
+    assert again.returncode == 0, again.stderr
+    assert again.stdout.count("already there") == len(commands("world", **LITTLE))
+    assert files(folder) == before
+
+
+# ---------------------------------------------------------------------------------------------
+# Commands
+
+
+def commands(setting, **environment):
+    """[(stage, its parsed arguments)] that --dry-run prints."""
+    done = bash(setting, "--dry-run", **environment)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    lines = [shlex.split(line) for line in done.stdout.splitlines()]
+    assert all(words[1].endswith(".py") for words in lines)
+    return [(words[1].removesuffix(".py"), parsed(words[1].removesuffix(".py"), words[2:])) for words in lines]
+
+
+def only(stage, commands):
+    return [args for name, args in commands if name == stage]
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_a_setting_is_algorithm_1(setting):
+    printed = commands(setting)
+    [inputs] = only("00_inputs", printed)
+    init = only("03_judge", printed)[0].init_model
+    policy = only("02_generate", printed)[0].model
+    for args in only("01_seed_dpo", printed):  # pi_0 from pi_init and D_0
+        assert (args.model, args.input, args.output) == (init, f"{inputs.output}/seed.jsonl", policy)
+        assert args.ref_model in (None, init)
+    loop = list(zip(*(only(stage, printed) for stage in ("02_generate", "03_judge", "04_refined_dpo")), strict=True))
+    order = [name for name, _ in printed if name[:2] in ("02", "03", "04")]
+    assert order == ["02_generate", "03_judge", "04_refined_dpo"] * len(loop)
+    for t, (generate, judge, train) in enumerate(loop, 1):
+        assert (generate.model, generate.input) == (policy, f"{inputs.output}/prompts_{t}.jsonl")
+        # the judge's reference is pi_init, the training's is pi_{t-1}
+        assert (judge.model, judge.init_model, judge.input) == (policy, init, generate.output)
+        assert (train.model, train.input) == (policy, judge.output) and train.ref_model in (None, policy)
+        policy = train.output
+    assert [args.model for args in only("05_eval", printed) if args.model][-1] == policy
+
+
+PAPER = {  # Sections 5.1 and 5.3, App. B.3: (pi_init, learning rate, beta, epochs on the seed, iterations)
+    "mistral-7b": ("alignment-handbook/zephyr-7b-sft-full", 5e-7, 0.1, 3, 3),
+    "phi-2": ("lole25/phi-2-sft-ultrachat-full", 5e-6, 0.1, 3, 1),
+    "llama-3-8b": ("meta-llama/Meta-Llama-3-8B-Instruct", 1e-5, 0.01, 1, 2),
+    "phi-3-medium": ("microsoft/Phi-3-medium-4k-instruct", 1e-5, 0.01, 1, 2),
+    "mistral-7b-no-seed": ("mistralai/Mistral-7B-v0.1", 5e-7, 0.1, None, 3)}
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_a_setting_has_the_paper_s_values(setting):
+    init, lr, beta, seed_epochs, iterations = PAPER[setting]
+    printed = commands(setting)
+    [inputs] = only("00_inputs", printed)
+    assert inputs.source == "ultrafeedback" and inputs.prompt_sizes == [8000, 20000, 30000]
+    assert inputs.seed_size == (2000 if seed_epochs else 0)
+    if seed_epochs:
+        [seed] = only("01_seed_dpo", printed)
+        assert (seed.lr, seed.beta, seed.epochs, seed.batch_size) == (lr, beta, seed_epochs, 32)
+    else:
+        assert not only("01_seed_dpo", printed)
+    for args in only("02_generate", printed):
+        assert (args.samples, args.temperature, args.max_new_tokens) == (2, 0.7, 300)
+    for args in only("03_judge", printed):
+        assert (args.init_model, args.beta) == (init, beta)
+    training = only("04_refined_dpo", printed)
+    assert [args.lam for args in training] == [1 / 2, 1 / 4, 1 / 8][:iterations]
+    for args in training:
+        assert (args.lr, args.beta, args.epochs, args.batch_size) == (lr, beta, 1, 32)
+        assert (args.refine, args.alpha, args.k_percent, args.refine_after, args.window) == ("decoupled", 0.1, 10, 0.2, 50)
+
+
+def test_without_seed_data_pi_0_is_the_instruct_model_and_pi_init_its_base():
+    printed = commands("mistral-7b-no-seed")
+    assert only("02_generate", printed)[0].model == "mistralai/Mistral-7B-Instruct-v0.1"
+    # the base model has no chat template: where it answers, it needs another's
+    for stage, args in printed:
+        if stage in ("02_generate", "05_eval") and args.model == "mistralai/Mistral-7B-v0.1":
+            assert args.tokenizer or args.chat_template, stage
+
+
+def test_variables_of_the_environment_come_first():
+    printed = commands("mistral-7b", LR="1e-6", SEED="7", ITERATIONS="1", NAME="mine", RUNS="elsewhere", K_PERCENT="20")
+    [train] = only("04_refined_dpo", printed)
+    assert (train.lr, train.seed, train.k_percent, train.output) == (1e-6, 7, 20, "elsewhere/mine/pi_1")
+    assert all(args.seed == 7 for stage, args in printed if hasattr(args, "seed") and getattr(args, "report", None) is None)
+
+
+def test_several_gpus_share_the_stages_that_have_work_to_share():
+    done = bash("mistral-7b", "--dry-run", NPROC="4")
+    for line in done.stdout.splitlines():
+        alone = "00_inputs.py" in line or "--report" in line
+        assert ("torch.distributed.run --nproc-per-node 4" in line) != alone, line
+
+
+@pytest.mark.parametrize("words", [["no-such-setting"], ["--no-such-option"], ["mistral-7b", "--no-such-option"]])
+def test_an_unknown_word_is_refused_before_anything_is_installed(clone, words):
+    bash, log = clone
+    done = bash(*words)
+    assert done.returncode == 2 and done.stdout == "" and not log.exists()
+    assert done.stderr.count("\n") == 1 and words[-1] in done.stderr
+
+
+# ---------------------------------------------------------------------------------------------
+# With a Python that only writes down what it is asked
+
+
+@pytest.fixture
+def stub(tmp_path):
+    """(a program to stand for Python, the file it logs to); it fails with $STATUS at what matches $FAILS."""
+    log, program = tmp_path / "log", tmp_path / "python"
+    program.write_text(f'#!/usr/bin/env bash\necho "$*" >> {log}\n'
+                       'if [[ -n ${FAILS:-} && "$*" == *$FAILS* ]]; then exit "$STATUS"; fi\n')
+    program.chmod(0o755)
+    return program, log
+
+
+@pytest.mark.parametrize("stage, status", [("00_sft", 2), ("03_judge", 7), ("pi_2 --refine", 137), ("--report", 1)])
+def test_a_failed_stage_stops_the_script_with_its_status(stub, stage, status):
+    program, log = stub
+    done = bash(PYTHON=str(program), FAILS=stage, STATUS=str(status))
+    assert done.returncode == status
+    lines = log.read_text().splitlines()
+    assert stage in lines[-1] and not any(stage in line for line in lines[:-1])
+
+
+def test_test_runs_the_tests(stub):
+    program, log = stub
+    assert bash("test", "-k", "ranks", PYTHON=str(program)).returncode == 0
+    assert log.read_text() == "-m pytest tests -k ranks\n"
+
+
+@pytest.fixture
+def clone(stub, tmp_path):
+    """run_all.sh in a folder without .venv, where python3 puts the program above there; and the log."""
+    program, log = stub
+    root = tmp_path / "clone"
+    (root / "bin").mkdir(parents=True)
+    for name in ("run_all.sh", "requirements.txt"):
+        shutil.copy(ROOT / name, root)
+    (root / "bin" / "python3").write_text('#!/usr/bin/env bash\nif [ "$1 $2" = "-m venv" ]; then\n'
+                                          f'  echo "venv" >> {log}; mkdir -p .venv/bin; cp {program} .venv/bin/python\nfi\n')
+    (root / "bin" / "python3").chmod(0o755)
+    path = f"{root / 'bin'}:{CLEAN['PATH']}"
+    return lambda *words, **environment: bash(*words, root=root, PATH=path, **environment), log
+
+
+def test_a_virtual_environment_is_made_once_and_the_script_says_so(clone, tmp_path):
+    bash, log = clone
+    failed = bash("test", FAILS="pip install", STATUS="1")
+    assert failed.returncode == 1 and "pytest" not in log.read_text()
+    log.unlink()
+    first = bash("test")
+    assert first.returncode == 0 and ".venv" in first.stdout + first.stderr
+    lines = log.read_text().splitlines()
+    assert lines[0] == "venv" and lines[-1] == "-m pytest tests"
+    assert any("pip install" in line and "-r requirements.txt" in line for line in lines)
+    log.unlink()
+    again = bash("test")
+    assert again.returncode == 0 and log.read_text() == "-m pytest tests\n"
+    (tmp_path / "clone" / "requirements.txt").write_text("torch\n")  # of a later version
+    assert bash("test").returncode == 0 and "pip install" in log.read_text()
