@@ -236,6 +236,11 @@ def two_texts(value):
     return isinstance(value, list) and len(value) == 2 and all(map(any_text, value))
 
 
+def a_list(value):
+    "a list"
+    return isinstance(value, list)
+
+
 def choices(value):
     "a list [{index, turns: two texts}]"
     return isinstance(value, list) and value != [] and isinstance(value[0], dict) and two_texts(value[0].get("turns"))
@@ -245,6 +250,7 @@ OUTPUTS = {"instruction": any_text, "output": any_text}
 ANNOTATIONS = {"instruction": any_text, "output_1": any_text, "output_2": any_text, "preference": a_preference}
 QUESTIONS = {"question_id": common.an_id, "category": common.a_text, "turns": two_texts}
 ANSWERS = {"question_id": common.an_id, "choices": choices}
+JUDGMENTS = {"question_id": common.an_id, "model": any_text, "turn": common.an_id, "judge": a_list, "user_prompt": any_text}
 PROMPTS = {"name": common.a_text, "system_prompt": any_text, "prompt_template": common.a_text}
 
 
@@ -314,6 +320,11 @@ def read_gold(path):
     except (OSError, ValueError, AttributeError):
         pass
     raise common.InputError(f"{path}: is not a gold judge {{thing: {{sentence: value}}}}: give 00_inputs.py's gold.json")
+
+
+def rounded(figures):
+    """For the line on the terminal."""
+    return {k: round(v, 2) if isinstance(v, float) else v for k, v in figures.items() if not isinstance(v, dict)}
 
 
 def file_name(name):
@@ -398,8 +409,9 @@ def answer_mt_bench(args, started):
     if speaker.ranks.rank == 0:
         common.write_jsonl(partial / "answers.jsonl", ({
             "question_id": row["question_id"],
-            "answer_id": hashlib.sha256(json.dumps([name, row["question_id"], talk]).encode()).hexdigest()[:22], "model_id": name,
-            "choices": [{"index": 0, "turns": [talk[1]["content"], talk[3]["content"]]}], "tstamp": time.time()}
+            "answer_id": hashlib.sha256(json.dumps([name, row["question_id"], talk]).encode()).hexdigest()[:22],
+            "model_id": name, "choices": [{"index": 0, "turns": [talk[1]["content"], talk[3]["content"]]}],
+            "tstamp": time.time()}
             for row, talk in zip(questions, conversations)))
         counts = {"questions": len(questions), "turns cut at the limit": finishes.count("length")}
         common.close_output(args, partial, partial / "answers.jsonl", counts, started)
@@ -428,8 +440,16 @@ rather have received: weigh how correct, complete and useful it is, and give not
 Reply with the name of the assistant that answered better, m or M, and with nothing else."""
 
 
-def as_template(text):
-    """Messages of a judging prompt: of one in ChatML, as AlpacaEval's are, each block; else one of the user."""
+def read_template(path):
+    """Messages of a judging prompt: in ChatML, as AlpacaEval's file is, each of its blocks; else one of the user."""
+    try:
+        text = Path(path).read_text(encoding="utf-8") if path else TEMPLATE
+    except (OSError, UnicodeDecodeError) as error:
+        raise common.InputError(f"{path}: cannot be read ({common.reason(error)}): --judge-template names a text file")
+    for name in ("{instruction}", "{output_1}", "{output_2}"):
+        if name not in text:
+            raise common.InputError(f"{path}: has no place for {name}: give a prompt that shows {{instruction}}, {{output_1}} "
+                                    "and {output_2} and asks for m or M")
     blocks = re.findall(r"<\|im_start\|>(\w+)\n(.*?)<\|im_end\|>", text, re.DOTALL)
     return [{"role": role, "content": content.strip()} for role, content in blocks or [("user", text)]]
 
@@ -494,12 +514,13 @@ class Endpoint:
                                                     temperature=1 if logprobs else 0, **options)
                 return self.read(reply, logprobs)
             except OfflineModeIsEnabled:
-                raise self.halt("HF_HUB_OFFLINE keeps the client from every request: unset it")
+                self.stop.set()
+                raise Unanswered("HF_HUB_OFFLINE keeps the client from every request: unset it")
             except HfHubHTTPError as error:
                 status = error.response.status_code
-                why = self.hide(f"HTTP {status} {error.server_message or ''}")
+                why = self.told(f"HTTP {status} {error.server_message or ''}")
                 if status in (401, 403, 404):  # no request will fare better
-                    raise self.halt(why)
+                    self.stop.set()
                 if status not in (408, 409, 425, 429) and status < 500:
                     raise Unanswered(why)
                 wait = error.response.headers.get("retry-after", "")
@@ -507,7 +528,7 @@ class Endpoint:
             except InferenceTimeoutError:
                 why = f"no answer within {self.args.judge_timeout:g} seconds"
             except Exception as error:  # a broken connection, an answer that is no chat completion: of many kinds
-                why = self.hide(f"{type(error).__name__}: {error}")
+                why = self.told(f"{type(error).__name__}: {error}")
             if attempt < self.args.judge_retries:
                 self.stop.wait(pause)
         raise Unanswered(why)
@@ -515,7 +536,7 @@ class Endpoint:
     def read(self, reply, logprobs):
         choice = reply.choices[0]
         if not logprobs:
-            return self.hide(choice.message.content, None)
+            return choice.message.content.replace(self.key, "***")
         if choice.logprobs is None:
             raise ValueError("the endpoint gave no log-probs")
         return [(str(top.token), float(top.logprob)) for top in choice.logprobs.content[0].top_logprobs]
@@ -529,13 +550,9 @@ class Endpoint:
                 raise Unanswered(f"the budget of {self.args.budget} requests is spent")
             self.asked += 1
 
-    def halt(self, why):
-        self.stop.set()
-        return Unanswered(why)
-
-    def hide(self, text, limit=160):
-        """A server's words, without the key, should it repeat it."""
-        return text.replace(self.key, "***") if limit is None else " ".join(text.replace(self.key, "***").split())[:limit]
+    def told(self, text):
+        """A server's words in one line, without the key, should it repeat it."""
+        return " ".join(text.replace(self.key, "***").split())[:160]
 
 
 class LocalJudge:
@@ -603,49 +620,46 @@ def judge_missing(args, partial, rows, messages, complete, logprobs, max_tokens)
     return {"judged now": len(jobs), "requests": getattr(judge, "asked", 0)}
 
 
+def read_pair(paths):
+    """[(row of the baseline's outputs, row of the model's)], joined by instruction, in the baseline's order."""
+    first, second = (read_rows(path, OUTPUTS, "instruction") for path in paths)
+    answered = {row["instruction"]: row for row in second}
+    missing = [row["instruction"] for row in first if row["instruction"] not in answered]
+    if missing or len(first) != len(second):
+        raise common.InputError(f"{paths[1]}: answers {len(second)} instructions, {paths[0]} {len(first)}, of which the former "
+                                f"lacks {len(missing)} {str(missing[:1])[:80]}: both must answer the same")
+    return [(row, answered[row["instruction"]]) for row in first]
+
+
 def judge_outputs(args, started):
     """annotations.json of a pair of outputs files, in the order of the baseline's."""
     if len(args.judge) != 2 or bool(args.gold) == bool(args.judge_model):
         raise common.InputError("--judge takes the baseline's outputs and the model's, and one of --judge-model and --gold")
     args.judge[0] = baseline_outputs(args.judge[0])
-    first, second = (read_rows(path, OUTPUTS, "instruction") for path in args.judge)
-    by_instruction = {row["instruction"]: row for row in second}
-    missing = [row["instruction"] for row in first if row["instruction"] not in by_instruction]
-    if missing or len(first) != len(second):
-        raise common.InputError(f"{args.judge[1]}: answers {len(second)} instructions, {args.judge[0]} {len(first)}, and "
-                                f"{len(missing)} of these are missing {str(missing[:1])[:80]}: both must answer the same")
-    template = as_template(read_text(args.judge_template) if args.judge_template else TEMPLATE)
-    gaps = [name for name in ("instruction", "output_1", "output_2") if not any("{" + name + "}" in m["content"] for m in template)]
-    if gaps:
-        raise common.InputError(f"{args.judge_template}: has no place for {{{gaps[0]}}}: give a prompt with {{instruction}}, "
-                                "{output_1} and {output_2} that asks for m or M")
+    pairs, template = read_pair(args.judge), read_template(args.judge_template)
     gold = read_gold(args.gold) if args.gold else None
     partial = common.open_output(args, "judge", "judge_template", "gold", free=FREE)
     rows, messages = [], []
-    for one in first:
-        two = by_instruction[one["instruction"]]
-        pair = [one["output"], two["output"]]
-        rows.append(annotation(one, pair, [one.get("generator", "reference"), two.get("generator", "model")],
-                               args.judge_model or "gold"))
+    for one, two in pairs:
+        instruction, outputs = one["instruction"], [one["output"], two["output"]]
+        row = annotation(one, outputs, [one.get("generator", "reference"), two.get("generator", "model")],
+                         args.judge_model or "gold")
         if gold:
-            rows[-1]["preference"] = gold_preference(gold, common.as_messages(one["instruction"]), *pair)
-        elif pair[0] == pair[1]:  # a tie that need not be asked for
-            rows[-1]["preference"] = 1.5
-        shown = dict(zip(["output_1", "output_2"], pair[::-1] if swapped(args.seed, one["instruction"]) else pair))
-        fields = {"instruction": one["instruction"]} | shown
-        messages.append(None if rows[-1]["preference"] else [m | {"content": fill(m["content"], fields)} for m in template])
-    counts = judge_missing(args, partial, rows, messages, lambda row, found: row | {
-        "preference": preference_of(found, swapped(args.seed, row["instruction"]))}, logprobs=True, max_tokens=1)
+            row["preference"] = gold_preference(gold, common.as_messages(instruction), *outputs)
+        elif outputs[0] == outputs[1]:  # a tie that need not be asked for
+            row["preference"] = 1.5
+        m, big_m = outputs[::-1] if swapped(args.seed, instruction) else outputs
+        fields = {"instruction": instruction, "output_1": m, "output_2": big_m}
+        rows.append(row)
+        messages.append(None if row["preference"] else [part | {"content": fill(part["content"], fields)} for part in template])
+
+    def complete(row, likeliest):
+        return row | {"preference": preference_of(likeliest, swapped(args.seed, row["instruction"]))}
+
+    counts = judge_missing(args, partial, rows, messages, complete, logprobs=True, max_tokens=1)
     common.write_json(partial / "annotations.json", rows)
     counts = {"annotations": len(rows), "missing preferences": sum(row["preference"] is None for row in rows)} | counts
     common.close_output(args, partial, partial / "annotations.json", counts, started)
-
-
-def read_text(path):
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise common.InputError(f"{path}: cannot be read ({common.reason(error)})")
 
 
 def swapped(seed, instruction):
@@ -670,34 +684,28 @@ def judge_mt_bench(args, started):
     if len(args.judge) != 1 or not args.judge_model or not args.judge_prompts:
         raise common.InputError("--judge with --mt-bench takes one model_answer/MODEL.jsonl, --judge-model and --judge-prompts")
     questions = read_rows(args.mt_bench, QUESTIONS, "question_id")
-    answers = {row["question_id"]: row for row in read_rows(args.judge[0], ANSWERS, "question_id")}
-    model, judge = Path(args.judge[0]).name.removesuffix(".jsonl"), args.judge_model
-    name = f"{model}_{file_name(judge)}"
-    target = Path(args.output) / "model_judgment" / f"{file_name(judge)}_single.jsonl"
-    args.output = str(Path(args.output) / "model_score" / f"{name}.json")
-    rows, messages = judgments(args, questions, answers, model)
+    model, judge, folder = Path(args.judge[0]).name.removesuffix(".jsonl"), file_name(args.judge_model), Path(args.output)
+    rows, messages = judgments(args, questions, model)
+    there = folder / "model_judgment" / f"{judge}_single.jsonl"
+    others = reuse(there, model, rows, messages)
+    args.output = str(folder / "model_score" / f"{model}_{judge}.json")
     partial = common.open_output(args, "mt_bench", "judge", "judge_prompts", "reference_answers", free=FREE)
-    there = read_rows(target, {"question_id": common.an_id, "model": any_text, "turn": common.an_id}) if target.exists() else []
-    known = {identity(row): row for row in there if row["model"] == model}
-    for k, row in enumerate(rows):
-        old = known.get(identity(row))
-        if old and (old.get("user_prompt"), old.get("judge")) != (row["user_prompt"], row["judge"]):
-            raise common.InputError(f"{target}: judges another answer of {model} to question {row['question_id']}: move that "
-                                    "file, or name the model otherwise")
-        if old:
-            rows[k], messages[k] = old, None
-    counts = judge_missing(args, partial, rows, messages, lambda row, text: row | {
-        "judgment": text, "score": rating(text), "tstamp": time.time()}, logprobs=False, max_tokens=2048)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    common.write_jsonl(target, [row for row in there if row["model"] != model] + rows)
+
+    def complete(row, text):
+        return row | {"judgment": text, "score": rating(text), "tstamp": time.time()}
+
+    counts = judge_missing(args, partial, rows, messages, complete, logprobs=False, max_tokens=2048)
+    there.parent.mkdir(parents=True, exist_ok=True)
+    common.write_jsonl(there, others + rows)
     scores = mt_bench_figures(rows, {row["question_id"]: row["category"] for row in questions})
     common.write_json(partial / "scores.json", {"name": args.name or model, "gold_labels": args.gold_labels} | scores)
-    print(f"{target}: {len(there)} judgments before, {len(rows)} of {model}")
-    common.close_output(args, partial, partial / "scores.json", counts | {k: v for k, v in scores.items() if k != "mt_bench_categories"}, started)
+    print(f"{there}: {len(rows)} judgments of {model}, {len(others)} others")
+    common.close_output(args, partial, partial / "scores.json", counts | rounded(scores), started)
 
 
-def judgments(args, questions, answers, model):
+def judgments(args, questions, model):
     """(rows of FastChat's single-answer judgments that lack the judgment, the messages that ask for it)."""
+    answers = {row["question_id"]: row for row in read_rows(args.judge[0], ANSWERS, "question_id")}
     prompts = {row["name"]: row for row in read_rows(args.judge_prompts, PROMPTS, "name")}
     references = {row["question_id"]: row["reference"] for row in questions if two_texts(row.get("reference"))}
     if args.reference_answers:
@@ -706,23 +714,39 @@ def judgments(args, questions, answers, model):
     rows, messages = [], []
     for question in questions:
         k, with_reference = question["question_id"], question["category"] in WITH_REFERENCE
-        if k not in answers or with_reference and k not in references:
-            what = "reference answer: --reference-answers names a file with" if k in answers else f"answer in {args.judge[0]}: give"
-            raise common.InputError(f"{args.mt_bench}: question {k} has no {what} one for each question")
-        fields = {}
-        for n, (asked, answered, right) in enumerate(zip(question["turns"], answers[k]["choices"][0]["turns"],
-                                                         references.get(k, ["", ""])), 1):
-            fields |= {f"question_{n}": asked, f"answer_{n}": answered, f"ref_answer_{n}": right}
+        if k not in answers:
+            raise common.InputError(f"{args.judge[0]}: does not answer question {k} of {args.mt_bench}: it must answer all")
+        if with_reference and k not in references:
+            raise common.InputError(f"{args.mt_bench}: question {k} is judged by a reference answer and has none: "
+                                    "--reference-answers names FastChat's reference_answer/gpt-4.jsonl")
+        asked, answered, right = question["turns"], answers[k]["choices"][0]["turns"], references.get(k, ["", ""])
+        fields = {"question": asked[0], "answer": answered[0]}
+        for n in (1, 2):
+            fields |= {f"question_{n}": asked[n - 1], f"answer_{n}": answered[n - 1], f"ref_answer_{n}": right[n - 1]}
         for turn in (1, 2):
             name = "single" + "-math" * with_reference + "-v1" + "-multi-turn" * (turn == 2)
             if name not in prompts:
                 raise common.InputError(f"{args.judge_prompts}: has no prompt {name}: give FastChat's judge_prompts.jsonl")
-            user = fill(prompts[name]["prompt_template"], fields | {"question": question["turns"][0],
-                                                                    "answer": fields["answer_1"]})
+            user = fill(prompts[name]["prompt_template"], fields)
             rows.append({"question_id": k, "model": model, "judge": [args.judge_model, name], "user_prompt": user,
                          "judgment": None, "score": None, "turn": turn, "tstamp": None})
             messages.append([{"role": "system", "content": prompts[name]["system_prompt"]}, {"role": "user", "content": user}])
     return rows, messages
+
+
+def reuse(path, model, rows, messages):
+    """Take from the file of judgments what it has of the rows already; returns its other rows."""
+    there = read_rows(path, JUDGMENTS) if path.exists() else []
+    known = {identity(row): row for row in there if row["model"] == model}
+    for k, row in enumerate(rows):
+        old = known.get(identity(row), row)
+        if (old["user_prompt"], old["judge"]) != (row["user_prompt"], row["judge"]):
+            raise common.InputError(f"{path}: judges another answer of {model} to question {row['question_id']}: move that "
+                                    "file, or name the model otherwise")
+        if old is not row:
+            rows[k], messages[k] = old, None
+    ours = {identity(row) for row in rows}
+    return [row for row in there if row["model"] != model or identity(row) not in ours]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -752,7 +776,7 @@ def score_annotations(args, started):
               "tatsu-lab/alpaca_eval and give it as --df-gamed")
     name = args.name or rows[0].get("generator_2") or args.annotations
     common.write_json(partial / "metrics.json", {"name": name, "gold_labels": args.gold_labels} | found)
-    common.close_output(args, partial, partial / "metrics.json", found, started)
+    common.close_output(args, partial, partial / "metrics.json", rounded(found), started)
 
 
 def judge_accuracy(path, gold):
