@@ -33,46 +33,32 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 import common
 
 # ---------------------------------------------------------------------------------------------
-# The small world: a help desk. A customer writes about one thing, an answer is 2 to 5 sentences, each helpful (+1),
-# vague (0) or rude (-1). The gold judge knows every sentence that can be said about a thing; a response is worth the
-# mean of its sentences, and a sentence that is none of them, or speaks of a part of another thing, is worth -1.
+# The small world: a help desk. A customer writes about a thing, and an answer is an opening, one or two offers and a
+# closing. One word of each sentence says in what spirit it is meant: helpful (1), vague (0) or rude (-1). The gold
+# judge knows every sentence that can be said about a thing; a response is worth the mean of its sentences, and one that
+# is none of them (malformed, or about a part of another thing), or is said twice, is worth -1.
 
 PARTS = {
     "kettle": "lid cable spout handle", "bicycle": "chain saddle pedal brake", "lamp": "bulb shade switch socket",
-    "radio": "dial aerial speaker battery", "toaster": "lever tray timer plug", "guitar": "string neck bridge peg",
-    "clock": "face spring bell pendulum", "camera": "lens strap shutter flash", "tent": "pole zip floor rope",
-    "chair": "leg seat cushion armrest", "suitcase": "wheel lock pocket frame", "drill": "chuck motor trigger belt",
-    "mixer": "bowl whisk gear cover", "fan": "blade grille knob stand", "heater": "coil fuse thermostat pipe",
-    "phone": "screen button charger case", "printer": "roller cartridge drawer sensor",
-    "boiler": "valve tank gauge burner", "vacuum": "hose filter bag brush", "fridge": "shelf door hinge seal",
-    "mower": "engine starter cutter fender", "piano": "key hammer bench soundboard",
-    "loom": "needle bobbin spool wick", "telescope": "mirror tripod eyepiece tube"}
-SENTENCES = {
-    1: ["i am {sorry|very sorry|so sorry} about your THING .",
-        "please {clean|wipe|dry|check|oil} the PART {with a soft cloth|with warm water|before you use it again|once a week} .",
-        "a new PART is {cheap and easy to find|easy to fit|in our shop already} .",
-        "we will {send|bring|lend} you a new PART {today|tomorrow|this week} .",
-        "you can fix the PART in {five|ten|twenty} minutes .",
-        "i hope the THING works again {today|tomorrow|this week} .",
-        "thank you for telling us about the PART ."],
-    0: ["the PART {may be|could be|might be} {old|loose|worn|wet} .",
-        "that {happens|can happen|is normal} with a THING .",
-        "it {may be|could be|might be} the PART .",
-        "a THING is {often|sometimes|rarely} simple .",
-        "i have {often|sometimes|rarely} seen a THING .",
-        "some people paint the PART .",
-        "the PART is near the middle of the THING ."],
-    -1: ["that is not my problem .",
-         "throw the THING away .",
-         "stop asking about the PART .",
-         "nobody {often|sometimes|rarely} likes your {ugly|silly|cheap} THING .",
-         "you broke the PART yourself .",
-         "only a fool would buy that PART .",
-         "i {often|sometimes|rarely} laugh about such a THING ."]}
-WRITERS = {"grumpy": (0.15, 0.30, 0.55), "tired": (0.35, 0.40, 0.25), "kind": (0.65, 0.30, 0.05)}  # shares of 1, 0, -1
+    "radio": "dial aerial speaker battery", "guitar": "string neck bridge peg", "clock": "face spring bell pendulum",
+    "camera": "lens strap shutter flash", "tent": "pole zip floor rope", "chair": "leg seat cushion armrest",
+    "suitcase": "wheel lock pocket frame", "mixer": "bowl whisk gear cover", "heater": "coil fuse thermostat pipe",
+    "printer": "roller cartridge drawer sensor", "vacuum": "hose filter bag brush", "fridge": "shelf door hinge seal",
+    "piano": "key hammer bench soundboard"}
+SPIRIT = {1: "gladly|kindly|happily|cheerfully", 0: "maybe|perhaps|possibly|somehow", -1: "never|hardly|grudgingly|angrily"}
+OPENINGS = ["i SPIRIT {read|hear} about your THING .",
+            "we SPIRIT help people with a THING ."]
+OFFERS = ["we SPIRIT {clean|wipe|dry|oil} the PART {with a cloth|with warm water|once a week} .",
+          "we SPIRIT fix the PART in {five|ten|twenty} minutes .",
+          "we SPIRIT {send|bring|lend} you a new PART {today|tomorrow|this week} .",
+          "i SPIRIT show you how to {clean|wipe|dry|oil} the PART .",
+          "you can SPIRIT leave the PART with us {today|tomorrow|this week} ."]
+CLOSINGS = ["i SPIRIT hope the THING works again {today|tomorrow|this week} .",
+            "i SPIRIT wish you a good {day|week|year} with it ."]
+WRITERS = {"grumpy": (0.1, 0.3, 0.6), "tired": (0.3, 0.4, 0.3), "kind": (0.6, 0.3, 0.1)}  # shares of 1, 0, -1
 PROMPT = ("my {old|new|small|big|red|blue|green|cheap|heavy|lovely} THING from "
           "{the market|the corner shop|my uncle|my sister|a friend|the big store|my office|the museum} "
-          "{is broken|does not work|makes a strange noise|smells of smoke|fell on the floor|stopped today} . "
+          "{is broken|does not work|makes a noise|smells of smoke|fell down|stopped today} . "
           "{can you help|what can i do|any idea} ?")
 SHAPE = dict(hidden_size=128, intermediate_size=352, num_hidden_layers=4, num_attention_heads=4,
              num_key_value_heads=4, max_position_embeddings=256, tie_word_embeddings=False)
@@ -87,22 +73,23 @@ def expand(template):
     return ["".join(choice) for choice in itertools.product(*parts)]
 
 
-def known_sentences(thing):
-    """{value: for each template, all it can say about the thing}"""
+def known_sentences(thing, value):
+    """[for each kind of sentence [for each template [all it can say about the thing in that spirit]]]"""
     def fill(template):
-        parts = PARTS[thing].split() if "PART" in template else [""]
-        return [s.replace("PART", part).replace("THING", thing) for part in parts for s in expand(template)]
-    return {value: [fill(template) for template in templates] for value, templates in SENTENCES.items()}
+        template = template.replace("THING", thing).replace("PART", "{%s}" % PARTS[thing].replace(" ", "|"))
+        return expand(template.replace("SPIRIT", "{%s}" % SPIRIT[value]))
+    return [[fill(template) for template in templates] for templates in (OPENINGS, OFFERS, CLOSINGS)]
 
 
 def write_answer(rng, sentences, writer):
-    """2 to 5 different sentences, of the kinds that the writer is inclined to."""
-    said, length = [], rng.randint(2, 5)
-    while len(said) < length:
-        [kind] = rng.choices((1, 0, -1), WRITERS[writer])
-        sentence = rng.choice(rng.choice(sentences[kind]))
-        if sentence not in said:
-            said.append(sentence)
+    """An opening, one or two offers and a closing, all different. sentences: {value: known_sentences}"""
+    said = []
+    for kind in [0] + [1] * rng.randint(1, 2) + [2]:
+        sentence = None
+        while sentence is None or sentence in said:
+            [value] = rng.choices(list(sentences), WRITERS[writer])
+            sentence = rng.choice(rng.choice(sentences[value][kind]))
+        said.append(sentence)
     return " ".join(said)
 
 
@@ -111,9 +98,10 @@ def read_world(args, folder):
 
     Also writes gold.json, sft.jsonl and base/ into the folder.
     """
-    rng, sentences = random.Random(args.seed), {thing: known_sentences(thing) for thing in PARTS}
-    gold = {thing: {s: value for value, filled in kinds.items() for group in filled for s in group}
-            for thing, kinds in sentences.items()}
+    rng = random.Random(args.seed)
+    sentences = {thing: {value: known_sentences(thing, value) for value in SPIRIT} for thing in PARTS}
+    gold = {thing: {sentence: value for value, kinds in by_value.items() for kind in kinds for filled in kind
+                    for sentence in filled} for thing, by_value in sentences.items()}
     common.write_json(folder / "gold.json", gold)
     prompts = [(thing, text.replace("THING", thing)) for thing in PARTS for text in expand(PROMPT)]
     needed = args.seed_size + sum(args.prompt_sizes) + args.eval_size
@@ -225,9 +213,9 @@ def read_preferences(source):
             new["prompt"], new["chosen"] = split_prompt(row.get("prompt"), row["chosen"], where)
             prompt, new["rejected"] = split_prompt(row.get("prompt"), row["rejected"], where)
             if prompt != new["prompt"]:
-                raise common.InputError(f"{where}: chosen and rejected answer different prompts: mend or remove the row")
+                raise common.InputError(f"{where}: chosen and rejected answer different prompts: mend the row")
         if new["id"] in where_of:
-            raise common.InputError(f'{where}: the id "{new["id"]}" is that of {where_of[new["id"]]} too: ids must differ')
+            raise common.InputError(f"{where}: {where_of[new['id']]} has the id {new['id']!r} too: ids must differ")
         where_of[new["id"]] = where
         rows.append(new)
     return rows
@@ -254,25 +242,27 @@ def split(rows, args):
     held_out = list(itertools.islice(rest, args.eval_size))
     sets = [list(itertools.islice(rest, size)) for size in args.prompt_sizes]
     if [len(seed), len(held_out), *map(len, sets)] != [args.seed_size, args.eval_size, *args.prompt_sizes]:
-        raise common.InputError(f"{args.source}: {len(rows)} different prompts, {len(labelled)} of them labelled, are not "
-                                f"enough for {args.seed_size} seed pairs, {args.eval_size} held-out prompts and sets of "
-                                f"{args.prompt_sizes}: lower --seed-size, --eval-size or --prompt-sizes")
+        raise common.InputError(
+            f"{args.source}: {len(rows)} different prompts, {len(labelled)} of them labelled, are not enough for "
+            f"{args.seed_size} seed pairs, {args.eval_size} held-out prompts and sets of {args.prompt_sizes}: "
+            "lower --seed-size, --eval-size or --prompt-sizes")
     return seed, held_out, sets
 
 
 def parse_args():
     parser = common.Parser(description="Make the seed preferences D_0 and the prompt sets X_t.")
-    parser.add_argument("--source", required=True, help="ultrafeedback, world, or a JSON, JSON Lines or Parquet file")
-    parser.add_argument("--output", required=True, help="folder for the files")
+    add = parser.add_argument
+    add("--source", required=True, help="ultrafeedback, world, or a JSON, JSON Lines or Parquet file")
+    add("--output", required=True, help="folder for the files")
     # Section 5.1
-    parser.add_argument("--seed-size", type=common.number(int, 0), default=2000,
-                        help="|D_0|: of UltraFeedback 500, 1000, 2000, 6000 are the 0.8, 1.7, 3.3, 10 %% of Table 3")
-    parser.add_argument("--prompt-sizes", type=common.number(int, 1), nargs="+", default=[8000, 20000, 30000],
-                        help="|X_1| ... |X_T|; they stay the same sets when --seed-size changes")
-    parser.add_argument("--eval-size", type=common.number(int, 0), default=200, help="prompts held out for 05_eval.py")
-    parser.add_argument("--all-gold", action="store_true", help="write all_gold.jsonl as well")
-    parser.add_argument("--sft-size", type=common.number(int, 0), default=12000, help="answers for SFT, of the world only")
-    parser.add_argument("--seed", type=common.number(int, 0), default=0, help="shuffles; three of them are the three seeds of Table 4")
+    add("--seed-size", type=common.natural, default=2000,
+        help="|D_0|: of UltraFeedback 500, 1000, 2000, 6000 are the 0.8, 1.7, 3.3, 10 %% of Table 3")
+    add("--prompt-sizes", type=common.positive, nargs="+", default=[8000, 20000, 30000],
+        help="|X_1| ... |X_T|; they stay the same sets when --seed-size changes")
+    add("--eval-size", type=common.natural, default=200, help="prompts held out for 05_eval.py")
+    add("--all-gold", action="store_true", help="write all_gold.jsonl as well")
+    add("--sft-size", type=common.natural, default=12000, help="answers for SFT, of the world only")
+    add("--seed", type=common.natural, default=0, help="shuffles; three of them are the three seeds of Table 4")
     return parser.parse_args()
 
 
@@ -294,7 +284,10 @@ def main():
     write("seed.jsonl", seed, "chosen", "rejected")
     for t, prompts in enumerate(sets, 1):
         write(f"prompts_{t}.jsonl", prompts)
-    write("eval.jsonl", [{"reference": row["chosen"], **row} if "chosen" in row else row for row in held_out], "reference")
+    for row in held_out:
+        if "chosen" in row:  # of the world, a reference of its own
+            row.setdefault("reference", row["chosen"])
+    write("eval.jsonl", held_out, "reference")
     if args.all_gold:
         write("all_gold.jsonl", [row for row in seed + sum(sets, []) if "chosen" in row], "chosen", "rejected")
     counts = {"rows read": len(rows), "repeated prompts dropped": len(rows) - len(different), "seed pairs": len(seed),

@@ -21,23 +21,24 @@ import common
 
 def parse_args():
     parser = common.Parser(description="Supervised fine-tuning of a base model: the initial LLM pi_init.")
+    add = parser.add_argument
     # what is read and written
-    parser.add_argument("--model", required=True, help="the base model")
-    parser.add_argument("--input", required=True, help="JSON Lines of id, prompt, response")
-    parser.add_argument("--output", required=True, help="folder for pi_init")
-    parser.add_argument("--tokenizer", help="folder or name of a tokenizer, where --model has none")
-    parser.add_argument("--chat-template", help="file with a Jinja chat template, where the tokenizer has none")
+    add("--model", required=True, help="the base model")
+    add("--input", required=True, help="JSON Lines of id, prompt, response")
+    add("--output", required=True, help="folder for pi_init")
+    add("--tokenizer", help="folder or name of a tokenizer, where --model has none")
+    add("--chat-template", help="file with a Jinja chat template, where the tokenizer has none")
     # App. B.1
-    parser.add_argument("--lr", type=common.number(float, 0), default=2e-5, help="peak learning rate")
-    parser.add_argument("--epochs", type=common.number(int, 1), default=1)
-    parser.add_argument("--batch-size", type=common.number(int, 1), default=128, help="responses of one optimizer step, over all ranks")
-    parser.add_argument("--seed", type=common.number(int, 0), default=0, help="decides the order of the rows")
+    add("--lr", type=common.nonnegative, default=2e-5, help="peak learning rate")
+    add("--epochs", type=common.positive, default=1)
+    add("--batch-size", type=common.positive, default=128, help="responses of one optimizer step, over all ranks")
+    add("--seed", type=common.natural, default=0, help="decides the order of the rows")
     # lengths, memory, safety
-    parser.add_argument("--max-prompt-length", type=common.number(int, 1), default=1024, help="rows with a longer prompt are dropped")
-    parser.add_argument("--max-length", type=common.number(int, 2), default=2048, help="prompt and response; responses are cut to fit")
-    parser.add_argument("--micro-batch-size", type=common.number(int, 1), default=8, help="responses of one forward pass of one rank")
-    parser.add_argument("--activation-checkpointing", action="store_true", help="less memory for more compute")
-    parser.add_argument("--save-every", type=common.number(int, 1), default=100, help="steps between states to go on from")
+    add("--max-prompt-length", type=common.positive, default=1024, help="rows with a longer prompt are dropped")
+    add("--max-length", type=common.number(int, 2), default=2048, help="prompt and response; responses are cut to fit")
+    add("--micro-batch-size", type=common.positive, default=8, help="responses of one forward pass of one rank")
+    add("--activation-checkpointing", action="store_true", help="less memory for more compute")
+    add("--save-every", type=common.positive, default=100, help="steps between states to go on from")
     return parser.parse_args()
 
 
@@ -83,11 +84,10 @@ def main():
             with common.sync(policy, last=k == len(micros) - 1):
                 with common.autocast(ranks.device):
                     logits_theta = policy(batch.ids, batch.keep)  # (N, V)
-                losses = -common.response_logps(common.token_logps(logits_theta, batch.labels), batch.lengths)  # (b,)
+                losses = -common.sequence_logps(logits_theta, batch)  # (b,)
                 # the mean over the step's response tokens, whatever the micro-batches; DDP divides by the ranks
                 (weight * losses.sum() / tokens * ranks.world).backward()
-            if weight:
-                rows += [{"id": example["id"], "loss": loss} for example, loss in zip(micro, losses.tolist())]
+            rows += weight * common.pair_rows(micro, {"loss": losses / tokens * len(batch_examples)})
 
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
         rows = common.gather(rows)
@@ -95,11 +95,8 @@ def main():
         lr = scheduler.get_last_lr()[0]
         optimizer.step()
         scheduler.step()
-
         if ranks.rank == 0:
-            loss = sum(row["loss"] for row in rows) / tokens
-            common.log_step(partial, {"step": step + 1, "loss": loss, "grad_norm": grad_norm, "lr": lr})
-            progress.set_postfix(loss=f"{loss:.3f}", refresh=False)
+            common.log_step(partial, progress, step, rows, grad_norm=grad_norm, lr=lr)
             if (step + 1) % args.save_every == 0 and step + 1 < len(steps):
                 common.save_state(partial, step + 1, model, optimizer, scheduler)
 

@@ -1,7 +1,8 @@
 """Algorithm 1, line 1: "Obtaining an initial weakly aligned model pi_0 using DPO with pi_init and D_0".
 
-    p_theta(y_w > y_l | x) = sigmoid(beta log[pi_theta(y_w|x)/pi_ref(y_w|x)] - beta log[pi_theta(y_l|x)/pi_ref(y_l|x)])  (5)
-    L_DPO = E[-log p_theta(y_w > y_l | x)]                                                                            (6)
+    p_theta(y_w > y_l | x) = sigmoid(  beta log[pi_theta(y_w | x) / pi_ref(y_w | x)]
+                                     - beta log[pi_theta(y_l | x) / pi_ref(y_l | x)])       (5)
+    L_DPO = E[-log p_theta(y_w > y_l | x)]                                                  (6)
 
 pi_theta starts as pi_init, and pi_ref is pi_init.
 
@@ -37,25 +38,26 @@ def dpo_loss(margin):
 
 def parse_args():
     parser = common.Parser(description="DPO on the seed preferences D_0: pi_init -> pi_0.")
+    add = parser.add_argument
     # what is read and written
-    parser.add_argument("--model", required=True, help="pi_init: where pi_theta starts")
-    parser.add_argument("--ref-model", help="pi_ref in Eq. 5 (default: --model)")
-    parser.add_argument("--input", required=True, help="D_0: JSON Lines of id, prompt, chosen, rejected")
-    parser.add_argument("--output", required=True, help="folder for pi_0")
-    parser.add_argument("--tokenizer", help="folder or name of a tokenizer, where --model has none")
-    parser.add_argument("--chat-template", help="file with a Jinja chat template, where the tokenizer has none")
+    add("--model", required=True, help="pi_init: where pi_theta starts")
+    add("--ref-model", help="pi_ref in Eq. 5 (default: --model)")
+    add("--input", required=True, help="D_0: JSON Lines of id, prompt, chosen, rejected")
+    add("--output", required=True, help="folder for pi_0")
+    add("--tokenizer", help="folder or name of a tokenizer, where --model has none")
+    add("--chat-template", help="file with a Jinja chat template, where the tokenizer has none")
     # Section 5.1
-    parser.add_argument("--beta", type=common.number(float, 0), default=0.1, help="KL strength, beta in Eq. 5")
-    parser.add_argument("--lr", type=common.number(float, 0), default=5e-7, help="peak learning rate, eta")
-    parser.add_argument("--epochs", type=common.number(int, 1), default=3)
-    parser.add_argument("--batch-size", type=common.number(int, 1), default=32, help="pairs of one optimizer step, over all ranks")
-    parser.add_argument("--seed", type=common.number(int, 0), default=0, help="decides the order of the pairs")
+    add("--beta", type=common.nonnegative, default=0.1, help="KL strength, beta in Eq. 5")
+    add("--lr", type=common.nonnegative, default=5e-7, help="peak learning rate, eta")
+    add("--epochs", type=common.positive, default=3)
+    add("--batch-size", type=common.positive, default=32, help="pairs of one optimizer step, over all ranks")
+    add("--seed", type=common.natural, default=0, help="decides the order of the pairs")
     # lengths, memory, safety
-    parser.add_argument("--max-prompt-length", type=common.number(int, 1), default=1024, help="pairs with a longer prompt are dropped")
-    parser.add_argument("--max-length", type=common.number(int, 2), default=2048, help="prompt and response; responses are cut to fit")
-    parser.add_argument("--micro-batch-size", type=common.number(int, 1), default=4, help="pairs of one forward pass of one rank")
-    parser.add_argument("--activation-checkpointing", action="store_true", help="less memory for more compute")
-    parser.add_argument("--save-every", type=common.number(int, 1), default=100, help="steps between states to go on from")
+    add("--max-prompt-length", type=common.positive, default=1024, help="pairs with a longer prompt are dropped")
+    add("--max-length", type=common.number(int, 2), default=2048, help="prompt and response; responses are cut to fit")
+    add("--micro-batch-size", type=common.positive, default=4, help="pairs of one forward pass of one rank")
+    add("--activation-checkpointing", action="store_true", help="less memory for more compute")
+    add("--save-every", type=common.positive, default=100, help="steps between states to go on from")
     return parser.parse_args()
 
 
@@ -85,6 +87,21 @@ def pair_length(pair):
     return len(pair["prompt"]) + max(len(pair["chosen"]), len(pair["rejected"]))
 
 
+def pair_losses(policy, ref, batch, args):
+    """Eq. 6 of the b pairs in a batch of 2b sequences, chosen first: losses (b,), what is logged {name: (b,)}"""
+    with common.autocast(batch.ids.device):
+        logits_theta = policy(batch.ids, batch.keep)  # (N, V)
+        with torch.no_grad():
+            logits_ref = ref(batch.ids, batch.keep)
+    logps_theta = common.sequence_logps(logits_theta, batch)  # (2b,)
+    logps_ref = common.sequence_logps(logits_ref, batch)
+    margin = dpo_margin(logps_theta, logps_ref, args.beta)  # (b,)
+    losses = dpo_loss(margin)
+    chosen, rejected = logps_theta.chunk(2)
+    return losses, {"loss": losses, "margin": margin, "accuracy": (margin > 0).float(),
+                    "logp_chosen": chosen, "logp_rejected": rejected}
+
+
 def main():
     args, started = parse_args(), time.time()
     partial = common.open_output(args, "model", "ref_model", "input")
@@ -110,20 +127,10 @@ def main():
             batch = common.collate([(pair["prompt"], pair[y]) for y in ("chosen", "rejected") for pair in micro],
                                    ranks.device)
             with common.sync(policy, last=k == len(micros) - 1):
-                with common.autocast(ranks.device):
-                    logits_theta = policy(batch.ids, batch.keep)  # (N, V)
-                    with torch.no_grad():
-                        logits_ref = ref(batch.ids, batch.keep)
-                logps_theta = common.response_logps(common.token_logps(logits_theta, batch.labels), batch.lengths)
-                logps_ref = common.response_logps(common.token_logps(logits_ref, batch.labels), batch.lengths)
-                margin = dpo_margin(logps_theta, logps_ref, args.beta)  # (b,)
-                losses = dpo_loss(margin)
+                losses, logged = pair_losses(policy, ref, batch, args)
                 # the mean over the step's pairs, whatever the micro-batches; DDP divides by the ranks
                 (weight * losses.sum() / len(batch_pairs) * ranks.world).backward()
-            if weight:
-                values = zip(losses.tolist(), margin.tolist(), *(half.tolist() for half in logps_theta.chunk(2)))
-                rows += [{"id": pair["id"], "loss": loss, "margin": m, "logp_chosen": w, "logp_rejected": l}
-                         for pair, (loss, m, w, l) in zip(micro, values)]
+            rows += weight * common.pair_rows(micro, logged)
 
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
         rows = common.gather(rows)
@@ -131,12 +138,8 @@ def main():
         lr = scheduler.get_last_lr()[0]
         optimizer.step()
         scheduler.step()
-
         if ranks.rank == 0:
-            mean = {key: sum(row[key] for row in rows) / len(rows) for key in rows[0] if key != "id"}
-            mean["accuracy"] = sum(row["margin"] > 0 for row in rows) / len(rows)
-            common.log_step(partial, {"step": step + 1, **mean, "grad_norm": grad_norm, "lr": lr})
-            progress.set_postfix(loss=f"{mean['loss']:.3f}", accuracy=f"{mean['accuracy']:.2f}", refresh=False)
+            common.log_step(partial, progress, step, rows, grad_norm=grad_norm, lr=lr)
             if (step + 1) % args.save_every == 0 and step + 1 < len(steps):
                 common.save_state(partial, step + 1, model, optimizer, scheduler)
 

@@ -30,21 +30,22 @@ lies well above a normal answer"""
 
 def parse_args():
     parser = common.Parser(description="Sample responses from pi_{t-1} for the prompts X_t.")
+    add = parser.add_argument
     # what is read and written
-    parser.add_argument("--model", required=True, help="pi_{t-1}")
-    parser.add_argument("--input", required=True, help="X_t: JSON Lines of id, prompt")
-    parser.add_argument("--output", required=True, help="JSON Lines of id, prompt, prompt_ids, responses")
-    parser.add_argument("--tokenizer", help="folder or name of a tokenizer, where --model has none")
-    parser.add_argument("--chat-template", help="file with a Jinja chat template, where the tokenizer has none")
+    add("--model", required=True, help="pi_{t-1}")
+    add("--input", required=True, help="X_t: JSON Lines of id, prompt")
+    add("--output", required=True, help="JSON Lines of id, prompt, prompt_ids, responses")
+    add("--tokenizer", help="folder or name of a tokenizer, where --model has none")
+    add("--chat-template", help="file with a Jinja chat template, where the tokenizer has none")
     # Section 5.1, App. B.4
-    parser.add_argument("--samples", type=common.number(int, 2), default=2, help="responses per prompt")
-    parser.add_argument("--temperature", type=common.number(float, 0), default=0.7, help="0 takes the likeliest token")
-    parser.add_argument("--max-new-tokens", type=common.number(int, 1), default=300)
-    parser.add_argument("--cut", choices=("eos", "open", "drop"), default="eos", help=CUT)
-    parser.add_argument("--seed", type=common.number(int, 0), default=0, help="another seed, other samples")
+    add("--samples", type=common.number(int, 2), default=2, help="responses per prompt")
+    add("--temperature", type=common.nonnegative, default=0.7, help="0 takes the likeliest token")
+    add("--max-new-tokens", type=common.positive, default=300)
+    add("--cut", choices=("eos", "open", "drop"), default="eos", help=CUT)
+    add("--seed", type=common.natural, default=0, help="another seed, other samples")
     # lengths, memory
-    parser.add_argument("--max-prompt-length", type=common.number(int, 1), default=1024, help="longer prompts are dropped")
-    parser.add_argument("--micro-batch-size", type=common.number(int, 1), default=16, help="prompts sampled at a time by one rank")
+    add("--max-prompt-length", type=common.positive, default=1024, help="longer prompts are dropped")
+    add("--micro-batch-size", type=common.positive, default=16, help="prompts sampled at a time by one rank")
     return parser.parse_args()
 
 

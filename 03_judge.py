@@ -1,7 +1,8 @@
 """Algorithm 1, line 3, second half: label the sampled pairs by direct preference judgment, giving D_t.
 
-    p_{t-1}(y_1 > y_2 | x) = sigmoid(beta log[pi_{t-1}(y_1|x)/pi_init(y_1|x)] - beta log[pi_{t-1}(y_2|x)/pi_init(y_2|x)])  (7)
-    (y_w, y_l) = (y_1, y_2) if p_{t-1}(y_1 > y_2 | x) > 0.5 else (y_2, y_1)                                              (8)
+    p_{t-1}(y_1 > y_2 | x) = sigmoid(  beta log[pi_{t-1}(y_1 | x) / pi_init(y_1 | x)]
+                                     - beta log[pi_{t-1}(y_2 | x) / pi_init(y_2 | x)])          (7)
+    (y_w, y_l) = (y_1, y_2) if p_{t-1}(y_1 > y_2 | x) > 0.5 else (y_2, y_1)                     (8)
 
 The reference is the fixed pi_init here, and pi_{t-1} in 04_refined_dpo.py: they are easily confused.
 
@@ -45,15 +46,16 @@ def best_and_worst(scores):
 
 def parse_args():
     parser = common.Parser(description="Label pairs of responses by the model's own implicit reward.")
+    add = parser.add_argument
     # what is read and written
-    parser.add_argument("--model", required=True, help="pi_{t-1}, which sampled the responses")
-    parser.add_argument("--init-model", required=True, help="pi_init, the reference in Eq. 7")
-    parser.add_argument("--input", required=True, help="responses of 02_generate.py")
-    parser.add_argument("--output", required=True, help="D_t: JSON Lines of labelled pairs")
+    add("--model", required=True, help="pi_{t-1}, which sampled the responses")
+    add("--init-model", required=True, help="pi_init, the reference in Eq. 7")
+    add("--input", required=True, help="responses of 02_generate.py")
+    add("--output", required=True, help="D_t: JSON Lines of labelled pairs")
     # Section 5.1
-    parser.add_argument("--beta", type=common.number(float, 0), default=0.1, help="beta in Eq. 7: scales p, never the label")
+    add("--beta", type=common.nonnegative, default=0.1, help="beta in Eq. 7: scales p, never the label")
     # memory
-    parser.add_argument("--micro-batch-size", type=common.number(int, 1), default=16, help="prompts scored at a time by one rank")
+    add("--micro-batch-size", type=common.positive, default=16, help="prompts scored at a time by one rank")
     return parser.parse_args()
 
 
@@ -61,15 +63,15 @@ def score(name, rows, label, args, partial, ranks):
     """log pi(y | x) of every response of every row, by the model in the folder `name`: a list of lists."""
     model = common.load_model(name, ranks.device, common.scoring_dtype(ranks.device))
     for row in rows:
-        common.check_ids(args.input, row["id"], row["prompt_ids"] + sum((y["ids"] for y in row["responses"]), []), model)
+        for ids in [row["prompt_ids"]] + [y["ids"] for y in row["responses"]]:
+            common.check_ids(args.input, row["id"], ids, model)
     response_logits = common.ResponseLogits(model)
 
     @torch.no_grad()
     def compute(indices):
         sequences = [(rows[i]["prompt_ids"], y["ids"]) for i in indices for y in rows[i]["responses"]]
         batch = common.collate(sequences, ranks.device)
-        logp = common.token_logps(response_logits(batch.ids, batch.keep), batch.labels)  # (N,)
-        logps = iter(common.response_logps(logp, batch.lengths).tolist())
+        logps = iter(common.sequence_logps(response_logits(batch.ids, batch.keep), batch).tolist())
         return [[next(logps) for _ in rows[i]["responses"]] for i in indices]
 
     lengths = [len(row["prompt_ids"]) + max(len(y["ids"]) for y in row["responses"]) for row in rows]

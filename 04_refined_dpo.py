@@ -14,8 +14,8 @@ Writes a model folder with metrics.jsonl (one line a step) and args.json
     python 04_refined_dpo.py --model pi_0 --input preferences_1.jsonl --output pi_1 --lam 0.5
     torchrun --nproc-per-node 4 04_refined_dpo.py --model pi_0 --input preferences_1.jsonl --output pi_1 --lam 0.5
 
-Departs from the paper: "the K percentile sample of D_t" is taken over the latest 50 pairs, as App. B.4 says. The authors'
-release leaves lambda at 0 and takes tau from the means of micro-batches; here both are as in the paper.
+Departs from the paper: none. From the authors' release: that leaves lambda at 0, so that Eq. 11 and 12 do nothing, and
+takes tau from the means of micro-batches, so that the flagged share depends on their size.
 """
 
 import math
@@ -37,52 +37,53 @@ def dpo_margin(logps_theta, logps_ref, beta):
 
 
 def extrapolate(logits_theta, logits_ref, lam):
-    """Eq. 12, on token logits before the log-softmax: mixing log-probs of responses is another model. (N, V) -> (N, V)"""
+    """Eq. 12, of token logits: log-probs mixed after the softmax would not sum to one. (N, V), (N, V) -> (N, V)"""
     return (1 + lam) * logits_theta - lam * logits_ref
 
 
 def threshold(window, k_percent):
-    """tau in Eq. 9 and 11: the K-th percentile of the confidences in the window, of which one more is below K % of the time.
+    """tau in Eq. 9 and 11: the confidence that K % of the pairs stay below, judging by those in the window.
 
-    Of n values the k-th smallest has k / (n + 1) of what is still to come below it: "weibull" puts the percentile at
-    position K (n + 1) / 100. The default, linear, would flag 11.6 % for K = 10 and n = 50.
+    A new value falls below the k-th smallest of n with probability k / (n + 1), so numpy's "weibull" flags K % on
+    average; its default, linear, flags 11.6 % for K = 10 and n = 50.
     """
     return float(np.percentile(window, k_percent, method="weibull"))
 
 
 def refined_loss(margin, z, alpha):
-    """Eq. 10 for each pair; log p_theta(y_l > y_w | x) is the log-sigmoid of -margin. (b,), z (b,) of 0 and 1 -> (b,)"""
+    """Eq. 10 for each pair; log p_theta(y_l > y_w | x) is the log-sigmoid of -margin. (b,), z (b,) in {0, 1} -> (b,)"""
     return -((1 - alpha * z) * F.logsigmoid(margin) + alpha * z * F.logsigmoid(-margin))
 
 
 def parse_args():
     parser = common.Parser(description="DPO on the self-labelled D_t with refined labels: pi_{t-1} -> pi_t.")
+    add = parser.add_argument
     # what is read and written
-    parser.add_argument("--model", required=True, help="pi_{t-1}: where pi_theta starts")
-    parser.add_argument("--ref-model", help="pi_ref in Eq. 5 and 12 (default: --model)")
-    parser.add_argument("--input", required=True, help="D_t: preferences of 03_judge.py")
-    parser.add_argument("--output", required=True, help="folder for pi_t")
-    parser.add_argument("--tokenizer", help="folder or name of a tokenizer, where --model has none")
-    parser.add_argument("--chat-template", help="file with a Jinja chat template, where the tokenizer has none")
+    add("--model", required=True, help="pi_{t-1}: where pi_theta starts")
+    add("--ref-model", help="pi_ref in Eq. 5 and 12 (default: --model)")
+    add("--input", required=True, help="D_t: preferences of 03_judge.py")
+    add("--output", required=True, help="folder for pi_t")
+    add("--tokenizer", help="folder or name of a tokenizer, where --model has none")
+    add("--chat-template", help="file with a Jinja chat template, where the tokenizer has none")
     # Section 5.1
-    parser.add_argument("--beta", type=common.number(float, 0), default=0.1, help="KL strength, beta in Eq. 5")
-    parser.add_argument("--lr", type=common.number(float, 0), default=5e-7, help="peak learning rate, eta")
-    parser.add_argument("--epochs", type=common.number(int, 1), default=1)
-    parser.add_argument("--batch-size", type=common.number(int, 1), default=32, help="pairs of one optimizer step, over all ranks")
-    parser.add_argument("--refine", choices=("none", "self", "decoupled"), default="decoupled",
-                        help="the rows of Table 6: plain DPO (Eq. 6), Eq. 9 and 10, Eq. 10 to 12")
-    parser.add_argument("--alpha", type=common.number(float, 0, 1), default=0.1, help="label smoothing of doubtful pairs, alpha in Eq. 10")
-    parser.add_argument("--k-percent", type=common.number(float, 0, 100), default=10, help="share of pairs held doubtful, K in Section 4.2")
-    parser.add_argument("--lam", type=common.number(float, 0), default=0.5, help="lambda in Eq. 12: 1/2, 1/4, 1/8 for t = 1, 2, 3")
-    parser.add_argument("--refine-after", type=common.number(float, 0, 1), default=0.2, help="share of the steps before labels are refined")
-    parser.add_argument("--window", type=common.number(int, 1), default=50, help="latest pairs that tau is taken from (App. B.4)")
-    parser.add_argument("--seed", type=common.number(int, 0), default=0, help="decides the order of the pairs")
+    add("--beta", type=common.nonnegative, default=0.1, help="KL strength, beta in Eq. 5")
+    add("--lr", type=common.nonnegative, default=5e-7, help="peak learning rate, eta")
+    add("--epochs", type=common.positive, default=1)
+    add("--batch-size", type=common.positive, default=32, help="pairs of one optimizer step, over all ranks")
+    add("--refine", choices=("none", "self", "decoupled"), default="decoupled",
+        help="the rows of Table 6: plain DPO (Eq. 6), Eq. 9 and 10, Eq. 10 to 12")
+    add("--alpha", type=common.share, default=0.1, help="label smoothing of doubtful pairs, alpha in Eq. 10")
+    add("--k-percent", type=common.number(float, 0, 100), default=10, help="share held doubtful, K")
+    add("--lam", type=common.nonnegative, default=0.5, help="lambda in Eq. 12: 1/2, 1/4, 1/8 for t = 1, 2, 3")
+    add("--refine-after", type=common.share, default=0.2, help="share of the steps before it begins")
+    add("--window", type=common.positive, default=50, help="latest pairs tau is taken from (App. B.4)")
+    add("--seed", type=common.natural, default=0, help="decides the order of the pairs")
     # lengths, memory, safety
-    parser.add_argument("--max-prompt-length", type=common.number(int, 1), default=1024, help="pairs with a longer prompt are dropped")
-    parser.add_argument("--max-length", type=common.number(int, 2), default=2048, help="prompt and response; responses are cut to fit")
-    parser.add_argument("--micro-batch-size", type=common.number(int, 1), default=4, help="pairs of one forward pass of one rank")
-    parser.add_argument("--activation-checkpointing", action="store_true", help="less memory for more compute")
-    parser.add_argument("--save-every", type=common.number(int, 1), default=100, help="steps between states to go on from")
+    add("--max-prompt-length", type=common.positive, default=1024, help="pairs with a longer prompt are dropped")
+    add("--max-length", type=common.number(int, 2), default=2048, help="prompt and response; responses are cut to fit")
+    add("--micro-batch-size", type=common.positive, default=4, help="pairs of one forward pass of one rank")
+    add("--activation-checkpointing", action="store_true", help="less memory for more compute")
+    add("--save-every", type=common.positive, default=100, help="steps between states to go on from")
     return parser.parse_args()
 
 
@@ -90,12 +91,17 @@ def read_pairs(args):
     """[{"id", "prompt", "chosen", "rejected"}], the sampled token ids as they were judged, and what was dropped."""
     rows = common.read_jsonl(args.input, {"id": common.an_id, "prompt_ids": common.token_ids,
                                           "chosen": common.a_response, "rejected": common.a_response})
-    pairs = [{"id": row["id"], "prompt": row["prompt_ids"], "chosen": row["chosen"]["ids"][:room],
-              "rejected": row["rejected"]["ids"][:room]} for row in rows
-             if len(row["prompt_ids"]) <= args.max_prompt_length and (room := args.max_length - len(row["prompt_ids"])) > 0]
-    counts = {"pairs read": len(rows), "prompt too long": len(rows) - len(pairs)}
-    pairs = [pair for pair in pairs if pair["chosen"] != pair["rejected"]]
-    counts["same after cutting"] = len(rows) - counts["prompt too long"] - len(pairs)
+    pairs, counts = [], {"pairs read": len(rows), "prompt too long": 0, "same after cutting": 0}
+    for row in rows:
+        prompt = row["prompt_ids"]
+        if len(prompt) > min(args.max_prompt_length, args.max_length - 1):
+            counts["prompt too long"] += 1
+            continue
+        chosen, rejected = (row[key]["ids"][:args.max_length - len(prompt)] for key in ("chosen", "rejected"))
+        if chosen == rejected:
+            counts["same after cutting"] += 1
+            continue
+        pairs.append({"id": row["id"], "prompt": prompt, "chosen": chosen, "rejected": rejected})
     if not pairs:
         raise common.InputError(f"{args.input}: no pair is left ({counts}): raise --max-prompt-length or --max-length")
     return pairs, counts
@@ -103,6 +109,27 @@ def read_pairs(args):
 
 def pair_length(pair):
     return len(pair["prompt"]) + max(len(pair["chosen"]), len(pair["rejected"]))
+
+
+def pair_losses(policy, ref, batch, tau, args):
+    """Eq. 10 of the b pairs in a batch of 2b sequences, chosen first: losses (b,), what is logged {name: (b,)}"""
+    with common.autocast(batch.ids.device):
+        logits_theta = policy(batch.ids, batch.keep)  # (N, V)
+        with torch.no_grad():
+            logits_ref = ref(batch.ids, batch.keep)
+    logps_theta = common.sequence_logps(logits_theta, batch)  # (2b,)
+    logps_ref = common.sequence_logps(logits_ref, batch)
+    margin = dpo_margin(logps_theta, logps_ref, args.beta)  # (b,)
+    with torch.no_grad():
+        logps_tilde = logps_theta
+        if args.refine == "decoupled":
+            logps_tilde = common.sequence_logps(extrapolate(logits_theta, logits_ref, args.lam), batch)
+        confidence = torch.sigmoid(dpo_margin(logps_tilde, logps_ref, args.beta))  # p_theta~(y_w > y_l | x), (b,)
+        z = (confidence < tau).float()  # Eq. 9 with --refine self, Eq. 11 with decoupled
+    losses = refined_loss(margin, z, args.alpha)
+    chosen, rejected = logps_theta.chunk(2)
+    return losses, {"loss": losses, "margin": margin, "accuracy": (margin > 0).float(),
+                    "logp_chosen": chosen, "logp_rejected": rejected, "confidence": confidence, "flagged": z}
 
 
 def main():
@@ -124,7 +151,6 @@ def main():
     state = common.load_state(partial, model, optimizer, scheduler)
     window = deque(state.get("window", []), maxlen=args.window)  # p_theta~ of the latest pairs of all ranks
     refine_from = math.inf if args.refine == "none" else args.refine_after * len(steps)
-    lam = args.lam if args.refine == "decoupled" else 0.0
 
     progress = common.progress(range(state["step"], len(steps)), "refined DPO", ranks)
     for step in progress:
@@ -137,29 +163,10 @@ def main():
             batch = common.collate([(pair["prompt"], pair[y]) for y in ("chosen", "rejected") for pair in micro],
                                    ranks.device)
             with common.sync(policy, last=k == len(micros) - 1):
-                with common.autocast(ranks.device):
-                    logits_theta = policy(batch.ids, batch.keep)  # (N, V)
-                    with torch.no_grad():
-                        logits_ref = ref(batch.ids, batch.keep)
-                logps_theta = common.response_logps(common.token_logps(logits_theta, batch.labels), batch.lengths)
-                logps_ref = common.response_logps(common.token_logps(logits_ref, batch.labels), batch.lengths)
-                margin = dpo_margin(logps_theta, logps_ref, args.beta)  # (b,)
-                with torch.no_grad():
-                    logps_tilde = logps_theta
-                    if lam > 0:
-                        logits_tilde = extrapolate(logits_theta, logits_ref, lam)
-                        logp_tilde = common.token_logps(logits_tilde, batch.labels)
-                        logps_tilde = common.response_logps(logp_tilde, batch.lengths)
-                    confidence = torch.sigmoid(dpo_margin(logps_tilde, logps_ref, args.beta))  # p_theta~, (b,)
-                    z = (confidence < tau).float()  # Eq. 9, 11
-                losses = refined_loss(margin, z, args.alpha)
+                losses, logged = pair_losses(policy, ref, batch, tau, args)
                 # the mean over the step's pairs, whatever the micro-batches; DDP divides by the ranks
                 (weight * losses.sum() / len(batch_pairs) * ranks.world).backward()
-            if weight:
-                values = zip(losses.tolist(), margin.tolist(), *(half.tolist() for half in logps_theta.chunk(2)),
-                             confidence.tolist(), z.tolist())
-                rows += [{"id": pair["id"], "loss": loss, "margin": m, "logp_chosen": w, "logp_rejected": l,
-                          "confidence": p, "flagged": flag} for pair, (loss, m, w, l, p, flag) in zip(micro, values)]
+            rows += weight * common.pair_rows(micro, logged)
 
         grad_norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
         position = {pair["id"]: k for k, pair in enumerate(batch_pairs)}  # the window's order, whatever the ranks
@@ -169,12 +176,8 @@ def main():
         lr = scheduler.get_last_lr()[0]
         optimizer.step()
         scheduler.step()
-
         if ranks.rank == 0:
-            mean = {key: sum(row[key] for row in rows) / len(rows) for key in rows[0] if key != "id"}
-            mean["accuracy"] = sum(row["margin"] > 0 for row in rows) / len(rows)
-            common.log_step(partial, {"step": step + 1, **mean, "tau": tau, "grad_norm": grad_norm, "lr": lr})
-            progress.set_postfix(loss=f"{mean['loss']:.3f}", accuracy=f"{mean['accuracy']:.2f}", refresh=False)
+            common.log_step(partial, progress, step, rows, tau=tau, grad_norm=grad_norm, lr=lr)
             if (step + 1) % args.save_every == 0 and step + 1 < len(steps):
                 common.save_state(partial, step + 1, model, optimizer, scheduler, window=list(window))
 

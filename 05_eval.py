@@ -319,7 +319,7 @@ def read_gold(path):
             return gold
     except (OSError, ValueError, AttributeError):
         pass
-    raise common.InputError(f"{path}: is not a gold judge {{thing: {{sentence: value}}}}: give 00_inputs.py's gold.json")
+    raise common.InputError(f"{path}: is no gold judge {{thing: {{sentence: value}}}}: give 00_inputs.py's gold.json")
 
 
 def rounded(figures):

@@ -4,7 +4,7 @@
     outputs              open_output, close_output: written aside, renamed when whole, args.json beside them
     ranks                start_ranks, gather, map_batches
     models and text      load_tokenizer, load_model, save_model, prompt_ids, response_ids
-    log-probs            collate, ResponseLogits, token_logps, response_logps
+    log-probs            collate, ResponseLogits, token_logps, response_logps, sequence_logps
     sampling             uniforms, pick, sample
     the small world      gold_values, gold_score
     training             make_optimizer, epoch_batches, micro_batches, save_state, load_state
@@ -81,11 +81,14 @@ def number(kind, low, high=float("inf")):
     """An argparse type: an int or float in [low, high]."""
     def parse(text):
         value = kind(text)
-        if not low <= value <= high:  # NaN as well
+        if not low <= value <= high:  # NaN too
             raise ValueError
         return value
-    parse.__name__ = f"{kind.__name__} in [{low}, {high}]"
+    parse.__name__ = f"{kind.__name__} in [{low}, {high}]"  # what argparse calls it
     return parse
+
+
+positive, natural, nonnegative, share = number(int, 1), number(int, 0), number(float, 0), number(float, 0, 1)
 
 
 # A check's docstring is how the error message names what the field must be.
@@ -437,16 +440,16 @@ def scoring_dtype(device):
 
 
 def check_same_vocabulary(name, other):
-    """The log-ratio of two models needs that a token id means the same to both."""
+    """The log-ratio of two models needs that a token id means the same to both; more tokens than the other is no harm."""
     sizes = [load_config(n).get_text_config().vocab_size for n in (name, other)]
     if sizes[0] != sizes[1]:
         raise InputError(f"{name} has a vocabulary of {sizes[0]} tokens, {other} one of {sizes[1]}: "
                          "give two models with the same tokenizer")
     try:
-        same = AutoTokenizer.from_pretrained(name).get_vocab() == AutoTokenizer.from_pretrained(other).get_vocab()
+        one, two = ({i: token for token, i in AutoTokenizer.from_pretrained(n).get_vocab().items()} for n in (name, other))
     except Exception:  # a model without a tokenizer of its own is used with the other's
         return
-    if not same:
+    if any(one[i] != two[i] for i in one.keys() & two.keys()):
         raise InputError(f"{name} and {other} give different tokens the same id: "
                          "give two models with the same tokenizer")
 
@@ -552,6 +555,11 @@ def response_logps(logp, lengths):
     return torch.stack([tokens.sum() for tokens in logp.split(lengths)])
 
 
+def sequence_logps(logits, batch):
+    """log pi(y | x) of the B sequences of a batch, from the logits (N, V) of their response tokens."""
+    return response_logps(token_logps(logits, batch.labels), batch.lengths)
+
+
 # ---------------------------------------------------------------------------------------------
 # Sampling
 
@@ -615,19 +623,19 @@ def sample(model, prompts, u, temperature, max_new_tokens, ends):
 
 
 def gold_values(gold, prompt, text):
-    """The value of each sentence of a response: 1, 0, -1, or None where it is no sentence about the prompt's thing.
+    """The value of each sentence of a response: 1, 0, -1; None where it is malformed, off the topic or said before.
 
     prompt: messages; gold: {thing: {sentence: value}}, as 00_inputs.py writes it.
     """
     known = next((gold[word] for word in prompt[-1]["content"].split() if word in gold), {})
-    sentences = [s.strip() for s in re.findall(r"[^.]*\.|[^.]+$", text)]  # the last may be unfinished
-    return [known.get(s) for s in sentences if s]
+    sentences = [s.strip() for s in re.findall(r"[^.]*\.|[^.]+$", text) if s.strip()]  # the last may be unfinished
+    return [None if s in sentences[:k] else known.get(s) for k, s in enumerate(sentences)]
 
 
 def gold_score(gold, prompt, text):
     """What a response is worth, in [-1, 1]: the mean over its sentences, so that length alone gains nothing.
 
-    A malformed sentence is worth -1, and so is a response without any.
+    A malformed or repeated sentence is worth -1, and so is a response without any.
     """
     values = [-1 if value is None else value for value in gold_values(gold, prompt, text)] or [-1]
     return sum(values) / len(values)
@@ -677,6 +685,12 @@ def sync(policy, last):
     return policy.no_sync() if hasattr(policy, "no_sync") and not last else contextlib.nullcontext()
 
 
+def pair_rows(rows, logged):
+    """[{"id", name: value}] of the b rows of a micro-batch. logged: {name: (b,)}"""
+    columns = [values.detach().tolist() for values in logged.values()]
+    return [{"id": row["id"], **dict(zip(logged, values))} for row, *values in zip(rows, *columns)]
+
+
 def check_finite(step, rows, grad_norm, partial):
     """Raises InputError before a step that would put NaN into the weights, naming the rows it comes from."""
     bad = [row["id"] for row in rows if not np.isfinite(row["loss"])]
@@ -711,7 +725,9 @@ def load_state(partial, model, optimizer, scheduler):
     return state
 
 
-def log_step(partial, metrics):
-    """One line of metrics.jsonl."""
+def log_step(partial, progress, step, rows, **more):
+    """A line of metrics.jsonl: the means over the step's rows, and what else is known of the step."""
+    mean = {name: sum(row[name] for row in rows) / len(rows) for name in rows[0] if name != "id"}
     with open(partial / "metrics.jsonl", "a") as file:
-        file.write(json.dumps(metrics) + "\n")
+        file.write(json.dumps({"step": step + 1, **mean, **more}) + "\n")
+    progress.set_postfix({name: f"{mean[name]:.3f}" for name in ("loss", "accuracy") if name in mean}, refresh=False)

@@ -22,8 +22,8 @@ if [ "$SETTING" != test ] && [ "${1:-}" = --dry-run ]; then DRY_RUN=1; shift; fi
 case $SETTING in
   world)   # responses of 25 tokens, not 300: the margin, a sum over tokens, needs a larger beta (see README.md)
     : "${BETA:=5}" "${LR:=1e-4}" "${BATCH_SIZE:=16}" "${MICRO_BATCH_SIZE:=16}" "${SAMPLING_BATCH_SIZE:=128}"
-    : "${SEED_SIZE:=200}" "${PROMPT_SIZES:=800 2000 3000}" "${EVAL_SIZE:=300}" "${MAX_NEW_TOKENS:=60}" "${CUT:=drop}"
-    : "${SFT_SIZE:=12000}" "${SFT_LR:=3e-3}" "${SFT_EPOCHS:=3}" "${SFT_BATCH_SIZE:=32}" "${GOLD_LABEL_SHARE:=3.3 %}" ;;
+    : "${SEED_SIZE:=200}" "${PROMPT_SIZES:=800 2000 3000}" "${EVAL_SIZE:=500}" "${MAX_NEW_TOKENS:=56}" "${CUT:=drop}"
+    : "${SFT_SIZE:=8000}" "${SFT_LR:=3e-3}" "${SFT_EPOCHS:=3}" "${SFT_BATCH_SIZE:=32}" "${GOLD_LABEL_SHARE:=3.3 %}" ;;
   mistral-7b)         : "${INIT:=alignment-handbook/zephyr-7b-sft-full}" ;;                                # Section 5.1
   phi-2)              : "${INIT:=lole25/phi-2-sft-ultrachat-full}" "${LR:=5e-6}" "${ITERATIONS:=1}" ;;     # App. B.3
   llama-3-8b)         : "${INIT:=meta-llama/Meta-Llama-3-8B-Instruct}"
@@ -47,6 +47,8 @@ esac
 if [ -z "$PYTHON" ]; then
   PYTHON=.venv/bin/python
   if [ -z "$DRY_RUN" ] && ! cmp -s requirements.txt .venv/requirements.txt; then
+    python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
+      { echo "run_all.sh: $(python3 --version) is too old: Python 3.11 or newer is needed" >&2; exit 2; }
     echo "run_all.sh: installing requirements.txt into .venv"
     python3 -m venv .venv
     $PYTHON -m pip install --quiet --disable-pip-version-check -r requirements.txt

@@ -18,8 +18,9 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 ROWS = ["sft", "dpo", "spa_1", "spa_2", "spa_3", "dpo_all_gold"]
-COLUMNS = {"win_rate": "Win rate (%)", "length_controlled_winrate": "LC win rate (%)", "avg_length": "Mean length (chars)",
-           "judge_accuracy": "Judge accuracy (%)", "malformed": "Malformed (%)", "eos_rate": "EOS (%)"}
+COLUMNS = {"win_rate": "Win rate (%)", "length_controlled_winrate": "LC win rate (%)",
+           "avg_length": "Mean length (chars)", "judge_accuracy": "Judge accuracy (%)", "malformed": "Malformed (%)",
+           "eos_rate": "EOS (%)"}
 
 
 def run(seed, args):
@@ -29,7 +30,8 @@ def run(seed, args):
                                 "OMP_NUM_THREADS": str(threads)}
     Path(args.runs).mkdir(parents=True, exist_ok=True)
     with open(Path(args.runs) / f"world-seed{seed}.log", "a") as log:
-        subprocess.run(["bash", str(HERE.parent / "run_all.sh"), "world"], env=environment, stdout=log, stderr=log, check=True)
+        subprocess.run(["bash", str(HERE.parent / "run_all.sh"), "world"], env=environment, stdout=log, stderr=log,
+                       check=True)
     evaluated = Path(args.runs) / f"world-seed{seed}" / "eval"
     return {row: json.loads((evaluated / row / "metrics.json").read_text()) for row in ROWS}
 
@@ -43,7 +45,7 @@ def cell(values):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5], help="not those it was tuned on: 100 ...")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5], help="(it was tuned on 100 ...)")
     parser.add_argument("--runs", default=str(HERE.parent / "runs"), help="folder of the runs")
     parser.add_argument("--jobs", type=int, default=1, help="seeds at a time")
     args = parser.parse_args()
