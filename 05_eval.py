@@ -170,47 +170,47 @@ def place(category):
 
 def parse_args():
     parser = common.Parser(description="Evaluate a model, judge its answers, or put evaluated models side by side.")
-    number = common.number
+    add = parser.add_argument
     # what is done, and what is read for it
-    parser.add_argument("--model", help="the model to evaluate, on --input, --alpaca-eval or --mt-bench")
-    parser.add_argument("--input", help="JSON Lines of id, prompt, reference")
-    parser.add_argument("--alpaca-eval", nargs="?", const="hub", help="AlpacaEval's outputs of its baseline, whose "
-                        "instructions are answered (default: from the hub)")
-    parser.add_argument("--mt-bench", help="MT-Bench's question.jsonl")
-    parser.add_argument("--judge", nargs="+", help="what is judged: the outputs of the baseline (or the word hub) and of "
-                        "the model; with --mt-bench model_answer/MODEL.jsonl")
-    parser.add_argument("--annotations", help="annotations of AlpacaEval, plain or gzip: writes their win rates")
-    parser.add_argument("--report", nargs="+", help="folders or metrics files of evaluated models, in the order of the "
-                        "table's rows; those of the same name make one row")
+    add("--model", help="the model to evaluate, on --input, --alpaca-eval or --mt-bench")
+    add("--input", help="JSON Lines of id, prompt, reference")
+    add("--alpaca-eval", nargs="?", const="hub", help="AlpacaEval's outputs of its baseline, whose "
+        "instructions are answered (default: from the hub)")
+    add("--mt-bench", help="MT-Bench's question.jsonl")
+    add("--judge", nargs="+", help="what is judged: the outputs of the baseline (or the word hub) and of "
+        "the model; with --mt-bench model_answer/MODEL.jsonl")
+    add("--annotations", help="annotations of AlpacaEval, plain or gzip: writes their win rates")
+    add("--report", nargs="+", help="folders or metrics files of evaluated models, in the order of the "
+        "table's rows; those of the same name make one row")
     # what is written
-    parser.add_argument("--output", required=True, help="file, or folder for --input, --mt-bench and --report")
-    parser.add_argument("--name", help='the model in tables (default: --model); "METHOD, iteration T" for Figure 3')
-    parser.add_argument("--gold-labels", default="-", help="share of gold labels it has seen, for the table")
+    add("--output", required=True, help="file, or folder for --input, --mt-bench and --report")
+    add("--name", help='the model in tables (default: --model); "METHOD, iteration T" for Figure 3')
+    add("--gold-labels", default="-", help="share of gold labels it has seen, for the table")
     # more about what is read
-    parser.add_argument("--gold", help="gold.json of the small world: its judge")
-    parser.add_argument("--preferences", help="D_t the model was trained on: how often its labels agree with gold")
-    parser.add_argument("--df-gamed", help="AlpacaEval's df_gamed.csv (default: from the hub), or the word none: LC "
-                        "without difficulties, for other instructions than AlpacaEval's")
-    parser.add_argument("--rows", type=number(int, 0), default=805, help="rows that --alpaca-eval must have; 0: any")
-    parser.add_argument("--tokenizer", help="folder or name of a tokenizer, where the model has none")
-    parser.add_argument("--chat-template", help="file with a Jinja chat template, where the tokenizer has none")
+    add("--gold", help="gold.json of the small world: its judge")
+    add("--preferences", help="D_t the model was trained on: how often its labels agree with gold")
+    add("--df-gamed", help="AlpacaEval's df_gamed.csv (default: from the hub), or the word none: LC "
+        "without difficulties, for other instructions than AlpacaEval's")
+    add("--rows", type=common.natural, default=805, help="rows that --alpaca-eval must have; 0: any")
+    add("--tokenizer", help="folder or name of a tokenizer, where the model has none")
+    add("--chat-template", help="file with a Jinja chat template, where the tokenizer has none")
     # sampling
-    parser.add_argument("--temperature", type=number(float, 0), default=0.7,
-                        help="0 takes the likeliest token; MT-Bench has its own for each category")
-    parser.add_argument("--max-new-tokens", type=number(int, 1), help="default: 300, AlpacaEval 2048, MT-Bench 1024")
-    parser.add_argument("--max-prompt-length", type=number(int, 1), default=1024, help="longer ones of --input are dropped")
-    parser.add_argument("--micro-batch-size", type=number(int, 1), default=16, help="prompts sampled at a time by one rank")
-    parser.add_argument("--seed", type=number(int, 0), default=0, help="of the samples; of the order of two answers")
+    add("--temperature", type=common.nonnegative, default=0.7,
+        help="0 takes the likeliest token; MT-Bench has its own for each category")
+    add("--max-new-tokens", type=common.positive, help="default: 300, AlpacaEval 2048, MT-Bench 1024")
+    add("--max-prompt-length", type=common.positive, default=1024, help="longer ones of --input are dropped")
+    add("--micro-batch-size", type=common.positive, default=16, help="prompts sampled at a time by one rank")
+    add("--seed", type=common.natural, default=0, help="of the samples; of the order of two answers")
     # the judge
-    parser.add_argument("--judge-model", help="name at --judge-url; without it a model's folder or name on the hub")
-    parser.add_argument("--judge-url", help="OpenAI-compatible endpoint, .../v1; its key is read from OPENAI_API_KEY")
-    parser.add_argument("--judge-template", help="file with AlpacaEval's judging prompt (default: the project's own)")
-    parser.add_argument("--judge-prompts", help="MT-Bench's judge_prompts.jsonl")
-    parser.add_argument("--reference-answers", help="MT-Bench's reference_answer/gpt-4.jsonl")
-    parser.add_argument("--judge-requests", type=number(int, 1), default=16, help="requests at a time")
-    parser.add_argument("--judge-timeout", type=number(float, 0.01), default=120.0, help="seconds until a request has failed")
-    parser.add_argument("--judge-retries", type=number(int, 0), default=5, help="after 429, 5xx, timeouts, broken answers")
-    parser.add_argument("--budget", type=number(int, 0), help="requests of this run at most; the next one goes on")
+    add("--judge-model", help="name at --judge-url; without it a model's folder or name on the hub")
+    add("--judge-url", help="OpenAI-compatible endpoint, .../v1; its key is read from OPENAI_API_KEY")
+    add("--judge-template", help="file with AlpacaEval's judging prompt (default: the project's own)")
+    add("--judge-prompts", help="MT-Bench's judge_prompts.jsonl")
+    add("--reference-answers", help="MT-Bench's reference_answer/gpt-4.jsonl")
+    add("--judge-requests", type=common.positive, default=16, help="requests at a time")
+    add("--judge-timeout", type=common.number(float, 0.01), default=120.0, help="seconds until a request has failed")
+    add("--judge-retries", type=common.natural, default=5, help="after 429, 5xx, timeouts, broken answers")
+    add("--budget", type=common.natural, help="requests of this run at most; the next one goes on")
     args = parser.parse_args()
     args.max_new_tokens = args.max_new_tokens or (2048 if args.alpaca_eval else 1024 if args.mt_bench else 300)
     if args.judge_url and not re.fullmatch(r"https?://[^\s@?#]+", args.judge_url):  # before it is written anywhere
@@ -667,11 +667,11 @@ def swapped(seed, instruction):
     return bool(common.uniforms(seed, instruction, 0, 1)[0] < 0.5)
 
 
-def annotation(row, outputs, generators, annotator):
-    """A row in AlpacaEval's format, its preference still missing."""
+def annotation(row, outputs, generators, annotator, preference=None):
+    """A row in AlpacaEval's format."""
     return {"dataset": row.get("dataset", ""), "instruction": row["instruction"], "output_1": outputs[0],
             "generator_1": generators[0], "output_2": outputs[1], "generator_2": generators[1],
-            "annotator": annotator, "preference": None}
+            "annotator": annotator, "preference": preference}
 
 
 def gold_preference(gold, prompt, output_1, output_2):
@@ -788,16 +788,20 @@ def judge_accuracy(path, gold):
     return 100 * sum(agrees) / len(agrees) if agrees else float("nan")
 
 
-def score(rows, gold, name):
-    """(the metrics of the small world, its annotations); each row gets its preference: 1 win, 0.5 tie, 0 loss."""
-    annotations = []
-    for row in rows:
-        pair = [row["reference"], row["response"]]
-        annotations.append(annotation({"instruction": row["prompt"][-1]["content"]}, pair, ["reference", name], "gold"))
-        annotations[-1]["preference"] = gold_preference(gold, row["prompt"], *pair)
-        row["preference"] = annotations[-1]["preference"] - 1
+def gold_annotations(rows, gold, name="model"):
+    """The responses of the small world in AlpacaEval's format, against the references."""
+    return [annotation({"instruction": row["prompt"][-1]["content"]}, [row["reference"], row["response"]],
+                       ["reference", name], "gold", gold_preference(gold, row["prompt"], row["reference"], row["response"]))
+            for row in rows]
+
+
+def score(rows, gold):
+    """The metrics of the small world, in percent; each row gets its preference: 1 win, 0.5 tie, 0 loss."""
+    annotations = gold_annotations(rows, gold)
+    for row, judged in zip(rows, annotations):
+        row["preference"] = judged["preference"] - 1
     values = [value for row in rows for value in common.gold_values(gold, row["prompt"], row["response"])]
-    return figures(annotations) | {"malformed": 100 * sum(v is None for v in values) / max(1, len(values))}, annotations
+    return figures(annotations) | {"malformed": 100 * sum(value is None for value in values) / max(1, len(values))}
 
 
 def evaluate(args, started):
@@ -817,18 +821,17 @@ def evaluate(args, started):
     answers = answer(speaker, args, partial, [prompts[i] for i in kept], [row["id"] for row in rows],
                      [args.temperature] * len(rows))
     if speaker.ranks.rank == 0:
-        for row, (row["response"], row["finish"]) in zip(rows, answers):
-            pass
+        for row, (text, finish) in zip(rows, answers):
+            row |= {"finish": finish, "response": text}
         name, made = args.name or args.model, partial / "eval"
         made.mkdir(exist_ok=True)
         metrics = {"name": name, "gold_labels": args.gold_labels, "n": len(rows)}
         if gold:
-            found, annotations = score(rows, gold, name)
-            metrics |= found
-            common.write_json(made / "annotations.json", annotations)
+            metrics |= score(rows, gold)
+            common.write_json(made / "annotations.json", gold_annotations(rows, gold, name))
             if args.preferences:
                 metrics["judge_accuracy"] = judge_accuracy(args.preferences, gold)
-            counts["win rate"] = f"{found['win_rate']:.1f} +- {found['standard_error'] or 0:.1f}"
+            counts["win rate"] = f"{metrics['win_rate']:.1f} +- {metrics['standard_error'] or 0:.1f}"
         metrics |= {"avg_length": float(np.mean([len(row["response"]) for row in rows])),
                     "eos_rate": 100 * float(np.mean([row["finish"] == "eos" for row in rows]))}
         common.write_jsonl(made / "responses.jsonl", rows)
@@ -882,8 +885,8 @@ def tables(metrics):
                                  [[method, *(line.get(t, {}).get(key) for t in steps)] for method, line in lines.items()])
     categories = sorted({name for row in metrics for name in row.get("mt_bench_categories", {})}, key=place)
     if categories:
-        rows = [[row["name"], *map(row["mt_bench_categories"].get, categories)] for row in metrics if "mt_bench_categories" in row]
-        text += "\n" + table(["MT-Bench by category", *categories], rows)
+        text += "\n" + table(["MT-Bench by category", *categories], [
+            [row["name"], *map(row["mt_bench_categories"].get, categories)] for row in metrics if "mt_bench_categories" in row])
     return text
 
 
@@ -939,22 +942,28 @@ def read_metrics(path):
 def report(args, started):
     """table.md, samples.md where there are responses, and report.png where there is matplotlib."""
     partial = common.open_output(args, "report")
-    merged, spoken = {}, []
+    rows, spoken = [], []
     for path in args.report:
         metrics, responses = read_metrics(path)
-        merged.setdefault(metrics["name"], {}).update(
-            {k: v for k, v in metrics.items() if k != "gold_labels" or v != "-" or metrics["name"] not in merged})
         spoken += [(metrics, responses)] if responses else []
+        if metrics.get("gold_labels") == "-":
+            del metrics["gold_labels"]
+        # of the same name and with other figures: AlpacaEval's and MT-Bench's of one model
+        row = next((row for row in rows if row["name"] == metrics["name"]
+                    and row.keys() & metrics.keys() <= {"name", "gold_labels"}), None)
+        if row is None:
+            rows.append(metrics)
+        else:
+            row |= metrics
     made = partial / "report"
     made.mkdir(exist_ok=True)
-    metrics = list(merged.values())
-    (made / "table.md").write_text(tables(metrics), encoding="utf-8")
-    print(tables(metrics))
+    (made / "table.md").write_text(tables(rows), encoding="utf-8")
+    print(tables(rows))
     if spoken:
         (made / "samples.md").write_text(samples(*zip(*spoken)), encoding="utf-8")
         print(samples(*zip(*spoken)))
-    picture(metrics, made / "report.png", args.output)
-    common.close_output(args, partial, made, {"models": len(metrics)}, started)
+    picture(rows, made / "report.png", args.output)
+    common.close_output(args, partial, made, {"models": len(rows)}, started)
 
 
 def main():

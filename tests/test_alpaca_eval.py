@@ -19,8 +19,7 @@ PLAIN = ["win_rate", "standard_error", "n_wins", "n_wins_base", "n_draws", "n_to
 
 
 def attempt(**options):
-    """stages.attempt has a `name` of its own; argparse takes --nam for --name."""
-    return stages.attempt("05_eval", **{"nam" if key == "name" else key: value for key, value in options.items()})
+    return stages.attempt("05_eval", **options)
 
 
 def read(path):
@@ -328,6 +327,14 @@ def test_report_has_the_papers_tables(tmp_path, models, monkeypatch):
     assert categories[0][1:] == ["writing", "math"] and categories[2] == ["SFT", "6.34", "1.00"]
     assert sum("matplotlib" in line for line in ran.out.splitlines()) == 1
     assert not (tmp_path / "report" / "report.png").exists()
+
+
+def test_report_keeps_two_models_of_one_name_apart(tmp_path, models, monkeypatch):
+    without_matplotlib(monkeypatch)
+    other = write_metrics(tmp_path / "other.json", "SFT", win_rate=1.0)
+    assert attempt(report=models[:2] + [other], output=tmp_path / "report").status == 0
+    lines = (tmp_path / "report" / "table.md").read_text().split("\n\n")[0].splitlines()
+    assert len(lines) == 4 and "6.34" in lines[2] and lines[3].startswith("| SFT | - |")
 
 
 def test_report_of_a_folder_has_samples(tmp_path, evaluated, models, monkeypatch):

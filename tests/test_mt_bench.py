@@ -15,12 +15,7 @@ REFERENCE_ANSWERS = {103: ["103 first right", "103 second right"]}
 QUESTIONS = [(101, "writing"), (102, "stem"), (103, "math"), (104, "extraction")]
 
 
-def write_lines(path, rows):
-    return stages.write_rows(path, rows)
-
-
-def lines(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
+write_lines, lines = stages.write_rows, stages.rows
 
 
 @pytest.fixture
@@ -141,6 +136,12 @@ def test_a_second_model_joins_the_file_and_nothing_is_asked_twice(tmp_path, judg
         (tmp_path / "bench" / "model_score" / "ours_gpt-x.json").unlink()  # the scores again, from the file of judgments
         assert stages.attempt("05_eval", judge=tmp_path / "ours.jsonl", judge_url=server.url, **judge_options).status == 0
         assert len(server.requests) == 16
+        extra = {"question_id": 999, "model": "ours", "judge": ["j", "p"], "user_prompt": "u", "turn": 1, "score": 1}
+        write_lines(target, both + [extra])  # of this model, but none of these questions
+        (tmp_path / "bench" / "model_score" / "ours_gpt-x.json").unlink()
+        assert stages.attempt("05_eval", judge=tmp_path / "ours.jsonl", judge_url=server.url, **judge_options).status == 0
+        assert len(server.requests) == 16 and extra in lines(target)
+        write_lines(target, both)
     assert [row["model"] for row in both] == ["ours"] * 8 + ["theirs"] * 8
     assert sorted(map(str, lines(target))) == sorted(map(str, both))
 
