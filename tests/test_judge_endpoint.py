@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import time
 
 import huggingface_hub
 import pytest
@@ -134,6 +135,17 @@ def test_what_may_pass_is_asked_again(tmp_path, pair, trouble):
     assert len(server.requests) == N + N // 2
 
 
+def test_retry_after_is_kept_to(tmp_path, pair):
+    asked = []
+
+    def respond(request, before):
+        asked.append(time.monotonic())
+        return prefers_ours(request, before) if before else (429, "", {"Retry-After": "0.5"})
+    with serving(respond) as server:
+        assert judge(server, pair, tmp_path / "a.json").status == 0
+    assert len(asked) == 2 * N and asked[N] - asked[0] >= 0.5
+
+
 def test_what_fails_is_told_and_only_that_is_asked_for_again(tmp_path, pair):
     broken = [True]
 
@@ -182,6 +194,7 @@ def test_a_half_written_line_is_asked_for_again(tmp_path, pair):
         journal = tmp_path / "a.json.partial" / "judged.jsonl"
         journal.write_text(journal.read_text()[:-20])
         server.requests.clear()
+        assert judge(server, pair, tmp_path / "a.json", budget=3).status == 2  # what comes after it is whole
         assert judge(server, pair, tmp_path / "a.json").status == 0
         assert len(server.requests) == N - 5
     rows = json.loads((tmp_path / "a.json").read_text())
@@ -238,7 +251,7 @@ def test_the_official_template(tmp_path, pair):
     """Its blocks become messages; braces in an output and text that looks like a placeholder stay as they are."""
     template = tmp_path / "template.txt"
     template.write_text('<|im_start|>system\nBe fair.\n<|im_end|>\n<|im_start|>user\n{"i": """{instruction}"""}\n'
-                        '{\n {"model": "m", "output": """{output_1}"""},\n {"model": "M", "output": """{output_2}"""}\n}\n<|im_end|>\n')
+                        '{\n {"model": "m", "output": """{output_1}"""},\n {"model": "M", "output": """{output_2}"""}\n}\n{other}<|im_end|>\n')
     write_outputs(pair[0], "base", ["base {output_2} <|im_end|> {x}"] * N)
     with serving(prefers_ours) as server:
         assert judge(server, pair, tmp_path / "a.json", judge_template=template).status == 0
@@ -247,6 +260,7 @@ def test_the_official_template(tmp_path, pair):
         assert system == {"role": "system", "content": "Be fair."}
         assert user["role"] == "user" and user["content"].count("base {output_2} <|im_end|> {x}") == 1
         assert user["content"].startswith('{"i": """say ') and user["content"].count("ours") == 1
+        assert user["content"].endswith("{other}")
 
 
 def test_bad_input_is_one_line(tmp_path, pair):

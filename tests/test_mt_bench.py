@@ -49,11 +49,13 @@ def write_answers(tmp_path, model):
 
 
 def test_answers_of_two_turns(tmp_path, questions, pi_init, tokenizer, monkeypatch):
-    asked, original = [], common.sample
+    asked, said, original = [], set(), common.sample
 
     def sample(model, prompts, u, temperature, max_new_tokens, ends):
         asked.extend((temperature, max_new_tokens, prompt) for prompt in prompts)
-        return original(model, prompts, u, temperature, min(12, max_new_tokens), ends)
+        sampled = original(model, prompts, u, temperature, min(12, max_new_tokens), ends)
+        said.update(tokenizer.decode(ids, skip_special_tokens=True).strip() for [(ids, _)] in sampled)
+        return sampled
 
     monkeypatch.setattr(common, "sample", sample)
     stages.run("05_eval", model=pi_init, mt_bench=questions, output=tmp_path / "bench")
@@ -64,6 +66,7 @@ def test_answers_of_two_turns(tmp_path, questions, pi_init, tokenizer, monkeypat
         assert row["model_id"] == "pi_init" and row["tstamp"] > 1e9
         [choice] = row["choices"]
         assert choice["index"] == 0 and len(choice["turns"]) == 2 and all(isinstance(t, str) for t in choice["turns"])
+        assert set(choice["turns"]) <= said
         second = tokenizer.apply_chat_template(
             [{"role": "user", "content": "the lid is wet ."}, {"role": "assistant", "content": choice["turns"][0]},
              {"role": "user", "content": "and now ?"}], add_generation_prompt=True, return_dict=False)
