@@ -932,7 +932,7 @@ def read_metrics(path):
         metrics = json.loads(file.read_text(encoding="utf-8"))
         metrics["name"] + ""
     except (OSError, ValueError, KeyError, TypeError):
-        raise common.InputError(f"{path}: holds no metrics: --report takes folders and metrics files that 05_eval.py wrote")
+        raise common.InputError(f"{file}: holds no metrics: --report takes folders and metrics files that 05_eval.py wrote")
     responses = file.parent / "responses.jsonl"
     if file == Path(path) or not responses.exists():
         return metrics, None
