@@ -372,6 +372,7 @@ def map_batches(compute, batches, partial, ranks, label):
             file.flush()
     barrier()
     done = read_finished(partial, label)
+    barrier()  # before any rank may remove the folder
     return {i: result for k, batch in enumerate(batches) for i, result in zip(batch, done[k], strict=True)}
 
 
