@@ -380,13 +380,15 @@ def answer_alpaca_eval(args, started):
     prompts = prompts_of(speaker, [common.as_messages(row["instruction"]) for row in reference], args.alpaca_eval)
     answers = answer(speaker, args, partial, prompts, [row["instruction"] for row in reference],
                      [args.temperature] * len(reference))
-    if speaker.ranks.rank == 0:
+
+    def write():
         rows = [{"dataset": row.get("dataset", ""), "instruction": row["instruction"], "output": text,
                  "generator": args.name or file_name(args.model)} for row, (text, _) in zip(reference, answers)]
         common.write_json(partial / "outputs.json", rows)
         counts = {"answers": len(rows), "cut at the limit": sum(finish == "length" for _, finish in answers)}
         common.close_output(args, partial, partial / "outputs.json", counts, started)
-    common.barrier()
+
+    common.on_first_rank(write, speaker.ranks)
 
 
 def answer_mt_bench(args, started):
@@ -406,7 +408,8 @@ def answer_mt_bench(args, started):
         for talk, (text, finish) in zip(conversations, answers):
             talk.append({"role": "assistant", "content": text})
             finishes.append(finish)
-    if speaker.ranks.rank == 0:
+
+    def write():
         common.write_jsonl(partial / "answers.jsonl", ({
             "question_id": row["question_id"],
             "answer_id": hashlib.sha256(json.dumps([name, row["question_id"], talk]).encode()).hexdigest()[:22],
@@ -415,7 +418,8 @@ def answer_mt_bench(args, started):
             for row, talk in zip(questions, conversations)))
         counts = {"questions": len(questions), "turns cut at the limit": finishes.count("length")}
         common.close_output(args, partial, partial / "answers.jsonl", counts, started)
-    common.barrier()
+
+    common.on_first_rank(write, speaker.ranks)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -820,7 +824,8 @@ def evaluate(args, started):
     rows = [rows[i] for i in kept]
     answers = answer(speaker, args, partial, [prompts[i] for i in kept], [row["id"] for row in rows],
                      [args.temperature] * len(rows))
-    if speaker.ranks.rank == 0:
+
+    def write():
         for row, (text, finish) in zip(rows, answers):
             row |= {"finish": finish, "response": text}
         name, made = args.name or args.model, partial / "eval"
@@ -837,7 +842,8 @@ def evaluate(args, started):
         common.write_jsonl(made / "responses.jsonl", rows)
         common.write_json(made / "metrics.json", metrics)
         common.close_output(args, partial, made, counts, started)
-    common.barrier()
+
+    common.on_first_rank(write, speaker.ranks)
 
 
 # ---------------------------------------------------------------------------------------------

@@ -28,58 +28,53 @@ def test_win_rate_by_hand():
     assert evaluation.win_rate(np.array([1, 1, 0.5, 0])) == pytest.approx((62.5, 23.9357), abs=1e-3)
 
 
-def logistic_regression(preference, d, ridge):
-    """Minimises the cross-entropy + ridge / 2 (b^2 + w^2) by L-BFGS -> 100 sigmoid(b)."""
-    d, y = torch.tensor(d, dtype=torch.float64), torch.tensor(preference, dtype=torch.float64)
-    w = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+def logistic_regression(y, d, l1):
+    """Minimises the cross-entropy + l1 (|b| + |w|), both b and w above 0, by L-BFGS -> 100 sigmoid(b)."""
+    d, y = torch.tensor(d, dtype=torch.float64), torch.tensor(y, dtype=torch.float64)
+    w = torch.ones(2, dtype=torch.float64, requires_grad=True)
     x = torch.tanh(d / d.std())
     optimizer = torch.optim.LBFGS([w], max_iter=500, tolerance_grad=1e-12, tolerance_change=1e-15,
                                   line_search_fn="strong_wolfe")
 
     def loss():
         optimizer.zero_grad()
-        value = torch.nn.functional.binary_cross_entropy_with_logits(w[0] + w[1] * x, y, reduction="sum")
-        value = value + ridge / 2 * (w ** 2).sum()
+        value = torch.nn.functional.binary_cross_entropy_with_logits(w[0] + w[1] * x, y, reduction="sum") + l1 * w.abs().sum()
         value.backward()
         return value
     optimizer.step(loss)
+    assert (w > 0.01).all()  # away from where |.| has no derivative
     return 100 * torch.sigmoid(w[0]).item()
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_the_length_controlled_win_rate_is_that_of_another_optimiser(seed):
     rng = np.random.default_rng(seed)
-    lengths, others = rng.integers(20, 400, 150), rng.integers(20, 300, 150)
-    better = 0.7 + 1.5 * np.tanh((lengths - others) / 100) + rng.logistic(size=150)
-    preference = (1 + np.sign(better)) / 2
-    preference[:5] = 0.5
-    ours = evaluation.length_controlled_win_rate(preference, lengths, others)
-    assert ours == pytest.approx(logistic_regression(preference, lengths - others, 0.01), abs=1e-4)
-    assert abs(ours - 100 * preference.mean()) > 2  # longer responses win more often here, and are not rewarded for it
+    d = rng.integers(20, 400, 150) - rng.integers(20, 300, 150)
+    y = (1 + np.sign(0.7 + 1.5 * np.tanh(d / 100) + rng.logistic(size=150))) / 2
+    y[:5] = 0.5
+    ours, _ = evaluation.length_controlled(y, d.astype(float))
+    assert ours == pytest.approx(logistic_regression(y, d, 0.1), abs=1e-4)
+    assert abs(ours - 100 * y.mean()) > 2  # longer responses win more often here, and are not rewarded for it
 
 
 def test_the_length_controlled_win_rate_of_equally_long_responses_is_the_win_rate():
-    preference = np.array([1] * 70 + [0] * 30)
-    for d in (np.zeros(100), np.full(100, 40)):
-        rate = evaluation.length_controlled_win_rate(preference, 100 + d, np.full(100, 100))
-        assert rate == pytest.approx(70, abs=0.05)  # 0.05: the ridge
+    y = np.array([1.0] * 70 + [0] * 30)
+    for d in (np.zeros(100), np.full(100, 40.0)):
+        assert evaluation.length_controlled(y, d)[0] == pytest.approx(69.9)  # the penalty: 100 s - 70 + 0.1 = 0
 
 
 def test_the_length_controlled_win_rate_is_symmetric():
     rng = np.random.default_rng(0)
-    preference, lengths, others = rng.integers(0, 2, 60), rng.integers(5, 90, 60), rng.integers(5, 90, 60)
-    rate = evaluation.length_controlled_win_rate(preference, lengths, others)
-    # seen from the other model
-    assert evaluation.length_controlled_win_rate(1 - preference, others, lengths) == pytest.approx(100 - rate)
+    y, d = rng.integers(0, 2, 60).astype(float), rng.integers(5, 90, 60) - rng.integers(5, 90, 60) + 0.0
+    rate, _ = evaluation.length_controlled(y, d)
+    assert evaluation.length_controlled(1 - y, -d)[0] == pytest.approx(100 - rate)  # seen from the other model
     # a win, and the same difference of lengths the other way round a loss: nobody is better
-    both = np.concatenate([preference, 1 - preference])
-    assert evaluation.length_controlled_win_rate(both, [*lengths, *others], [*others, *lengths]) == pytest.approx(50)
+    assert evaluation.length_controlled(np.concatenate([y, 1 - y]), np.concatenate([d, -d]))[0] == pytest.approx(50)
 
 
 def test_a_model_that_always_wins_has_a_finite_rate():
-    rate = evaluation.length_controlled_win_rate(np.ones(50), np.arange(50), np.arange(50)[::-1])
-    assert 95 < rate < 100
-    assert math.isfinite(evaluation.length_controlled_win_rate(np.array([1.0]), [3], [5]))
+    assert 95 < evaluation.length_controlled(np.ones(50), np.arange(50) * 2.0 - 49)[0] < 100
+    assert math.isfinite(evaluation.length_controlled(np.array([1.0]), np.array([-2.0]))[0])
 
 
 # ---------------------------------------------------------------------------------------------
@@ -150,7 +145,7 @@ def test_05_reports_models_side_by_side(evaluated, tmp_path):
     assert len(lines) == 4 and lines[2] == lines[3]
     cells = [cell.strip() for cell in lines[2].strip("|").split("|")]
     metrics = json.loads((evaluated / "metrics.json").read_text())
-    assert cells[:3] == ["a model", "3 %", f"{metrics['win_rate']:.1f}"]
+    assert cells[:4] == ["a model", "3 %", f"{metrics['length_controlled_winrate']:.2f}", f"{metrics['win_rate']:.2f}"]
     assert lines[0].count("|") == lines[1].count("|") == lines[2].count("|")
     for row in rows(evaluated / "responses.jsonl")[:3]:
         assert row["prompt"][-1]["content"] in samples and samples.count(row["response"]) >= 2
