@@ -44,7 +44,7 @@ def test_the_small_world_ends_with_a_table_and_samples(little):
     folder, done = little
     table = (folder / "report" / "table.md").read_text()
     assert table in done.stdout
-    names = [line.split("|")[1].strip() for line in table.splitlines()[2:]]
+    names = [line.split("|")[1].strip() for line in table.split("\n\n")[0].splitlines()[2:]]
     assert names == ["SFT (pi_init)", "DPO on the seed (pi_0)", "SPA, iteration 1 (pi_1)", "DPO on all gold labels"]
     samples = (folder / "report" / "samples.md").read_text()
     assert samples in done.stdout and samples.count("\n> ") + samples.startswith("> ") == 3
