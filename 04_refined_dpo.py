@@ -66,9 +66,9 @@ def worst_distribution(xi, epsilon, pieces, xi_min):
     """The distribution of confidences within Wasserstein-1 distance epsilon of xi's that has the largest mean loss.
 
     The loss is max_k a_k xi + b_k, the tangents of -log xi at K points of the support [xi_min, 1]. It is convex and
-    falls, so mass can only gain by going all the way down to xi_min, at the rate (l(xi_min) - l(xi_i)) / (xi_i - xi_min)
-    a unit of distance: the budget N epsilon is spent in falling order of that rate, the least confident pairs first
-    (pieces may make ties, settled for the less confident one). At most one pair is moved in part.
+    falls, so mass gains most by going all the way down to xi_min, (l(xi_min) - l(xi_i)) / (xi_i - xi_min) a unit of
+    distance: the budget N epsilon is spent in falling order of that rate, which is the least confident pairs first, up
+    to ties that pieces make. At most one pair is moved in part.
     xi (N,) in [0, 1] -> moved (N,): alpha of the part at xi_min, 1 - moved staying; shift (N,): q / alpha, how far
     """
     at = np.geomspace(xi_min, 1, pieces)
@@ -89,7 +89,7 @@ def worst_distribution(xi, epsilon, pieces, xi_min):
 
 
 def worst_case_loss(margin, moved, shift, xi_min):
-    """The expectation of -log xi over both atoms of each pair: xi_i, and xi_i - shift, in proportion moved. (b,) -> (b,)
+    """The expectation of -log xi over each pair's atoms, xi_i and, in proportion moved, xi_i - shift. (b,) -> (b,)
 
     moved and shift are held while theta moves, so an atom may fall below xi_min: there the loss goes on as its tangent
     at xi_min, finite, and still pushing the pair up.
@@ -140,8 +140,8 @@ def settle(args):
     """Raises InputError for an option of the worst case without it; fills in their defaults with it."""
     for name, default in {"epsilon": 0.01, "pieces": 10, "xi_min": 0.05, "resolve_steps": None}.items():
         if args.refine != "worst-case" and getattr(args, name) is not None:
-            raise common.InputError(f"--{name.replace('_', '-')} does not go with --refine {args.refine}: leave it out, "
-                                    "or give --refine worst-case")
+            raise common.InputError(f"--{name.replace('_', '-')} does not go with --refine {args.refine}: "
+                                    "leave it out, or give --refine worst-case")
         if args.refine == "worst-case" and getattr(args, name) is None:
             setattr(args, name, default)
     return args
@@ -205,7 +205,7 @@ def solve_now(step, steps, args):
 
 @torch.no_grad()
 def place_atoms(policy, ref, pairs, args, ranks):
-    """Give every pair of D_t its atoms [moved, shift] of the worst distribution near the current model's confidences."""
+    """Give every pair of D_t its [moved, shift] of the worst distribution near the current model's confidences."""
     policy = getattr(policy, "module", policy)  # DDP's own forward is for steps that all ranks take
     batches, known = common.length_batches([pair_length(pair) for pair in pairs], args.micro_batch_size), []
     for indices in batches[ranks.rank::ranks.world]:

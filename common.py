@@ -351,6 +351,7 @@ def map_batches(compute, batches, partial, ranks, label):
             file.flush()
     barrier()
     done = read_finished(partial, label)
+    barrier()  # rank 0 may remove the files as soon as it is done
     return {i: result for k, batch in enumerate(batches) for i, result in zip(batch, done[k], strict=True)}
 
 
