@@ -9,8 +9,8 @@ Writes a folder: seed.jsonl        {"id", "prompt", "chosen", "rejected"}: the o
                  prompts_t.jsonl   {"id", "prompt"}
                  eval.jsonl        {"id", "prompt", "reference"}: a response to compare with, where the source has one
                  all_gold.jsonl    with --all-gold: the labels of the seed and of all prompts, for the 100 % rows
-       world also: base/ (a model with random weights), gold.json (its judge),
-                 sft.jsonl        {"id", "prompt", "response", "writer"}
+       world also: base/ (a model with random weights), sft.jsonl {"id", "prompt", "response"}, gold.json (its judge),
+                 sft_kind.jsonl   those of sft.jsonl by kind writers: what no preference taught, for Figure 4
 
     python 00_inputs.py --source ultrafeedback --output data
     python 00_inputs.py --source my.jsonl --seed-size 500 --prompt-sizes 1000 2000 --output data
@@ -95,11 +95,10 @@ def write_answer(rng, sentences, writer):
 
 
 def read_world(args, folder):
-    """Rows as of a preference data set, each prompt answered by two writers at random and labelled by gold.
+    """Rows as of a preference data set, shuffled, each prompt answered by two random writers and labelled by gold.
 
     Also writes gold.json, sft.jsonl and base/ into the folder.
     """
-    rng = random.Random(args.seed)
     sentences = {thing: {value: known_sentences(thing, value) for value in SPIRIT} for thing in PARTS}
     gold = {thing: {sentence: value for value, kinds in by_value.items() for kind in kinds for filled in kind
                     for sentence in filled} for thing, by_value in sentences.items()}
@@ -109,27 +108,35 @@ def read_world(args, folder):
     if needed + args.sft_size > len(prompts):
         raise common.InputError(f"the world has {len(prompts)} prompts, {needed + args.sft_size} are asked for: "
                                 "lower --seed-size, --prompt-sizes, --eval-size or --sft-size")
-    rng.shuffle(prompts)
+    random.Random(args.seed).shuffle(prompts)
 
-    def answer(thing, writer=None):
+    def answer(rng, thing, writer=None):
         return write_answer(rng, sentences[thing], writer or rng.choice(list(WRITERS)))
 
-    rows = []
-    for thing, text in prompts[:needed]:
-        prompt = common.as_messages(text)
-        one = two = answer(thing)
+    def label(rng, thing, prompt):
+        one = two = answer(rng, thing)
         while common.gold_score(gold, prompt, one) == common.gold_score(gold, prompt, two):
-            one, two = answer(thing), answer(thing)
-        if common.gold_score(gold, prompt, one) < common.gold_score(gold, prompt, two):
-            one, two = two, one
-        rows.append({"prompt": prompt, "chosen": one, "rejected": two, "reference": answer(thing, "kind")})
-    writers = ((thing, prompt, rng.choice(list(WRITERS))) for thing, prompt in prompts[needed:needed + args.sft_size])
-    common.write_jsonl(folder / "sft.jsonl", ({"id": f"sft-{k}", "prompt": prompt, "response": answer(thing, writer),
-                                               "writer": writer} for k, (thing, prompt, writer) in enumerate(writers)))
-    texts = [prompt for _, prompt in prompts] + [s for known in gold.values() for s in known]
+            one, two = answer(rng, thing), answer(rng, thing)
+        better = common.gold_score(gold, prompt, one) > common.gold_score(gold, prompt, two)
+        return (one, two) if better else (two, one)
+
+    rows = []
+    for k, (thing, text) in enumerate(prompts[:needed]):
+        rng, prompt = random.Random(f"{args.seed} {text}"), common.as_messages(text)  # whatever the sizes of the sets
+        chosen, rejected = label(rng, thing, prompt)
+        rows.append({"id": f"world-{k}", "prompt": prompt, "chosen": chosen, "rejected": rejected,
+                     "reference": answer(rng, thing, "kind")})
+    examples = []
+    for k, (thing, text) in enumerate(reversed(prompts[needed:][-args.sft_size:] if args.sft_size else [])):
+        rng = random.Random(f"{args.seed} sft {text}")
+        writer = rng.choice(list(WRITERS))
+        examples.append((writer, {"id": f"sft-{k}", "prompt": text, "response": answer(rng, thing, writer)}))
+    common.write_jsonl(folder / "sft.jsonl", (example for _, example in examples))
+    common.write_jsonl(folder / "sft_kind.jsonl", (example for writer, example in examples if writer == "kind"))
+    texts = [text for _, text in prompts] + [sentence for known in gold.values() for sentence in known]
     texts += [common.judging_prompt(common.as_messages(""), "", "")[0]["content"], *common.LETTERS]
     write_base_model(sorted({word for text in texts for word in text.split()}), args, folder / "base")
-    return [{"id": f"world-{k}", **row} for k, row in enumerate(rows)]
+    return rows
 
 
 def write_base_model(words, args, folder):
@@ -166,17 +173,16 @@ def read_table(source):
             return [(row, f"{source}, row {k}") for k, row in enumerate(Dataset.from_parquet(source))]
         text = Path(source).read_text(encoding="utf-8-sig")
         if text.lstrip().startswith("["):
-            return [(row, f"{source}, row {k}") for k, row in enumerate(json.loads(text))]
+            return [(row, f"{source}, row {k}") for k, row in enumerate(common.parse_json(text, source))]
+    except common.InputError:
+        raise
     except Exception as error:
         raise common.InputError(f"{source}: cannot be read ({type(error).__name__}): --source is ultrafeedback, world, "
                                 "or a JSON, JSON Lines or Parquet file")
     rows = []
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
-            try:
-                rows.append((json.loads(line), f"{source}:{number}"))
-            except (ValueError, RecursionError):
-                raise common.InputError(f"{source}:{number}: not JSON: {line[:60]!r}: write one object a line")
+            rows.append((common.parse_json(line, f"{source}:{number}"), f"{source}:{number}"))
     return rows
 
 
@@ -285,7 +291,8 @@ def main():
 
     rows = read_world(args, folder) if args.source == "world" else read_preferences(args.source)
     different = drop_repeats(rows)
-    random.Random(args.seed).shuffle(different)
+    if args.source != "world":
+        random.Random(args.seed).shuffle(different)
     seed, held_out, sets = split(different, args)
 
     def write(name, rows, *keys):

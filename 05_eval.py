@@ -114,7 +114,7 @@ def judge_accuracy(path, gold):
                                     "rejected": common.a_response})
     scores = [[common.gold_score(gold, row["prompt"], row[y]["text"]) for y in ("chosen", "rejected")] for row in rows]
     agrees = [chosen > rejected for chosen, rejected in scores if chosen != rejected]
-    return 100 * sum(agrees) / len(agrees) if agrees else float("nan")
+    return 100 * sum(agrees) / len(agrees) if agrees else None
 
 
 COLUMNS = {"gold_labels": "Gold labels", "win_rate": "Win rate (%)", "length_controlled_winrate": "LC win rate (%)",

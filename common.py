@@ -82,7 +82,7 @@ def number(kind, low, high=float("inf")):
     """An argparse type: an int or float in [low, high]."""
     def parse(text):
         value = kind(text)
-        if not low <= value <= high:  # NaN too
+        if not low <= value <= high or value == float("inf"):  # NaN too
             raise ValueError
         return value
     parse.__name__ = f"{kind.__name__} in [{low}, {high}]"  # what argparse calls it
@@ -146,6 +146,17 @@ def check_row(row, fields, where):
             raise InputError(f'{where}: "{name}" is {json.dumps(row[name])[:60]}: it must be {check.__doc__}')
 
 
+def parse_json(text, where):
+    """What the text says. Neither NaN nor half a surrogate pair is JSON: what is read must be writable again."""
+    try:
+        value = json.loads(text, parse_constant=lambda name: int(name))  # a ValueError for NaN and Infinity
+        if "\\u" in text:
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
+    except (ValueError, RecursionError):
+        raise InputError(f"{where}: not a JSON object: {text[:60]!r}: write one object a line")
+
+
 def read_jsonl(path, fields):
     """Rows of a JSON Lines file, each with the fields {name: check} and an id of its own.
 
@@ -160,10 +171,7 @@ def read_jsonl(path, fields):
         if not line.strip():
             continue
         where = f"{path}:{number}"
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            raise InputError(f"{where}: not a JSON object: {line[:60]!r}: write one object a line")
+        row = parse_json(line, where)
         check_row(row, fields, where)
         row["id"] = str(row["id"])
         if row["id"] in line_of:
@@ -476,16 +484,25 @@ def end_ids(name, tokenizer):
     if not ends:
         raise InputError(f"{name}: neither its tokenizer nor its generation config names an end token: "
                          "--tokenizer names a tokenizer that has one")
-    turn = tokenizer.apply_chat_template([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}],
-                                         return_dict=False)
+    turn = render(tokenizer, [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
     last = next((i for i in reversed(turn) if i in ends), tokenizer.eos_token_id)
     return sorted(ends, key=lambda i: (i != last, i))
 
 
+def render(tokenizer, messages, **options):
+    """Token ids of a conversation, with one BOS where the tokenizer begins a text with one.
+
+    Some templates write it, others (Zephyr's) leave it to the tokenizer, and the model was trained with it either way.
+    """
+    ids = tokenizer.apply_chat_template(messages, return_dict=False, **options)
+    bos = [tokenizer.bos_token_id]
+    return bos + ids if tokenizer("").input_ids[:1] == bos and ids[:1] != bos else ids
+
+
 def prompt_ids(tokenizer, messages, where):
-    """The prompt as the model sees it, up to where its answer begins: one BOS, the template's own."""
+    """The prompt as the model sees it, up to where its answer begins."""
     try:
-        return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+        return render(tokenizer, messages, add_generation_prompt=True)
     except Exception as error:  # templates refuse some role orders with an exception of their own
         raise InputError(f"{where}: the chat template refuses this prompt ({str(error)[:100]}): "
                          "mend the row, or name another template with --chat-template")
@@ -497,7 +514,7 @@ def response_ids(tokenizer, messages, prompt, text, ends):
     The ids are sliced from the joint rendering, which is what the model was trained on. Where the text merges
     with the prompt's last token there is no such slice, and the response is tokenised alone, as it is sampled.
     """
-    joint = tokenizer.apply_chat_template(messages + [{"role": "assistant", "content": text}], return_dict=False)
+    joint = render(tokenizer, messages + [{"role": "assistant", "content": text}])
     ids = joint[len(prompt):] if joint[:len(prompt)] == prompt else tokenizer(text, add_special_tokens=False).input_ids
     last = max((k for k, i in enumerate(ids) if i in ends), default=None)
     if last is not None and not tokenizer.decode(ids[last + 1:]).strip():  # "<|im_end|>\n" ends with the former
