@@ -355,8 +355,9 @@ def main():
                                 "chosen": row["responses"][chosen], "rejected": row["responses"][rejected], "p": p,
                                 **evidence, "judge": args.judge})
         if not preferences:
-            raise common.InputError(f"{args.input}: no pair carries a preference ({counts}): is --model "
-                                    "still the same as --init-model?")
+            judges = " and ".join("--" + name.replace("_", "-") for name in NEEDS[args.judge])
+            raise common.InputError(f"{args.input}: no pair carries a preference ({counts}): {judges} cannot tell the "
+                                    "responses apart")
         counts["pairs"] = len(preferences)
         counts["first chosen"] = sum(row["p"] > 0.5 for row in preferences)
         counts["chosen longer by"] = round(longer / len(preferences), 3)
