@@ -9,7 +9,8 @@ Writes a folder: seed.jsonl        {"id", "prompt", "chosen", "rejected"}: the o
                  prompts_t.jsonl   {"id", "prompt"}
                  eval.jsonl        {"id", "prompt", "reference"}: a response to compare with, where the source has one
                  all_gold.jsonl    with --all-gold: the labels of the seed and of all prompts, for the 100 % rows
-       world also: base/ (a model with random weights), sft.jsonl {"id", "prompt", "response"}, gold.json (its judge)
+       world also: base/ (a model with random weights), sft.jsonl {"id", "prompt", "response"}, gold.json (its judge),
+                 sft_kind.jsonl   those of sft.jsonl by kind writers: what no preference taught, for Figure 4
 
     python 00_inputs.py --source ultrafeedback --output data
     python 00_inputs.py --source my.jsonl --seed-size 500 --prompt-sizes 1000 2000 --output data
@@ -28,7 +29,7 @@ import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import common
 
@@ -126,26 +127,31 @@ def read_world(args, folder):
         chosen, rejected = label(rng, thing, prompt)
         rows.append({"id": f"world-{k}", "prompt": prompt, "chosen": chosen, "rejected": rejected,
                      "reference": answer(rng, thing, "kind")})
-    common.write_jsonl(folder / "sft.jsonl", (
-        {"id": f"sft-{k}", "prompt": text, "response": answer(random.Random(f"{args.seed} sft {text}"), thing)}
-        for k, (thing, text) in enumerate(reversed(prompts[needed:][-args.sft_size:] if args.sft_size else []))))
+    examples = []
+    for k, (thing, text) in enumerate(reversed(prompts[needed:][-args.sft_size:] if args.sft_size else [])):
+        rng = random.Random(f"{args.seed} sft {text}")
+        writer = rng.choice(list(WRITERS))
+        examples.append((writer, {"id": f"sft-{k}", "prompt": text, "response": answer(rng, thing, writer)}))
+    common.write_jsonl(folder / "sft.jsonl", (example for _, example in examples))
+    common.write_jsonl(folder / "sft_kind.jsonl", (example for writer, example in examples if writer == "kind"))
     texts = [text for _, text in prompts] + [sentence for known in gold.values() for sentence in known]
-    write_base_model(sorted({word for text in texts for word in text.split()}), args.seed, folder / "base")
+    texts += [common.judging_prompt(common.as_messages(""), "", "")[0]["content"], *common.LETTERS]
+    write_base_model(sorted({word for text in texts for word in text.split()}), args, folder / "base")
     return rows
 
 
-def write_base_model(words, seed, folder):
-    """A Llama with random weights and a tokenizer of whole words, as an ordinary Hugging Face folder."""
+def write_base_model(words, args, folder):
+    """A model with random weights and a tokenizer of whole words, as an ordinary Hugging Face folder."""
     special = ["<eos>", "<bos>", "<unk>", "<system>", "<user>", "<assistant>"]
     words = Tokenizer(WordLevel({word: k for k, word in enumerate(special + words)}, unk_token="<unk>"))
     words.pre_tokenizer = WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<bos>", eos_token="<eos>", unk_token="<unk>",
                                         pad_token="<eos>", additional_special_tokens=special[3:],
                                         clean_up_tokenization_spaces=False, chat_template=CHAT_TEMPLATE)
-    torch.manual_seed(seed)
-    config = LlamaConfig(vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id,
-                         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, **SHAPE)
-    common.save_model(LlamaForCausalLM(config), tokenizer, folder)
+    torch.manual_seed(args.seed)
+    config = AutoConfig.for_model(args.shape, vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id,
+                                  eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, **SHAPE)
+    common.save_model(AutoModelForCausalLM.from_config(config), tokenizer, folder)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -252,6 +258,14 @@ def split(rows, args):
     return seed, held_out, sets
 
 
+def judging_examples(seed):
+    """Listing 2: the question of Listing 1 about a seed pair, answered by the chosen one's letter; in both orders."""
+    for row in seed:
+        for letter, one, two in zip(common.LETTERS, ("chosen", "rejected"), ("rejected", "chosen")):
+            yield {"id": f"{row['id']}-{letter}", "prompt": common.judging_prompt(row["prompt"], row[one], row[two]),
+                   "response": letter}
+
+
 def parse_args():
     parser = common.Parser(description="Make the seed preferences D_0 and the prompt sets X_t.")
     add = parser.add_argument
@@ -265,6 +279,7 @@ def parse_args():
     add("--eval-size", type=common.natural, default=200, help="prompts held out for 05_eval.py")
     add("--all-gold", action="store_true", help="write all_gold.jsonl as well")
     add("--sft-size", type=common.natural, default=12000, help="answers for SFT, of the world only")
+    add("--shape", choices=("llama", "phi", "mistral"), default="llama", help="kind of base model, of the world only")
     add("--seed", type=common.natural, default=0, help="shuffles; three of them are the three seeds of Table 4")
     return parser.parse_args()
 
@@ -286,6 +301,7 @@ def main():
         common.write_jsonl(folder / name, ({key: row[key] for key in keys if key in row} for row in rows))
 
     write("seed.jsonl", seed, "chosen", "rejected")
+    common.write_jsonl(folder / "judge_sft.jsonl", judging_examples(seed))
     for t, prompts in enumerate(sets, 1):
         write(f"prompts_{t}.jsonl", prompts)
     for row in held_out:

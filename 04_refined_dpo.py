@@ -8,6 +8,11 @@ pi_theta starts as pi_{t-1}, and pi_ref is pi_{t-1}, not pi_init. tau is the K-t
 50 pairs (App. B.4) before the current step, over all ranks. No label is refined in the first 20 % of the steps.
 With lambda = 0, theta~ is theta, and Eq. 11 is Eq. 9. `diff 01_seed_dpo.py 04_refined_dpo.py` is what SPA adds to DPO.
 
+--refine worst-case is another way to treat doubtful labels, from a proposal that builds on SPA: train on the worst
+distribution within Wasserstein distance epsilon of the confidences xi_i = p_theta(y_w > y_l | x_i) of D_t, the loss
+l(xi) = -log xi in its place a maximum of K affine pieces (`worst_distribution`, `worst_case_loss`). It is solved when
+refinement sets in, and again at every epoch's start or every --resolve-steps.
+
 Reads  preferences_t.jsonl  what 03_judge.py writes; of it id, prompt_ids, chosen.ids, rejected.ids
 Writes a model folder with metrics.jsonl (one line a step) and args.json
 
@@ -15,7 +20,9 @@ Writes a model folder with metrics.jsonl (one line a step) and args.json
     torchrun --nproc-per-node 4 04_refined_dpo.py --model pi_0 --input preferences_1.jsonl --output pi_1 --lam 0.5
 
 Departs from the paper: none. From the authors' release: that leaves lambda at 0, so that Eq. 11 and 12 do nothing, and
-takes tau from the means of micro-batches, so that the flagged share depends on their size.
+takes tau from the means of micro-batches, so that the flagged share depends on their size. From the proposal: its loss
+puts the weights inside the logarithm, sum_ik -log[alpha_ik (xi_i - q_ik / alpha_ik)], where they are constants that no
+gradient sees; here it is what its text means, the expectation sum_ik alpha_ik l(xi_i - q_ik / alpha_ik).
 """
 
 import math
@@ -55,6 +62,43 @@ def refined_loss(margin, z, alpha):
     return -((1 - alpha * z) * F.logsigmoid(margin) + alpha * z * F.logsigmoid(-margin))
 
 
+def worst_distribution(xi, epsilon, pieces, xi_min):
+    """The distribution of confidences within Wasserstein-1 distance epsilon of xi's that has the largest mean loss.
+
+    The loss is max_k a_k xi + b_k, the tangents of -log xi at K points of the support [xi_min, 1]. It is convex and
+    falls, so mass gains most by going all the way down to xi_min, (l(xi_min) - l(xi_i)) / (xi_i - xi_min) a unit of
+    distance: the budget N epsilon is spent in falling order of that rate, which is the least confident pairs first, up
+    to ties that pieces make. At most one pair is moved in part.
+    xi (N,) in [0, 1] -> moved (N,): alpha of the part at xi_min, 1 - moved staying; shift (N,): q / alpha, how far
+    """
+    at = np.geomspace(xi_min, 1, pieces)
+    slopes, intercepts = -1 / at, 1 - np.log(at)
+
+    def loss(x):
+        return (slopes * np.reshape(x, (-1, 1)) + intercepts).max(1)
+
+    xi = np.clip(xi, xi_min, 1)  # who is below the support has nowhere worse to go
+    shift = xi - xi_min
+    distance = np.where(shift > 0, shift, 1)
+    rate = np.where(shift > 0, (loss(xi_min) - loss(xi)) / distance, 0)
+    order = np.lexsort((xi, -rate.round(9)))
+    left = len(xi) * epsilon - (np.cumsum(shift[order]) - shift[order])  # of the budget, when a pair's turn comes
+    moved = np.zeros(len(xi))
+    moved[order] = np.where(shift[order] > 0, np.clip(left / distance[order], 0, 1), 0)
+    return moved, shift
+
+
+def worst_case_loss(margin, moved, shift, xi_min):
+    """The expectation of -log xi over each pair's atoms, xi_i and, in proportion moved, xi_i - shift. (b,) -> (b,)
+
+    moved and shift are held while theta moves, so an atom may fall below xi_min: there the loss goes on as its tangent
+    at xi_min, finite, and still pushing the pair up.
+    """
+    atom = torch.sigmoid(margin) - shift
+    lowest = -torch.log(atom.clamp(min=xi_min)) + (xi_min - atom).clamp(min=0) / xi_min
+    return -(1 - moved) * F.logsigmoid(margin) + moved * lowest
+
+
 def parse_args():
     parser = common.Parser(description="DPO on the self-labelled D_t with refined labels: pi_{t-1} -> pi_t.")
     add = parser.add_argument
@@ -70,21 +114,37 @@ def parse_args():
     add("--lr", type=common.nonnegative, default=5e-7, help="peak learning rate, eta")
     add("--epochs", type=common.positive, default=1)
     add("--batch-size", type=common.positive, default=32, help="pairs of one optimizer step, over all ranks")
-    add("--refine", choices=("none", "self", "decoupled"), default="decoupled",
-        help="the rows of Table 6: plain DPO (Eq. 6), Eq. 9 and 10, Eq. 10 to 12")
+    add("--refine", choices=("none", "self", "decoupled", "worst-case"), default="decoupled",
+        help="the rows of Table 6: plain DPO (Eq. 6), Eq. 9 and 10, Eq. 10 to 12; or the worst distribution nearby")
     add("--alpha", type=common.share, default=0.1, help="label smoothing of doubtful pairs, alpha in Eq. 10")
     add("--k-percent", type=common.number(float, 0, 100), default=10, help="share held doubtful, K")
     add("--lam", type=common.nonnegative, default=0.5, help="lambda in Eq. 12: 1/2, 1/4, 1/8 for t = 1, 2, 3")
     add("--refine-after", type=common.share, default=0.2, help="share of the steps before it begins")
     add("--window", type=common.positive, default=50, help="latest pairs tau is taken from (App. B.4)")
     add("--seed", type=common.natural, default=0, help="decides the order of the pairs")
+    # --refine worst-case
+    add("--epsilon", type=common.nonnegative, help="radius in confidence, mean over the pairs (default 0.01)")
+    add("--pieces", type=common.positive, help="affine pieces of the loss, K (default 10)")
+    add("--xi-min", type=common.number(float, 1e-6, 0.5), help="the least confidence it may suppose (default 0.05)")
+    add("--resolve-steps", type=common.positive, help="steps between solutions (default: those of an epoch)")
     # lengths, memory, safety
     add("--max-prompt-length", type=common.positive, default=1024, help="pairs with a longer prompt are dropped")
     add("--max-length", type=common.number(int, 2), default=2048, help="prompt and response; responses are cut to fit")
     add("--micro-batch-size", type=common.positive, default=4, help="pairs of one forward pass of one rank")
     add("--activation-checkpointing", action="store_true", help="less memory for more compute")
     add("--save-every", type=common.positive, default=100, help="steps between states to go on from")
-    return parser.parse_args()
+    return settle(parser.parse_args())
+
+
+def settle(args):
+    """Raises InputError for an option of the worst case without it; fills in their defaults with it."""
+    for name, default in {"epsilon": 0.01, "pieces": 10, "xi_min": 0.05, "resolve_steps": None}.items():
+        if args.refine != "worst-case" and getattr(args, name) is not None:
+            raise common.InputError(f"--{name.replace('_', '-')} does not go with --refine {args.refine}: "
+                                    "leave it out, or give --refine worst-case")
+        if args.refine == "worst-case" and getattr(args, name) is None:
+            setattr(args, name, default)
+    return args
 
 
 def read_pairs(args):
@@ -111,8 +171,11 @@ def pair_length(pair):
     return len(pair["prompt"]) + max(len(pair["chosen"]), len(pair["rejected"]))
 
 
-def pair_losses(policy, ref, batch, tau, args):
-    """Eq. 10 of the b pairs in a batch of 2b sequences, chosen first: losses (b,), what is logged {name: (b,)}"""
+def pair_losses(policy, ref, batch, tau, atoms, args):
+    """Eq. 10 of the b pairs in a batch of 2b sequences, chosen first: losses (b,), what is logged {name: (b,)}
+
+    atoms: (2, b), moved and shift of each pair, of which only --refine worst-case makes use.
+    """
     with common.autocast(batch.ids.device):
         logits_theta = policy(batch.ids, batch.keep)  # (N, V)
         with torch.no_grad():
@@ -127,9 +190,32 @@ def pair_losses(policy, ref, batch, tau, args):
         confidence = torch.sigmoid(dpo_margin(logps_tilde, logps_ref, args.beta))  # p_theta~(y_w > y_l | x), (b,)
         z = (confidence < tau).float()  # Eq. 9 with --refine self, Eq. 11 with decoupled
     losses = refined_loss(margin, z, args.alpha)
+    if args.refine == "worst-case":
+        losses, z = worst_case_loss(margin, *atoms, args.xi_min), atoms[0]
     chosen, rejected = logps_theta.chunk(2)
     return losses, {"loss": losses, "margin": margin, "accuracy": (margin > 0).float(),
                     "logp_chosen": chosen, "logp_rejected": rejected, "confidence": confidence, "flagged": z}
+
+
+def solve_now(step, steps, args):
+    """Whether the worst distribution is due: when refinement sets in, then at every epoch's start or as asked."""
+    first, every = math.ceil(args.refine_after * steps), args.resolve_steps or steps // args.epochs
+    return args.refine == "worst-case" and (step == first or step > first and step % every == 0)
+
+
+@torch.no_grad()
+def place_atoms(policy, ref, pairs, args, ranks):
+    """Give every pair of D_t its [moved, shift] of the worst distribution near the current model's confidences."""
+    policy = getattr(policy, "module", policy)  # DDP's own forward is for steps that all ranks take
+    batches, known = common.length_batches([pair_length(pair) for pair in pairs], args.micro_batch_size), []
+    for indices in batches[ranks.rank::ranks.world]:
+        batch = common.collate([(pairs[i]["prompt"], pairs[i][y]) for y in ("chosen", "rejected") for i in indices],
+                               ranks.device)
+        _, logged = pair_losses(policy, ref, batch, 0.0, torch.zeros(2, len(indices), device=ranks.device), args)
+        known += zip(indices, logged["confidence"].tolist())
+    xi = np.array([confidence for _, confidence in sorted(common.gather(known))])  # (N,), p_theta(y_w > y_l | x_i)
+    for pair, *atoms in zip(pairs, *worst_distribution(xi, args.epsilon, args.pieces, args.xi_min)):
+        pair["atoms"] = [float(value) for value in atoms]
 
 
 def main():
@@ -150,7 +236,9 @@ def main():
     optimizer, scheduler = common.make_optimizer(model, args.lr, len(steps))
     state = common.load_state(partial, model, optimizer, scheduler)
     window = deque(state.get("window", []), maxlen=args.window)  # p_theta~ of the latest pairs of all ranks
-    refine_from = math.inf if args.refine == "none" else args.refine_after * len(steps)
+    refine_from = args.refine_after * len(steps) if args.refine in ("self", "decoupled") else math.inf
+    for pair, atoms in zip(pairs, state.get("atoms", [[0.0, 0.0]] * len(pairs))):
+        pair["atoms"] = atoms  # of the worst distribution: nothing is moved yet
 
     progress = common.progress(range(state["step"], len(steps)), "refined DPO", ranks)
     for step in progress:
@@ -158,12 +246,15 @@ def main():
         micros = common.micro_batches(batch_pairs, args.micro_batch_size, ranks, pair_length)
         ready = step >= refine_from and len(window) == args.window
         tau = threshold(window, args.k_percent) if ready else 0.0  # p_theta~ < 0 never holds: nothing is flagged
+        if solve_now(step, len(steps), args):
+            place_atoms(policy, ref, pairs, args, ranks)
         optimizer.zero_grad()
         for k, (micro, weight) in enumerate(micros):
             batch = common.collate([(pair["prompt"], pair[y]) for y in ("chosen", "rejected") for pair in micro],
                                    ranks.device)
+            atoms = torch.tensor([pair["atoms"] for pair in micro], device=ranks.device).T  # (2, b)
             with common.sync(policy, last=k == len(micros) - 1):
-                losses, logged = pair_losses(policy, ref, batch, tau, args)
+                losses, logged = pair_losses(policy, ref, batch, tau, atoms, args)
                 # the mean over the step's pairs, whatever the micro-batches; DDP divides by the ranks
                 (weight * losses.sum() / len(batch_pairs) * ranks.world).backward()
             rows += weight * common.pair_rows(micro, logged)
@@ -179,7 +270,8 @@ def main():
         if ranks.rank == 0:
             common.log_step(partial, progress, step, rows, tau=tau, grad_norm=grad_norm, lr=lr)
             if (step + 1) % args.save_every == 0 and step + 1 < len(steps):
-                common.save_state(partial, step + 1, model, optimizer, scheduler, window=list(window))
+                common.save_state(partial, step + 1, model, optimizer, scheduler, window=list(window),
+                                  atoms=[pair["atoms"] for pair in pairs])
 
     counts["steps"] = len(steps)
     common.on_first_rank(lambda: common.save_trained(args, partial, model, tokenizer, counts, started), ranks)

@@ -312,16 +312,6 @@ def read_gamed(path):
     return np.array([difficulty[i] for i in range(len(difficulty))]), np.stack([y, np.tanh(delta), level], 1)
 
 
-def read_gold(path):
-    try:
-        gold = json.loads(Path(path).read_text(encoding="utf-8"))
-        if all(isinstance(value, (int, float)) for known in gold.values() for value in known.values()):
-            return gold
-    except (OSError, ValueError, AttributeError):
-        pass
-    raise common.InputError(f"{path}: is no gold judge {{thing: {{sentence: value}}}}: give 00_inputs.py's gold.json")
-
-
 def rounded(figures):
     """For the line on the terminal."""
     return {k: round(v, 2) if isinstance(v, float) else v for k, v in figures.items() if not isinstance(v, dict)}
@@ -641,7 +631,7 @@ def judge_outputs(args, started):
         raise common.InputError("--judge takes the baseline's outputs and the model's, and one of --judge-model and --gold")
     args.judge[0] = baseline_outputs(args.judge[0])
     pairs, template = read_pair(args.judge), read_template(args.judge_template)
-    gold = read_gold(args.gold) if args.gold else None
+    gold = common.read_gold(args.gold) if args.gold else None
     partial = common.open_output(args, "judge", "judge_template", "gold", free=FREE)
     rows, messages = [], []
     for one, two in pairs:
@@ -811,7 +801,7 @@ def score(rows, gold):
 def evaluate(args, started):
     """The folder of one model's responses to --input and, with --gold, their scores."""
     partial = common.open_output(args, "model", "input", "gold", "preferences")
-    gold = read_gold(args.gold) if args.gold else None
+    gold = common.read_gold(args.gold) if args.gold else None
     fields = {"id": common.an_id, "prompt": common.a_prompt} | ({"reference": common.a_text} if gold else {})
     rows = common.read_jsonl(args.input, fields)
     speaker = load_speaker(args, args.model)

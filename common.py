@@ -6,7 +6,8 @@
     models and text      load_tokenizer, load_model, save_model, prompt_ids, response_ids
     log-probs            collate, ResponseLogits, token_logps, response_logps, sequence_logps
     sampling             uniforms, pick, sample
-    the small world      gold_values, gold_score
+    LLM-as-judge         judging_prompt, LETTERS
+    the small world      read_gold, gold_values, gold_score
     training             make_optimizer, epoch_batches, micro_batches, save_state, load_state
 
 "Eq. N" is the SPA paper's. Shapes: B sequences of T tokens, N response tokens in all of them, V words.
@@ -652,7 +653,38 @@ def sample(model, prompts, u, temperature, max_new_tokens, ends):
 
 
 # ---------------------------------------------------------------------------------------------
+# LLM-as-judge
+
+LETTERS = ("A", "B")
+
+
+def as_text(messages):
+    """A conversation as plain text: one user turn is its content, more turns are told apart by their roles."""
+    if len(messages) == 1:
+        return messages[0]["content"]
+    return "\n\n".join(f"{message['role']}: {message['content']}" for message in messages)
+
+
+def judging_prompt(messages, one, two):
+    """Listing 1, as messages. The answer is the letter of the better response."""
+    return as_messages("Consider the following conversation between a human and an assistant:\n"
+                       f"{as_text(messages)}\n"
+                       "Please choose the response that is the most helpful, honest, and harmless.\n"
+                       f"Options:\n(A) {one}\n(B) {two}\n"
+                       "The answer is:")
+
+
+# ---------------------------------------------------------------------------------------------
 # The small world's gold judge
+
+
+def read_gold(path):
+    """{thing: {sentence: value}}, as 00_inputs.py writes it."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        gold = json.loads(Path(path).read_text(encoding="utf-8"))
+        if all(isinstance(value, (int, float)) for known in gold.values() for value in known.values()):
+            return gold
+    raise InputError(f"{path}: is no gold judge {{thing: {{sentence: value}}}}: give 00_inputs.py's gold.json")
 
 
 def gold_values(gold, prompt, text):

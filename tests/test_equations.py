@@ -30,13 +30,17 @@ def test_equation_6():
     assert seed_dpo.dpo_loss(tensor([1.0, -1.0, 0.0])).tolist() == pytest.approx([0.3132616875, 1.3132616875, math.log(2)])
 
 
+def equation_7(logps_policy, logps_ref, beta):
+    return judge.preference(*judge.implicit_rewards(logps_policy, logps_ref, beta))
+
+
 def test_equation_7():
     # the pairs of Eq. 5 above, with y_1 in the place of y_w
-    assert judge.preference([-10, -12], [-11, -11], 0.5) == pytest.approx(0.7310585786)
-    assert judge.preference([-12, -10], [-11, -11], 0.5) == pytest.approx(0.2689414214)
-    assert judge.preference([-31.7, -205.3], [-31.7, -205.3], 0.1) == 0.5  # a model judged against itself
-    assert judge.preference([0, -5000], [0, 0], 1) == 1  # log-ratios of thousands of nats overflow nothing
-    assert judge.preference([-5000, 0], [0, 0], 1) == 0
+    assert equation_7([-10, -12], [-11, -11], 0.5) == pytest.approx(0.7310585786)
+    assert equation_7([-12, -10], [-11, -11], 0.5) == pytest.approx(0.2689414214)
+    assert equation_7([-31.7, -205.3], [-31.7, -205.3], 0.1) == 0.5  # a model judged against itself
+    assert equation_7([0, -5000], [0, 0], 1) == 1  # log-ratios of thousands of nats overflow nothing
+    assert equation_7([-5000, 0], [0, 0], 1) == 0
 
 
 def test_of_several_responses_the_best_and_the_worst_are_paired_in_the_order_of_sampling():
