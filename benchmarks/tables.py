@@ -67,7 +67,7 @@ class Plan:
                              micro_batch_size=self.set["SAMPLING_BATCH_SIZE"])
         self.training = dict(beta=self.set["BETA"], lr=self.set["LR"], batch_size=self.set["BATCH_SIZE"],
                              micro_batch_size=self.set["MICRO_BATCH_SIZE"], seed=seed)
-        self.world = dict(source="world", all_gold=True, seed_size=self.set["SEED_SIZE"], prompt_sizes=sizes,
+        self.world = dict(source="world", all_gold=True, judge_words=True, seed_size=self.set["SEED_SIZE"], prompt_sizes=sizes,
                           eval_size=self.set["EVAL_SIZE"], sft_size=self.set["SFT_SIZE"], seed=seed)
         # what the tables share
         self.data = self.run("data", "00_inputs", **self.world)

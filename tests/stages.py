@@ -5,6 +5,7 @@ As a program, under torchrun: runs several stages in turn as one of the ranks (t
 
 import contextlib
 import functools
+import hashlib
 import importlib.util
 import io
 import json
@@ -97,6 +98,21 @@ def farthest(one, two):
     one, two = weights(one), weights(two)
     assert one.keys() == two.keys()
     return max((one[key] - two[key]).abs().max().item() for key in one)
+
+
+def other_steps(one, two):
+    """The steps whose metrics differ between two models: short, where a comparison of all would not be."""
+    return [a["step"] for a, b in zip(metrics(one), metrics(two), strict=True) if a != b]
+
+
+def digest(path):
+    """For comparing files: where it fails, pytest would take minutes to explain how megabytes differ."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def files(folder):
+    """What every file of a folder holds, and when it was written."""
+    return {str(path): (path.stat().st_mtime_ns, digest(path)) for path in Path(folder).rglob("*") if path.is_file()}
 
 
 def moved(one, two):
