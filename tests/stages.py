@@ -141,7 +141,7 @@ def run_ranks(folder, *runs):
                            str(free_port()), __file__, folder / "job.json"], text=True, stdout=subprocess.PIPE,
                           stderr=subprocess.STDOUT, env=NO_RANKS | {"OMP_NUM_THREADS": "1"}) as torchrun:
         try:
-            output, _ = torchrun.communicate(timeout=120)
+            output, _ = torchrun.communicate(timeout=600)
         except subprocess.TimeoutExpired:
             torchrun.terminate()  # not kill: its processes must end too
             output, _ = torchrun.communicate()
