@@ -20,7 +20,7 @@ if [ "$SETTING" != test ] && [ "${1:-}" = --dry-run ]; then DRY_RUN=1; shift; fi
 
 # ---- Settings ---------------------------------------------------------------------------------
 case $SETTING in
-  world)   # responses of 25 tokens, not 300: the margin, a sum over tokens, needs a larger beta (see README.md)
+  world)   # responses of 30 tokens, not 300: the margin, a sum over tokens, needs a larger beta (see README.md)
     : "${BETA:=10}" "${LR:=1e-4}" "${BATCH_SIZE:=16}" "${MICRO_BATCH_SIZE:=16}" "${SAMPLING_BATCH_SIZE:=128}"
     : "${SEED_SIZE:=200}" "${PROMPT_SIZES:=800 2000 3000}" "${EVAL_SIZE:=500}" "${MAX_NEW_TOKENS:=56}" "${CUT:=drop}"
     : "${SFT_SIZE:=8000}" "${SFT_LR:=3e-3}" "${SFT_EPOCHS:=3}" "${SFT_BATCH_SIZE:=32}" "${GOLD_LABEL_SHARE:=3.3 %}" ;;
