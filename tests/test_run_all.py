@@ -19,7 +19,7 @@ SETTINGS = ["mistral-7b", "phi-2", "llama-3-8b", "phi-3-medium", "mistral-7b-no-
 
 
 def bash(*words, root=ROOT, **environment):
-    return subprocess.run(["bash", root / "run_all.sh", *words], capture_output=True, text=True, timeout=300,
+    return subprocess.run(["bash", root / "run_all.sh", *words], capture_output=True, text=True, timeout=900,
                           env=CLEAN | {"NPROC": "1"} | environment)
 
 
