@@ -23,7 +23,7 @@ case $SETTING in
   world)   # responses of 25 tokens, not 300: the margin, a sum over tokens, needs a larger beta (see README.md)
     : "${BETA:=10}" "${LR:=1e-4}" "${BATCH_SIZE:=16}" "${MICRO_BATCH_SIZE:=16}" "${SAMPLING_BATCH_SIZE:=128}"
     : "${SEED_SIZE:=200}" "${PROMPT_SIZES:=800 2000 3000}" "${EVAL_SIZE:=500}" "${MAX_NEW_TOKENS:=56}" "${CUT:=drop}"
-    : "${JUDGE_LR:=1e-3}" "${JUDGE_EPOCHS:=6}" "${JUDGE_BATCH_SIZE:=8}"
+    : "${JUDGE_LR:=1e-3}" "${JUDGE_EPOCHS:=20}" "${JUDGE_BATCH_SIZE:=16}"
     : "${SFT_SIZE:=8000}" "${SFT_LR:=3e-3}" "${SFT_EPOCHS:=3}" "${SFT_BATCH_SIZE:=32}" "${GOLD_LABEL_SHARE:=3.3 %}" ;;
   mistral-7b)         : "${INIT:=alignment-handbook/zephyr-7b-sft-full}" ;;                                # Section 5.1
   phi-2)              : "${INIT:=lole25/phi-2-sft-ultrachat-full}" "${LR:=5e-6}" "${ITERATIONS:=1}" ;;     # App. B.3
