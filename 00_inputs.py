@@ -64,6 +64,8 @@ PROMPT = ("my {old|new|small|big|red|blue|green|cheap|heavy|lovely} THING from "
           "{can you help|what can i do|any idea} ?")
 SHAPE = dict(hidden_size=128, intermediate_size=352, num_hidden_layers=4, num_attention_heads=4,
              num_key_value_heads=4, max_position_embeddings=256, tie_word_embeddings=False)
+SHAPES = {"llama": {}, "phi": {"intermediate_size": 512},  # what tells these kinds apart in large tells them here
+          "mistral": {"intermediate_size": 448, "num_key_value_heads": 1}}
 CHAT_TEMPLATE = ("{{ bos_token }}{% for m in messages %}<{{ m.role }}> {{ m.content }}"
                  "{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
                  "{% if add_generation_prompt %}<assistant>{% endif %}")
@@ -151,7 +153,8 @@ def write_base_model(words, args, folder):
                                         clean_up_tokenization_spaces=False, chat_template=CHAT_TEMPLATE)
     torch.manual_seed(args.seed)
     config = AutoConfig.for_model(args.shape, vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id,
-                                  eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, **SHAPE)
+                                  eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+                                  **SHAPE | SHAPES[args.shape])
     common.save_model(AutoModelForCausalLM.from_config(config), tokenizer, folder)
 
 
@@ -282,7 +285,7 @@ def parse_args():
     add("--sft-size", type=common.natural, default=12000, help="answers for SFT, of the world only")
     add("--judge-words", action="store_true", help="the world's base model knows the words of Listing 1 too, which "
         "LLM-as-judge asks with and SFT never uses")
-    add("--shape", choices=("llama", "phi", "mistral"), default="llama", help="kind of base model, of the world only")
+    add("--shape", choices=SHAPES, default="llama", help="kind of base model, of the world only")
     add("--seed", type=common.natural, default=0, help="shuffles; three of them are the three seeds of Table 4")
     return parser.parse_args()
 

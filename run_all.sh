@@ -23,6 +23,7 @@ case $SETTING in
   world)   # responses of 30 tokens, not 300: the margin, a sum over tokens, needs a larger beta (see README.md)
     : "${BETA:=10}" "${LR:=1e-4}" "${BATCH_SIZE:=16}" "${MICRO_BATCH_SIZE:=16}" "${SAMPLING_BATCH_SIZE:=128}"
     : "${SEED_SIZE:=200}" "${PROMPT_SIZES:=800 2000 3000}" "${EVAL_SIZE:=500}" "${MAX_NEW_TOKENS:=56}" "${CUT:=drop}"
+    : "${JUDGE_LR:=1e-3}" "${JUDGE_EPOCHS:=20}" "${JUDGE_BATCH_SIZE:=16}"
     : "${SFT_SIZE:=8000}" "${SFT_LR:=3e-3}" "${SFT_EPOCHS:=3}" "${SFT_BATCH_SIZE:=32}" "${GOLD_LABEL_SHARE:=3.3 %}" ;;
   mistral-7b)         : "${INIT:=alignment-handbook/zephyr-7b-sft-full}" ;;                                # Section 5.1
   phi-2)              : "${INIT:=lole25/phi-2-sft-ultrachat-full}" "${LR:=5e-6}" "${ITERATIONS:=1}" ;;     # App. B.3
@@ -42,6 +43,8 @@ esac
 : "${BETA:=0.1}" "${LR:=5e-7}" "${SEED_EPOCHS:=3}" "${BATCH_SIZE:=32}" "${MICRO_BATCH_SIZE:=2}"
 : "${TEMPERATURE:=0.7}" "${MAX_NEW_TOKENS:=300}" "${CUT:=eos}" "${SAMPLING_BATCH_SIZE:=32}"
 : "${REFINE:=decoupled}" "${ALPHA:=0.1}" "${K_PERCENT:=10}" "${LAMBDAS:=0.5 0.25 0.125}"
+: "${JUDGE:=init}" "${REWARD_MODEL:=}" "${JUDGE_MODEL:=}" "${LENGTH_PENALTY:=}"  # what SPA is compared with
+: "${JUDGE_LR:=2e-5}" "${JUDGE_EPOCHS:=3}" "${JUDGE_BATCH_SIZE:=32}"                             # App. B.2
 : "${INIT_NAME:=SFT (pi_init)}" "${PI_0_NAME:=DPO on the seed (pi_0)}" "${INIT_TOKENIZER:=}"
 : "${GOLD_LABEL_SHARE:=$([ "$SEED_SIZE" = 0 ] && echo 0 || echo 3.3) %}" "${NPROC:=}" "${PYTHON:=}"
 
@@ -83,6 +86,8 @@ training=(--beta "$BETA" --lr "$LR" --batch-size "$BATCH_SIZE" --micro-batch-siz
 [ "$SETTING" = world ] || training+=(--activation-checkpointing)
 inputs=(--seed-size "$SEED_SIZE" --prompt-sizes "${sizes[@]}" --eval-size "$EVAL_SIZE" --seed "$SEED" --output "$R/data")
 
+[ "$JUDGE" != llm ] || [ "$SETTING" != world ] || inputs+=(--judge-words)
+
 # Input: pi_init, D_0, {X_t}
 if [ "$SETTING" = world ]; then
   alone 00_inputs.py --source world --all-gold --sft-size "$SFT_SIZE" "${inputs[@]}"
@@ -99,18 +104,36 @@ if [ -z "${PI_0:-}" ]; then
   stage 01_seed_dpo.py --model "$INIT" --input "$R/data/seed.jsonl" --output "$PI_0" --epochs "$SEED_EPOCHS" "${training[@]}"
 fi
 
+judging() {  # how the pairs are labelled: init is the paper's, Eq. 7; the others are what it is compared with
+  case $JUDGE in
+    init)     judge=(--model "$policy" --init-model "$INIT" --beta "$BETA") ;;
+    previous) judge=(--judge previous --model "$policy" --ref-model "$previous" --beta "$BETA") ;;  # Table 7
+    none)     judge=(--judge none --model "$policy" --beta "$BETA") ;;                              # Table 7
+    reward)   judge=(--judge reward --reward-model "$REWARD_MODEL") ;;                              # Table 2
+    llm)      judge=(--judge llm --judge-model "$JUDGE_MODEL") ;;                                   # Table 2
+    *) echo "run_all.sh: JUDGE is \"$JUDGE\": it must be init, previous, none, reward or llm" >&2; exit 2 ;;
+  esac
+}
+if [ "$JUDGE" = llm ] && [ -z "$JUDGE_MODEL" ]; then  # App. B.2
+  JUDGE_MODEL=$R/judge
+  stage 00_sft.py --model "$INIT" --input "$R/data/judge_sft.jsonl" --output "$JUDGE_MODEL" --lr "$JUDGE_LR" \
+    --epochs "$JUDGE_EPOCHS" --batch-size "$JUDGE_BATCH_SIZE" --micro-batch-size "$MICRO_BATCH_SIZE" --seed "$SEED" \
+    --max-prompt-length 4096 --max-length 4100
+fi
+
 # for t = 1 to T do
-policy=$PI_0
+previous=$INIT policy=$PI_0
 for (( t = 1; t <= ITERATIONS; t++ )); do
   # Synthesizing preference data D_t with pi_{t-1} and X_t
   stage 02_generate.py --model "$policy" --input "$R/data/prompts_$t.jsonl" --output "$R/responses_$t.jsonl" \
     --cut "$CUT" "${sampling[@]}"
-  stage 03_judge.py --model "$policy" --init-model "$INIT" --input "$R/responses_$t.jsonl" \
-    --output "$R/preferences_$t.jsonl" --beta "$BETA" --micro-batch-size "$SAMPLING_BATCH_SIZE"
+  judging
+  stage 03_judge.py "${judge[@]}" --input "$R/responses_$t.jsonl" --output "$R/preferences_$t.jsonl" \
+    --micro-batch-size "$SAMPLING_BATCH_SIZE" ${LENGTH_PENALTY:+--length-penalty "$LENGTH_PENALTY"}
   # pi_theta, pi_ref <- pi_{t-1}; de-coupled noise detection, refined labels, update; pi_t
   stage 04_refined_dpo.py --model "$policy" --input "$R/preferences_$t.jsonl" --output "$R/pi_$t" --refine "$REFINE" \
     --alpha "$ALPHA" --k-percent "$K_PERCENT" --lam "${lambdas[t-1]}" "${training[@]}"
-  policy=$R/pi_$t
+  previous=$policy policy=$R/pi_$t
 done
 
 # return pi_T, and what each model on the way is worth

@@ -36,7 +36,7 @@ Task = namedtuple("Task", "output stage options needs")
 # label: as in the paper; paper: its LC win rate, win rate and length, None where it has none; output: of 05_eval.py;
 # rows of different families (Table 5: models) are not compared, nor are rows of one group (Table 4: samples)
 Row = namedtuple("Row", "label paper output family group")
-METRICS = {"length_controlled_winrate": "LC win rate (%)", "win_rate": "Win rate (%)", "avg_length": "Length (chars)"}
+METRICS = {"length_controlled_winrate": "LC win rate", "win_rate": "win rate", "avg_length": "length"}
 
 
 def row(label, paper, output, family="", group=None):
@@ -59,8 +59,8 @@ def world_settings():
 class Plan:
     """The runs of one seed: {output: Task}. A run that is asked for twice, under whatever names, is one."""
 
-    def __init__(self, folder, seed, args):
-        self.folder, self.seed, self.args, self.tasks, self.same = folder, seed, args, {}, {}
+    def __init__(self, folder, seed):
+        self.folder, self.seed, self.tasks, self.same = folder, seed, {}, {}
         self.set = world_settings()
         sizes = self.set["PROMPT_SIZES"].split()
         self.sampling = dict(temperature=self.set["TEMPERATURE"], max_new_tokens=self.set["MAX_NEW_TOKENS"], seed=seed,
@@ -127,8 +127,8 @@ class Plan:
 
     def judge_of_seed(self, name, model):
         """LLM-as-judge (App. B.2): a language model that learnt the seed's preferences as questions and answers."""
-        return self.sft(name, model, self.data / "judge_sft.jsonl", lr=self.args.judge_lr,
-                        epochs=self.args.judge_epochs, batch_size=self.args.judge_batch_size)
+        return self.sft(name, model, self.data / "judge_sft.jsonl", lr=self.set["JUDGE_LR"],
+                        epochs=self.set["JUDGE_EPOCHS"], batch_size=self.set["JUDGE_BATCH_SIZE"])
 
     def tables(self):
         """{number: (title, [Row])}. The numbers are the paper's: LC win rate, win rate, mean length."""
@@ -181,9 +181,9 @@ class Plan:
                      row(f"SPA, {nth} seed sample", spa_paper, e(two[-1]), group="SPA")]
         tables["4"] = "Three samples of the seed (two iterations)", [*rows[::2], *rows[1::2]]
 
-        paper = {"phi": ("Phi (Phi-2)", (5.88, 3.78), (7.02, 5.67), (9.10, 9.43)),
-                 "llama": ("Llama (LLaMA-3-8B)", (21.40, 21.71), (24.17, 25.39), (25.03, 34.84)),
-                 "mistral": ("Mistral (Phi-3-14B)", (26.51, 21.41), (27.70, 22.12), (28.77, 24.14))}
+        paper = {"phi": ("Phi (for Phi-2)", (5.88, 3.78), (7.02, 5.67), (9.10, 9.43)),
+                 "llama": ("Llama (for LLaMA-3-8B)", (21.40, 21.71), (24.17, 25.39), (25.03, 34.84)),
+                 "mistral": ("Mistral (for Phi-3-14B)", (26.51, 21.41), (27.70, 22.12), (28.77, 24.14))}
         rows = []
         for shape, (label, *numbers) in paper.items():
             pi_init, start, two = self.pi_init, self.pi_0, spa[:3]
@@ -348,7 +348,7 @@ def cell(values):
 def order(rows, found):
     """One sentence on the order of the rows. rows: [Row]; found: [{metric: [its value of each seed]}]"""
     told = []
-    for m, (metric, title) in enumerate(METRICS.items()):
+    for m, (metric, name) in enumerate(METRICS.items()):
         pairs, against = 0, []
         for (one, a), (two, b) in itertools.combinations(zip(rows, found), 2):
             apart = one.family != two.family or one.group is not None and one.group == two.group
@@ -362,7 +362,6 @@ def order(rows, found):
             if gain <= 0:
                 against.append((gain, f"\"{high.label}\" is not above \"{low.label}\" ({cell(gains)})"))
         if pairs:
-            name = title.split(" (")[0]
             worst = [text for _, text in sorted(against)[:3]]
             more = f", and {len(against) - 3} more" if len(against) > 3 else ""
             told.append(f"by {name}, {pairs - len(against)} of {pairs} pairs of rows are in the paper's order"
@@ -392,10 +391,6 @@ def parse_args():
     parser.add_argument("--output", type=Path, help="Markdown file (default, for all tables: benchmarks/TABLES.md)")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="stages at a time, each on one core")
     parser.add_argument("--dry-run", action="store_true", help="print the commands and run none")
-    # App. B.2 has batch 32, 3 epochs, 2e-5: of 2,000 pairs, for a model 10,000 times as large
-    parser.add_argument("--judge-lr", type=float, default=1e-3)
-    parser.add_argument("--judge-epochs", type=int, default=6)
-    parser.add_argument("--judge-batch-size", type=int, default=8)
     args = parser.parse_args()
     if args.output is None and args.table == keys:
         args.output = ROOT / "benchmarks" / "TABLES.md"
@@ -405,7 +400,7 @@ def parse_args():
 def main():
     args, started = parse_args(), time.time()
     os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    plans = [Plan(args.runs / f"seed{seed}", seed, args) for seed in args.seeds]
+    plans = [Plan(args.runs / f"seed{seed}", seed) for seed in args.seeds]
     tables = [plan.tables() for plan in plans]
     tasks = {}
     for plan, found in zip(plans, tables):
@@ -426,8 +421,8 @@ def main():
     command = shlex.join(["python", "benchmarks/tables.py", *sys.argv[1:]])
     text = (f"# The paper's tables in the small world\n\n`{command}`, {date.today()}: seeds "
             f"{', '.join(map(str, args.seeds))}, mean ± standard deviation over them; {len(tasks)} runs of a stage, "
-            f"{seconds / 60:.0f} minutes of one core. Win rates are against a skilled writer's answers, by the gold judge; "
-            "the paper's are against GPT-4's, by GPT-4, so only the order of the rows can be compared.\n\n"
+            f"{seconds / 60:.0f} minutes of one core. Win rates are against a skilled writer's answers, by the gold "
+            "judge; the paper's are against GPT-4's, by GPT-4, so only the order of the rows can be compared.\n\n"
             + "\n".join(blocks))
     print("\n" + text)
     if args.output:
