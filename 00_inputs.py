@@ -137,7 +137,8 @@ def read_world(args, folder):
     common.write_jsonl(folder / "sft.jsonl", (example for _, example in examples))
     common.write_jsonl(folder / "sft_kind.jsonl", (example for writer, example in examples if writer == "kind"))
     texts = [text for _, text in prompts] + [sentence for known in gold.values() for sentence in known]
-    texts += [common.judging_prompt(common.as_messages(""), "", "")[0]["content"], *common.LETTERS]
+    if args.judge_words:
+        texts += [common.judging_prompt(common.as_messages(""), "", "")[0]["content"], *common.LETTERS]
     write_base_model(sorted({word for text in texts for word in text.split()}), args, folder / "base")
     return rows
 
@@ -282,6 +283,8 @@ def parse_args():
     add("--eval-size", type=common.natural, default=200, help="prompts held out for 05_eval.py")
     add("--all-gold", action="store_true", help="write all_gold.jsonl as well")
     add("--sft-size", type=common.natural, default=12000, help="answers for SFT, of the world only")
+    add("--judge-words", action="store_true", help="the world's base model knows the words of Listing 1 too, which "
+        "LLM-as-judge asks with and SFT never uses")
     add("--shape", choices=SHAPES, default="llama", help="kind of base model, of the world only")
     add("--seed", type=common.natural, default=0, help="shuffles; three of them are the three seeds of Table 4")
     return parser.parse_args()

@@ -20,7 +20,7 @@ if [ "$SETTING" != test ] && [ "${1:-}" = --dry-run ]; then DRY_RUN=1; shift; fi
 
 # ---- Settings ---------------------------------------------------------------------------------
 case $SETTING in
-  world)   # responses of 25 tokens, not 300: the margin, a sum over tokens, needs a larger beta (see README.md)
+  world)   # responses of 30 tokens, not 300: the margin, a sum over tokens, needs a larger beta (see README.md)
     : "${BETA:=10}" "${LR:=1e-4}" "${BATCH_SIZE:=16}" "${MICRO_BATCH_SIZE:=16}" "${SAMPLING_BATCH_SIZE:=128}"
     : "${SEED_SIZE:=200}" "${PROMPT_SIZES:=800 2000 3000}" "${EVAL_SIZE:=500}" "${MAX_NEW_TOKENS:=56}" "${CUT:=drop}"
     : "${JUDGE_LR:=1e-3}" "${JUDGE_EPOCHS:=20}" "${JUDGE_BATCH_SIZE:=16}"
@@ -88,6 +88,7 @@ inputs=(--seed-size "$SEED_SIZE" --prompt-sizes "${sizes[@]}" --eval-size "$EVAL
 
 # Input: pi_init, D_0, {X_t}
 if [ "$SETTING" = world ]; then
+  [ "$JUDGE" != llm ] || inputs+=(--judge-words)
   alone 00_inputs.py --source world --all-gold --sft-size "$SFT_SIZE" "${inputs[@]}"
   INIT=$R/pi_init
   stage 00_sft.py --model "$R/data/base" --input "$R/data/sft.jsonl" --output "$INIT" --lr "$SFT_LR" \

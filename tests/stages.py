@@ -5,6 +5,7 @@ As a program, under torchrun: runs several stages in turn as one of the ranks (t
 
 import contextlib
 import functools
+import hashlib
 import importlib.util
 import io
 import json
@@ -99,6 +100,21 @@ def farthest(one, two):
     return max((one[key] - two[key]).abs().max().item() for key in one)
 
 
+def other_steps(one, two):
+    """The steps whose metrics differ between two models: short, where a comparison of all would not be."""
+    return [a["step"] for a, b in zip(metrics(one), metrics(two), strict=True) if a != b]
+
+
+def digest(path):
+    """For comparing files: where it fails, pytest would take minutes to explain how megabytes differ."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def files(folder):
+    """What every file of a folder holds, and when it was written."""
+    return {str(path): (path.stat().st_mtime_ns, digest(path)) for path in Path(folder).rglob("*") if path.is_file()}
+
+
 def moved(one, two):
     return farthest(one, two) > 1e-4
 
@@ -125,7 +141,7 @@ def run_ranks(folder, *runs):
                            str(free_port()), __file__, folder / "job.json"], text=True, stdout=subprocess.PIPE,
                           stderr=subprocess.STDOUT, env=NO_RANKS | {"OMP_NUM_THREADS": "1"}) as torchrun:
         try:
-            output, _ = torchrun.communicate(timeout=120)
+            output, _ = torchrun.communicate(timeout=600)
         except subprocess.TimeoutExpired:
             torchrun.terminate()  # not kill: its processes must end too
             output, _ = torchrun.communicate()

@@ -7,7 +7,7 @@ import pytest
 
 import stages
 from conftest import save_tiny
-from stages import attempt, command_line, rows, run, write_rows
+from stages import attempt, command_line, digest, rows, run, write_rows
 
 TRAINING = ("00_sft", "01_seed_dpo", "04_refined_dpo")
 STAGES = (*TRAINING, "02_generate", "03_judge", "05_eval")
@@ -17,7 +17,8 @@ STAGES = (*TRAINING, "02_generate", "03_judge", "05_eval")
 def good(world, pi_init, pi_0, tmp_path_factory):
     """{stage: options that work, without --output}"""
     folder = tmp_path_factory.mktemp("good")
-    responses = run("02_generate", model=pi_0, input=world / "prompts_1.jsonl", max_new_tokens=6, output=folder / "responses.jsonl")
+    responses = run("02_generate", model=pi_0, input=world / "prompts_1.jsonl", max_new_tokens=6,
+                    output=folder / "responses.jsonl")
     judged = run("03_judge", model=pi_0, init_model=pi_init, input=responses, output=folder / "preferences.jsonl")
     return {"00_sft": dict(model=pi_init, input=world / "sft.jsonl"),
             "01_seed_dpo": dict(model=pi_init, input=world / "seed.jsonl"),
@@ -30,8 +31,7 @@ def good(world, pi_init, pi_0, tmp_path_factory):
 def refused(stage, *words, output, **options):
     """Run a stage that must refuse: the line on stderr holds the words, and the output is as it was."""
     def content():
-        paths = output.rglob("*") if output.is_dir() else [output] if output.exists() else []
-        return {path: path.read_bytes() for path in paths if path.is_file()}
+        return digest(output) if output.is_file() else stages.files(output)
 
     before = content()
     ran = attempt(stage, output=output, **options)
@@ -60,13 +60,15 @@ def test_a_line_that_is_no_json_object(good, world, tmp_path, line):
     lines = (world / "prompts_1.jsonl").read_text().splitlines()
     lines[2:2] = ["", line]  # after a blank line, which is none, comes line 4
     (tmp_path / "in.jsonl").write_text("\n".join(lines))
-    refused("02_generate", "in.jsonl:4", output=tmp_path / "out", **good["02_generate"] | {"input": tmp_path / "in.jsonl"})
+    refused("02_generate", "in.jsonl:4", output=tmp_path / "out",
+            **good["02_generate"] | {"input": tmp_path / "in.jsonl"})
 
 
 @pytest.mark.parametrize("content", [b"", b"\n\n", b"\xff\xfe\x00\x01", b'{"id": 1, "prompt": "\xff"}\n'])
 def test_a_file_without_rows_or_not_in_utf_8(good, tmp_path, content):
     (tmp_path / "in.jsonl").write_bytes(content)
-    refused("02_generate", "in.jsonl", output=tmp_path / "out", **good["02_generate"] | {"input": tmp_path / "in.jsonl"})
+    refused("02_generate", "in.jsonl", output=tmp_path / "out",
+            **good["02_generate"] | {"input": tmp_path / "in.jsonl"})
 
 
 @pytest.mark.parametrize("stage", ["00_inputs", "01_seed_dpo", "02_generate", "03_judge"])
@@ -124,11 +126,13 @@ def test_an_id_that_stands_twice(good, tmp_path, stage):
 
 @pytest.mark.parametrize("stage", ["00_sft", "01_seed_dpo", "02_generate", "04_refined_dpo", "05_eval"])
 def test_nothing_is_left_after_dropping_long_prompts(good, tmp_path, stage):
-    refused(stage, good[stage]["input"], "--max-prompt-length", output=tmp_path / "out", **good[stage] | {"max_prompt_length": 2})
+    refused(stage, good[stage]["input"], "--max-prompt-length", output=tmp_path / "out",
+            **good[stage] | {"max_prompt_length": 2})
 
 
 def test_nothing_is_left_after_dropping_cut_and_identical_responses(good, tmp_path):
-    refused("02_generate", "limit", "--max-new-tokens", output=tmp_path / "out_02", **good["02_generate"] | {"cut": "drop"})
+    refused("02_generate", "limit", "--max-new-tokens", output=tmp_path / "out_02",
+            **good["02_generate"] | {"cut": "drop"})
     same = [{**row, "responses": [row["responses"][0]] * 2} for row in rows(good["03_judge"]["input"])]
     path = write_rows(tmp_path / "in.jsonl", same)
     refused("03_judge", path, "no pair", output=tmp_path / "out_03", **good["03_judge"] | {"input": path})
@@ -174,7 +178,8 @@ def test_a_model_folder_without_weights_or_with_half_of_them(good, tmp_path):
     refused("02_generate", model, output=tmp_path / "out", **good["02_generate"] | {"model": model})
 
 
-@pytest.mark.parametrize("stage, option", [("01_seed_dpo", "ref_model"), ("03_judge", "init_model"), ("04_refined_dpo", "ref_model")])
+@pytest.mark.parametrize("stage, option", [
+    ("01_seed_dpo", "ref_model"), ("03_judge", "init_model"), ("04_refined_dpo", "ref_model")])
 def test_two_models_of_different_vocabularies(good, world, tokenizer, tmp_path, stage, option):
     larger = save_tiny(tmp_path / "larger", tokenizer, vocab_size=len(tokenizer) + 64)
     refused(stage, larger, "vocabular", output=tmp_path / "out", **good[stage] | {option: larger})
@@ -207,14 +212,10 @@ def test_an_output_made_with_other_arguments_or_from_other_input(good, tmp_path,
 @pytest.mark.parametrize("stage", STAGES)
 def test_an_output_made_with_the_same_arguments_is_left_alone(good, tmp_path, stage):
     output = run(stage, output=tmp_path / "out", **good[stage])
-
-    def files():
-        return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in tmp_path.rglob("*") if path.is_file()}
-
-    before = files()
+    before = stages.files(tmp_path)
     again = attempt(stage, output=output, **good[stage])
     assert again.status == 0 and again.err == "" and "already there" in again.out
-    assert files() == before
+    assert stages.files(tmp_path) == before
 
 
 def test_an_output_of_another_stage_or_of_nobody(good, tmp_path):

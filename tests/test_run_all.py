@@ -10,7 +10,7 @@ import sys
 import pytest
 
 import stages
-from stages import ROOT, parsed, rows
+from stages import ROOT, files, parsed, rows
 
 CLEAN = {key: os.environ[key] for key in ("PATH", "HOME", "TMPDIR", "LANG") if key in os.environ}
 LITTLE = {"SEED_SIZE": "20", "PROMPT_SIZES": "24", "ITERATIONS": "1", "EVAL_SIZE": "10", "SFT_SIZE": "64",
@@ -19,7 +19,7 @@ SETTINGS = ["mistral-7b", "phi-2", "llama-3-8b", "phi-3-medium", "mistral-7b-no-
 
 
 def bash(*words, root=ROOT, **environment):
-    return subprocess.run(["bash", root / "run_all.sh", *words], capture_output=True, text=True, timeout=300,
+    return subprocess.run(["bash", root / "run_all.sh", *words], capture_output=True, text=True, timeout=900,
                           env=CLEAN | {"NPROC": "1"} | environment)
 
 
@@ -34,10 +34,6 @@ def little(tmp_path_factory):
     done = bash(**LITTLE, PYTHON=sys.executable, RUNS=str(runs), NAME="little", OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stderr
     return runs / "little", done
-
-
-def files(folder):
-    return {path: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.rglob("*") if path.is_file()}
 
 
 def test_the_small_world_ends_with_a_table_and_samples(little):
