@@ -221,7 +221,8 @@ def fingerprint(path):
         made = json.loads((path / "args.json").read_text())["made_from"]
         return hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()[:16]
     if (path / "config.json").is_file():
-        return fingerprint(path / "config.json")
+        weights = sorted((p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in path.glob("*.safetensors"))
+        return hashlib.sha256(json.dumps([fingerprint(path / "config.json"), weights]).encode()).hexdigest()[:16]
     return str(path)  # a name on the hub
 
 
@@ -767,6 +768,9 @@ def check_finite(step, rows, grad_norm, partial):
 
 def save_trained(args, partial, model, tokenizer, counts, started):
     """The trained model and the metrics of its steps, as the output."""
+    if not all(torch.isfinite(weight).all() for weight in model.parameters()):
+        raise InputError("the last step left weights that are not finite: lower --lr; what was saved before is kept in "
+                         f"{partial}")
     save_model(model, tokenizer, partial / "model")
     (partial / "metrics.jsonl").rename(partial / "model" / "metrics.jsonl")
     close_output(args, partial, partial / "model", counts, started)
