@@ -90,6 +90,7 @@ inputs=(--seed-size "$SEED_SIZE" --prompt-sizes "${sizes[@]}" --eval-size "$EVAL
 
 # Input: pi_init, D_0, {X_t}
 if [ "$SETTING" = world ]; then
+  [ "$JUDGE" != llm ] || inputs+=(--judge-words)
   alone 00_inputs.py --source world --all-gold --sft-size "$SFT_SIZE" "${inputs[@]}"
   INIT=$R/pi_init
   stage 00_sft.py --model "$R/data/base" --input "$R/data/sft.jsonl" --output "$INIT" --lr "$SFT_LR" \

@@ -67,7 +67,7 @@ class Plan:
                              micro_batch_size=self.set["SAMPLING_BATCH_SIZE"])
         self.training = dict(beta=self.set["BETA"], lr=self.set["LR"], batch_size=self.set["BATCH_SIZE"],
                              micro_batch_size=self.set["MICRO_BATCH_SIZE"], seed=seed)
-        self.world = dict(source="world", all_gold=True, judge_words=True, seed_size=self.set["SEED_SIZE"], prompt_sizes=sizes,
+        self.world = dict(source="world", all_gold=True, seed_size=self.set["SEED_SIZE"], prompt_sizes=sizes,
                           eval_size=self.set["EVAL_SIZE"], sft_size=self.set["SFT_SIZE"], seed=seed)
         # what the tables share
         self.data = self.run("data", "00_inputs", **self.world)
@@ -141,7 +141,10 @@ class Plan:
                                 input=data / "all_gold.jsonl")
         reward = self.spa("reward", last, refine="none",
                           judge=lambda _: dict(judge="reward", reward_model=reward_model))
-        judge = self.judge_of_seed("judge", self.pi_init)
+        # the judge is a model of its own, whose vocabulary has the words of Listing 1; it reads texts, not token ids
+        words = self.run("data_words", "00_inputs", **self.world, judge_words=True)
+        pi_init_words = self.sft("pi_init_words", words / "base")
+        judge = self.judge_of_seed("judge", pi_init_words)
         llm = self.spa("llm", last, refine="none", judge=lambda _: dict(judge="llm", judge_model=judge))
         e = self.eval
         base, sft, dpo = row("Base model", (0.17, 0.50, 5692), e(data / "base")), row(
@@ -223,7 +226,10 @@ class Plan:
             row("SPA (original, iteration 2)", (16.23, 19.94, 2749), e(spa[:3][-1])),
             row("SPA (modified, iteration 2)", (14.46, 18.23, 2448), e(balanced[-1]))]
 
-        again = self.judge_of_seed("judge_again", llm[1])
+        # the previous model, had its vocabulary the words of Listing 1
+        previous = self.iterate("llm_words", 1, self.dpo("pi_0_words", pi_init_words, data / "seed.jsonl"),
+                                dict(judge="llm", judge_model=judge))
+        again = self.judge_of_seed("judge_again", previous)
         tables["11"] = "LLM-as-judge from the previous model", [
             row("LLM-as-judge (iteration 1)", (8.88, 8.01), e(llm[1])),
             row("LLM-as-judge (iteration 2, original)", (9.49, 8.46), e(llm[:3][-1])),

@@ -230,3 +230,13 @@ def test_kind_writers_answers_are_those_of_all(world):
         scores = [common.gold_score(gold, common.as_messages(row["prompt"]), row["response"]) for row in examples]
         return sum(scores) / len(scores)
     assert mean(kind) > mean(examples.values()) + 0.2
+
+
+def test_only_the_llm_that_judges_knows_the_words_of_listing_1(plan, found):
+    assert "judge_words" not in plan.tasks[plan.data].options
+    for task in plan.tasks.values():
+        if task.options.get("judge") == "llm":
+            start = plan.tasks[task.options["judge_model"]]
+            while start.stage != "00_inputs":  # back to the base model
+                start = plan.tasks.get(start.options["model"]) or plan.tasks[start.options["model"].parent]
+            assert start.options["judge_words"] is True
