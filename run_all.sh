@@ -86,7 +86,6 @@ training=(--beta "$BETA" --lr "$LR" --batch-size "$BATCH_SIZE" --micro-batch-siz
 [ "$SETTING" = world ] || training+=(--activation-checkpointing)
 inputs=(--seed-size "$SEED_SIZE" --prompt-sizes "${sizes[@]}" --eval-size "$EVAL_SIZE" --seed "$SEED" --output "$R/data")
 
-
 # Input: pi_init, D_0, {X_t}
 if [ "$SETTING" = world ]; then
   [ "$JUDGE" != llm ] || inputs+=(--judge-words)
