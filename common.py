@@ -654,22 +654,23 @@ class HeadLogps(torch.autograd.Function):
                 logps[-1] += [token_logps(values, labels[chunk]) for values in (other_logits, mix(logits, other_logits))]
             if len(ctx.chunks) == 1 and any(ctx.needs_input_grad):
                 ctx.kept = logits
-        ctx.save_for_backward(hidden, weight, bias, labels)
         logps = [torch.cat(parts) for parts in zip(*logps)]
+        ctx.save_for_backward(hidden, weight, bias, labels, logps[0])
         ctx.mark_non_differentiable(*logps[1:])
         return tuple(logps) if other is not None else logps[0]
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad, *_):
-        hidden, weight, bias, labels = ctx.saved_tensors
+        hidden, weight, bias, labels, logp = ctx.saved_tensors
         grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=torch.float32)
         grad_bias = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
         for chunk in ctx.chunks:
             logits = F.linear(hidden[chunk], weight, bias).float() if ctx.kept is None else ctx.kept
-            # the gradient of a log-prob by the logits is the one-hot label less the softmax
-            logits.sub_(logits.logsumexp(-1, keepdim=True)).exp_().mul_(-grad[chunk, None])
-            logits.scatter_add_(1, labels[chunk, None], grad[chunk, None])
+            label = labels[chunk, None]
+            # the gradient of a log-prob by the logits is the one-hot label less the softmax, exp(logits - logsumexp)
+            logsumexp = logits.gather(1, label) - logp[chunk, None]
+            logits.sub_(logsumexp).exp_().mul_(-grad[chunk, None]).scatter_add_(1, label, grad[chunk, None])
             grad_logits = logits.to(hidden.dtype)
             grad_hidden[chunk] = grad_logits @ weight
             grad_weight += grad_logits.T @ hidden[chunk]
