@@ -286,7 +286,7 @@ def main():
     ref, live_from = load_reference(pairs, steps, args, partial, ranks)
     model, policy = common.load_policy(args, ranks)
     optimizer, scheduler = common.make_optimizer(model, args.lr, len(steps))
-    state = common.load_state(partial, model, optimizer, scheduler)
+    state = common.load_state(partial, ranks, model, optimizer, scheduler)
     window = deque(state.get("window", []), maxlen=args.window)  # p_theta~ of the latest pairs of all ranks
     refine_from = args.refine_after * len(steps) if args.refine in ("self", "decoupled") else math.inf
     for pair, atoms in zip(pairs, state.get("atoms", [[0.0, 0.0]] * len(pairs))):
@@ -321,9 +321,9 @@ def main():
         scheduler.step()
         if ranks.rank == 0:
             common.log_step(partial, progress, step, rows, tau=tau, grad_norm=grad_norm, lr=lr)
-            if (step + 1) % args.save_every == 0 and step + 1 < len(steps):
-                common.save_state(partial, step + 1, model, optimizer, scheduler, window=list(window),
-                                  atoms=[pair["atoms"] for pair in pairs])
+        if common.save_due(step + 1, len(steps), args.save_every):
+            common.save_state(partial, ranks, step + 1, model, optimizer, scheduler, window=list(window),
+                              atoms=[pair["atoms"] for pair in pairs])
 
     counts["steps"] = len(steps)
     common.on_first_rank(lambda: common.save_trained(args, partial, model, tokenizer, counts, started), ranks)

@@ -8,7 +8,8 @@
 #   bash run_all.sh test                the tests (what follows is for pytest)
 #
 # Every variable of the block "Settings" can be given from the environment: SEED=1 LR=1e-6 bash run_all.sh mistral-7b
-# Results lie in runs/$NAME. A finished stage is not run again; a failed one stops the script with its status.
+# Results lie in runs/$NAME. A finished stage is not run again, one that was stopped goes on; a failed one, Ctrl-C or
+# SIGTERM, which it has first, stops the script with its status.
 set -euo pipefail
 cd "$(dirname "$0")"
 
@@ -47,6 +48,10 @@ esac
 : "${JUDGE_LR:=2e-5}" "${JUDGE_EPOCHS:=3}" "${JUDGE_BATCH_SIZE:=32}"                             # App. B.2
 : "${INIT_NAME:=SFT (pi_init)}" "${PI_0_NAME:=DPO on the seed (pi_0)}" "${INIT_TOKENIZER:=}"
 : "${GOLD_LABEL_SHARE:=$([ "$SEED_SIZE" = 0 ] && echo 0 || echo 3.3) %}" "${NPROC:=}" "${PYTHON:=}"
+: "${SAVE_EVERY:=100}"  # steps between the states that training goes on from
+for path in RUNS SOURCE INIT PI_0 INIT_TOKENIZER REWARD_MODEL JUDGE_MODEL; do
+  case ${!path:-} in -*) printf -v "$path" './%s' "${!path}" ;; esac  # or it would be read as an option
+done
 
 if [ "$SETTING" != test ] && [ $# -gt 0 ]; then
   echo "run_all.sh: what is \"$1\"? After a setting comes nothing or --dry-run" >&2
@@ -72,9 +77,27 @@ fi
 LAUNCH=("$PYTHON")
 if [ "$NPROC" -gt 1 ]; then LAUNCH=("$PYTHON" -m torch.distributed.run --nproc-per-node "$NPROC"); fi
 
-run() { if [ -n "$DRY_RUN" ]; then printf '%q ' "$@"; echo; else "$@"; fi; }
-stage() { run "${LAUNCH[@]}" "$@"; }  # on all GPUs
-alone() { run "$PYTHON" "$@"; }       # what has no work to share
+child= signal=
+forward() { signal=$1; [ -n "$child" ] && kill -s "$1" "$child" 2>/dev/null || exit "$2"; }
+trap 'forward INT 130' INT
+trap 'forward TERM 143' TERM HUP
+run() {  # the script of a stage, then its command
+  local script=$1 status=0
+  shift
+  if [ -n "$DRY_RUN" ]; then printf '%q ' "$@"; echo; return; fi
+  set -m  # a stage in a process group of its own has a signal once: from here
+  "$@" &
+  child=$!
+  set +m
+  wait "$child" || status=$?
+  while [ -n "$signal" ]; do signal= status=0; wait "$child" || status=$?; done  # it ended the waiting, not the stage
+  child=
+  [ "$status" != 0 ] || return 0
+  echo "run_all.sh: $script ended with status $status (see above): the same command goes on from what is kept" >&2
+  exit "$status"
+}
+stage() { run "$1" "${LAUNCH[@]}" "$@"; }  # on all GPUs
+alone() { run "$1" "$PYTHON" "$@"; }       # what has no work to share
 
 # ---- Algorithm 1 ------------------------------------------------------------------------------
 R=$RUNS/$NAME
@@ -82,7 +105,8 @@ read -ra sizes <<< "$PROMPT_SIZES"
 read -ra lambdas <<< "$LAMBDAS"
 sampling=(--temperature "$TEMPERATURE" --max-new-tokens "$MAX_NEW_TOKENS" --seed "$SEED"
           --micro-batch-size "$SAMPLING_BATCH_SIZE")
-training=(--beta "$BETA" --lr "$LR" --batch-size "$BATCH_SIZE" --micro-batch-size "$MICRO_BATCH_SIZE" --seed "$SEED")
+training=(--beta "$BETA" --lr "$LR" --batch-size "$BATCH_SIZE" --micro-batch-size "$MICRO_BATCH_SIZE" --seed "$SEED"
+          --save-every "$SAVE_EVERY")
 [ "$SETTING" = world ] || training+=(--activation-checkpointing)
 inputs=(--seed-size "$SEED_SIZE" --prompt-sizes "${sizes[@]}" --eval-size "$EVAL_SIZE" --seed "$SEED" --output "$R/data")
 
@@ -92,7 +116,8 @@ if [ "$SETTING" = world ]; then
   alone 00_inputs.py --source world --all-gold --sft-size "$SFT_SIZE" "${inputs[@]}"
   INIT=$R/pi_init
   stage 00_sft.py --model "$R/data/base" --input "$R/data/sft.jsonl" --output "$INIT" --lr "$SFT_LR" \
-    --epochs "$SFT_EPOCHS" --batch-size "$SFT_BATCH_SIZE" --micro-batch-size "$SFT_BATCH_SIZE" --seed "$SEED"
+    --epochs "$SFT_EPOCHS" --batch-size "$SFT_BATCH_SIZE" --micro-batch-size "$SFT_BATCH_SIZE" --seed "$SEED" \
+    --save-every "$SAVE_EVERY"
 else
   alone 00_inputs.py --source "$SOURCE" "${inputs[@]}"
 fi
@@ -117,7 +142,7 @@ if [ "$JUDGE" = llm ] && [ -z "$JUDGE_MODEL" ]; then  # App. B.2
   JUDGE_MODEL=$R/judge
   stage 00_sft.py --model "$INIT" --input "$R/data/judge_sft.jsonl" --output "$JUDGE_MODEL" --lr "$JUDGE_LR" \
     --epochs "$JUDGE_EPOCHS" --batch-size "$JUDGE_BATCH_SIZE" --micro-batch-size "$MICRO_BATCH_SIZE" --seed "$SEED" \
-    --max-prompt-length 4096 --max-length 4100
+    --max-prompt-length 4096 --max-length 4100 --save-every "$SAVE_EVERY"
 fi
 
 # for t = 1 to T do

@@ -19,6 +19,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import torch.distributed as dist
+
 import common
 
 Ran = namedtuple("Ran", "status out err")
@@ -56,6 +58,8 @@ def attempt(name, /, **options):
         status = stop.code or 0
     finally:
         sys.argv = argv
+        if dist.is_initialized():  # where an error is the end of the process, `run` leaves the group as it is
+            dist.destroy_process_group()
     return Ran(status, out.getvalue(), err.getvalue())
 
 
