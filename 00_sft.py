@@ -100,7 +100,7 @@ def main():
             common.save_state(partial, ranks, step + 1, model, optimizer, scheduler)
 
     counts["steps"] = len(steps)
-    common.on_first_rank(lambda: common.save_trained(args, partial, model, tokenizer, counts, started), ranks)
+    common.save_trained(args, partial, ranks, model, tokenizer, counts, started)
 
 
 if __name__ == "__main__":

@@ -326,7 +326,7 @@ def main():
                               atoms=[pair["atoms"] for pair in pairs])
 
     counts["steps"] = len(steps)
-    common.on_first_rank(lambda: common.save_trained(args, partial, model, tokenizer, counts, started), ranks)
+    common.save_trained(args, partial, ranks, model, tokenizer, counts, started)
 
 
 if __name__ == "__main__":

@@ -38,6 +38,7 @@ import torch.nn.functional as F
 import transformers
 from torch import nn
 from torch.autograd.function import once_differentiable
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_state_dict, set_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
@@ -628,10 +629,10 @@ def check_same_vocabulary(name, other):
                          "give two models with the same tokenizer")
 
 
-def save_model(model, tokenizer, folder):
+def save_model(model, tokenizer, folder, weights=None):
     """An ordinary Hugging Face folder, float32: bf16 would round away the differences that the judge reads."""
     try:
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, state_dict=weights)
         tokenizer.save_pretrained(folder)
     except Exception as error:  # safetensors and tokenizers do not raise OSError where the disk is full
         if "os error" not in str(error):
@@ -1078,15 +1079,24 @@ def check_finite(step, rows, grad_norm, partial):
                          f"these rows; what was saved before is kept in {partial}")
 
 
-def save_trained(args, partial, model, tokenizer, counts, started):
+def save_trained(args, partial, ranks, model, tokenizer, counts, started):
     """The trained model and the metrics of its steps, as the output."""
-    if not all(torch.isfinite(weight).all() for weight in model.parameters()):
+    weights = get_model_state_dict(model, options=WHOLE) if is_sharded(args, ranks) else model.state_dict()
+    on_first_rank(lambda: write_trained(args, partial, model, weights, tokenizer, counts, started), ranks)
+
+
+def write_trained(args, partial, model, weights, tokenizer, counts, started):
+    if not all(torch.isfinite(weight).all() for weight in weights.values()):
         raise InputError("the last step left weights that are not finite: lower --lr; what was saved before is kept in "
                          f"{partial}")
     shutil.rmtree(partial / "model", ignore_errors=True)  # a kill may have left half of it
-    save_model(model, tokenizer, partial / "model")
+    save_model(model, tokenizer, partial / "model", weights)
     shutil.copyfile(partial / "metrics.jsonl", partial / "model" / "metrics.jsonl")
     close_output(args, partial, partial / "model", counts, started)
+
+
+# a state as one process without sharding has it, on the CPU of rank 0
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 def load_state(partial, ranks, model, optimizer, scheduler):
@@ -1098,8 +1108,8 @@ def load_state(partial, ranks, model, optimizer, scheduler):
     if len(set(gather([state["step"]]))) > 1:
         raise InputError(f"{partial}: the ranks find different states in it: --output must be on storage that all share")
     if state["step"] > 0:
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"],
+                       options=WHOLE)
         scheduler.load_state_dict(state["scheduler"])
     if ranks.rank == 0:
         if state["step"] > 0:
@@ -1113,7 +1123,7 @@ def newest_state(partial):
     """The newest state that can be read; one that is damaged is passed over, and rank 0 says so."""
     for path in reversed(saved_states(partial)):
         try:
-            return torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except Exception as error:  # torch raises many kinds
             if first_rank():
                 print(f"{path}: cannot be read ({type(error).__name__}): passed over for the one before", flush=True)
@@ -1140,8 +1150,8 @@ def save_state(partial, ranks, step, model, optimizer, scheduler, **state):
     """All that `load_state` needs to go on after `step` steps. There is no random state: dropout is 0, and the order
     of the rows follows from --seed. Raises Stopped where that is what it was saved for.
     """
-    state |= {"step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
-              "scheduler": scheduler.state_dict()}
+    weights, moments = get_state_dict(model, optimizer, options=WHOLE)
+    state |= {"step": step, "model": weights, "optimizer": moments, "scheduler": scheduler.state_dict()}
     on_first_rank(lambda: write_state(partial, state), ranks)
     if this_run.agreed:
         raise Stopped(this_run.agreed)

@@ -47,12 +47,17 @@ esac
 : "${JUDGE:=init}" "${REWARD_MODEL:=}" "${JUDGE_MODEL:=}" "${LENGTH_PENALTY:=}"  # what SPA is compared with
 : "${JUDGE_LR:=2e-5}" "${JUDGE_EPOCHS:=3}" "${JUDGE_BATCH_SIZE:=32}"                             # App. B.2
 : "${INIT_NAME:=SFT (pi_init)}" "${PI_0_NAME:=DPO on the seed (pi_0)}" "${INIT_TOKENIZER:=}"
-: "${GOLD_LABEL_SHARE:=$([ "$SEED_SIZE" = 0 ] && echo 0 || echo 3.3) %}" "${NPROC:=}" "${PYTHON:=}"
+: "${GOLD_LABEL_SHARE:=$([ "$SEED_SIZE" = 0 ] && echo 0 || echo 3.3) %}" "${PYTHON:=}"
+: "${NPROC:=}" "${NNODES:=1}" "${NODE_RANK:=0}" "${RDZV_ENDPOINT:=}" "${MAX_RESTARTS:=0}"  # processes a node, nodes: torchrun's
 : "${SAVE_EVERY:=100}"  # steps between the states that training goes on from
 for path in RUNS SOURCE INIT PI_0 INIT_TOKENIZER REWARD_MODEL JUDGE_MODEL; do
   case ${!path:-} in -*) printf -v "$path" './%s' "${!path}" ;; esac  # or it would be read as an option
 done
 
+if [ "$NNODES" -gt 1 ] && ! [[ $RDZV_ENDPOINT =~ ^.+:[0-9]+$ ]]; then
+  echo "run_all.sh: RDZV_ENDPOINT is \"$RDZV_ENDPOINT\": with NNODES=$NNODES it must be the host:port of one of them" >&2
+  exit 2
+fi
 if [ "$SETTING" != test ] && [ $# -gt 0 ]; then
   echo "run_all.sh: what is \"$1\"? After a setting comes nothing or --dry-run" >&2
   exit 2
@@ -74,8 +79,18 @@ if [ "$SETTING" = test ]; then exec "$PYTHON" -m pytest tests "$@"; fi
 if [ -z "$NPROC" ]; then
   NPROC=$( (nvidia-smi --list-gpus 2>/dev/null || true) | wc -l)
 fi
-LAUNCH=("$PYTHON")
-if [ "$NPROC" -gt 1 ]; then LAUNCH=("$PYTHON" -m torch.distributed.run --nproc-per-node "$NPROC"); fi
+launch() {  # how a stage is started; each meets at a port of its own, so that none meets the one before
+  LAUNCH=("$PYTHON")
+  if [ "$NNODES" -gt 1 ]; then
+    LAUNCH+=(-m torch.distributed.run --nnodes "$NNODES" --node-rank "$NODE_RANK" --nproc-per-node "$(( NPROC > 1 ? NPROC : 1 ))"
+             --rdzv-backend c10d --rdzv-id "spa-$stages" --rdzv-endpoint "${RDZV_ENDPOINT%:*}:$(( ${RDZV_ENDPOINT##*:} + stages ))"
+             --rdzv-conf "join_timeout=86400" --max-restarts "$MAX_RESTARTS")
+  elif [ "$NPROC" -gt 1 ]; then
+    LAUNCH+=(-m torch.distributed.run --nproc-per-node "$NPROC" --max-restarts "$MAX_RESTARTS")
+  fi
+  stages=$(( stages + 1 ))
+}
+stages=0
 
 child= signal=
 forward() { signal=$1; [ -n "$child" ] && kill -s "$1" "$child" 2>/dev/null || exit "$2"; }
@@ -96,8 +111,8 @@ run() {  # the script of a stage, then its command
   echo "run_all.sh: $script ended with status $status (see above): the same command goes on from what is kept" >&2
   exit "$status"
 }
-stage() { run "$1" "${LAUNCH[@]}" "$@"; }  # on all GPUs
-alone() { run "$1" "$PYTHON" "$@"; }       # what has no work to share
+stage() { launch; run "$1" "${LAUNCH[@]}" "$@"; }                     # on all GPUs of all nodes
+alone() { [ "$NODE_RANK" != 0 ] || run "$1" "$PYTHON" "$@"; }         # what has no work to share
 
 # ---- Algorithm 1 ------------------------------------------------------------------------------
 R=$RUNS/$NAME
@@ -107,7 +122,7 @@ sampling=(--temperature "$TEMPERATURE" --max-new-tokens "$MAX_NEW_TOKENS" --seed
           --micro-batch-size "$SAMPLING_BATCH_SIZE")
 training=(--beta "$BETA" --lr "$LR" --batch-size "$BATCH_SIZE" --micro-batch-size "$MICRO_BATCH_SIZE" --seed "$SEED"
           --save-every "$SAVE_EVERY")
-[ "$SETTING" = world ] || training+=(--activation-checkpointing)
+[ "$SETTING" = world ] || training+=(--activation-checkpointing --fsdp)  # with one GPU there is nothing to shard
 inputs=(--seed-size "$SEED_SIZE" --prompt-sizes "${sizes[@]}" --eval-size "$EVAL_SIZE" --seed "$SEED" --output "$R/data")
 
 # Input: pi_init, D_0, {X_t}
