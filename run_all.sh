@@ -84,7 +84,7 @@ launch() {  # how a stage is started; each meets at a port of its own, so that n
   if [ "$NNODES" -gt 1 ]; then
     LAUNCH+=(-m torch.distributed.run --nnodes "$NNODES" --node-rank "$NODE_RANK" --nproc-per-node "$(( NPROC > 1 ? NPROC : 1 ))"
              --rdzv-backend c10d --rdzv-id "spa-$stages" --rdzv-endpoint "${RDZV_ENDPOINT%:*}:$(( ${RDZV_ENDPOINT##*:} + stages ))"
-             --rdzv-conf "join_timeout=86400" --max-restarts "$MAX_RESTARTS")
+             --rdzv-conf join_timeout=86400,read_timeout=86400 --max-restarts "$MAX_RESTARTS")
   elif [ "$NPROC" -gt 1 ]; then
     LAUNCH+=(-m torch.distributed.run --nproc-per-node "$NPROC" --max-restarts "$MAX_RESTARTS")
   fi
