@@ -315,6 +315,7 @@ def open_output(args, *inputs, free=("output", "save_every")):
                  "inputs": {k: fingerprint(options[k]) for k in inputs if options[k]}}
     made_from = json.loads(json.dumps(made_from))
     exit_if_there(output, partial, made_from)
+    this_run.partial = partial
     if first_rank():
         partial.mkdir(parents=True, exist_ok=True)
         lock(output, partial)
@@ -325,7 +326,6 @@ def open_output(args, *inputs, free=("output", "save_every")):
             print(f"{output}: begun before, goes on", flush=True)
     if first_rank():
         write_json(partial / "args.json", {"made_from": made_from})
-    this_run.partial = partial
     return partial
 
 
@@ -352,7 +352,7 @@ def check_made_from(there, record, made_from):
 
 def lock(output, partial):
     """Hold partial/lock until this process ends, however it ends. Raises InputError where another process does."""
-    this_run.lock = open(partial / "lock", "w")
+    this_run.lock = open(partial / "lock", "a")
     try:
         fcntl.flock(this_run.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
