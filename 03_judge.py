@@ -135,7 +135,7 @@ def judge_llm(rows, args, partial, ranks):
     model = common.load_model(args.judge_model, ranks.device, common.scoring_dtype(ranks.device))
     letters = option_ids(args.judge_model, tokenizer)
     orders = itertools.permutations if args.llm_order == "both" else itertools.combinations
-    response_logits = common.ResponseLogits(model)
+    judge = common.ResponseLogps(model)
 
     def ask(row, one, two):
         question = common.judging_prompt(row["prompt"], row["responses"][one]["text"], row["responses"][two]["text"])
@@ -144,8 +144,9 @@ def judge_llm(rows, args, partial, ranks):
     @torch.no_grad()
     def compute(indices):
         pairs = [(i, one, two) for i in indices for one, two in orders(range(len(rows[i]["responses"])), 2)]
-        batch = common.collate([(ask(rows[i], one, two), letters[:1]) for i, one, two in pairs], ranks.device)
-        options = response_logits(batch.ids, batch.keep).log_softmax(-1)[:, letters].tolist()  # (pairs, 2)
+        batch = common.collate([(ask(rows[i], one, two), [[letter] for letter in letters]) for i, one, two in pairs],
+                               ranks.device, model.shared_span)
+        options = judge(batch).view(-1, 2).tolist()  # (pairs, 2)
         return [[[one, two, *values] for (k, one, two), values in zip(pairs, options) if k == i] for i in indices]
 
     asked = map_rows(compute, rows, f"asking the judge in {args.llm_order}", args, partial, ranks)
@@ -199,14 +200,14 @@ def score(name, rows, label, args, partial, ranks):
     for row in rows:
         for ids in [row["prompt_ids"]] + [y["ids"] for y in row["responses"]]:
             common.check_ids(args.input, row["id"], ids, model)
-    response_logits = common.ResponseLogits(model)
+    logps = common.ResponseLogps(model)
 
     @torch.no_grad()
     def compute(indices):
-        sequences = [(rows[i]["prompt_ids"], y["ids"]) for i in indices for y in rows[i]["responses"]]
-        batch = common.collate(sequences, ranks.device)
-        logps = iter(common.sequence_logps(response_logits(batch.ids, batch.keep), batch).tolist())
-        return [[next(logps) for _ in rows[i]["responses"]] for i in indices]
+        answered = [(rows[i]["prompt_ids"], [y["ids"] for y in rows[i]["responses"]]) for i in indices]
+        batch = common.collate(answered, ranks.device, model.shared_span)
+        scores = iter(common.response_logps(logps(batch), batch.lengths).tolist())
+        return [[next(scores) for _ in responses] for _, responses in answered]
 
     return map_rows(compute, rows, label, args, partial, ranks)
 
