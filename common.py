@@ -82,6 +82,8 @@ def run(main):
         one_line(error)
     except KeyboardInterrupt as stopped:
         number = stopped.args[0] if stopped.args else signal.SIGINT
+        if not first_rank() and not dist.is_initialized():  # torchrun has passed it on to the first rank too
+            sys.exit(128 + number)
         one_line(f"stopped by {'Ctrl-C' if number == signal.SIGINT else 'SIGTERM'}: {kept()}", 128 + number)
     except Exception as error:
         if isinstance(error, OSError) and error.errno is not None:  # no space left, no permission
@@ -134,7 +136,7 @@ def one_line(message, status=2):
 
 
 def first_to_speak():
-    """Whether no other rank has told an error yet: most are met by all ranks, or ended one that the others missed."""
+    """Whether no other rank has told an error yet: most errors are met by all of them, or end the others too."""
     if dist.is_initialized():
         try:
             return dist.distributed_c10d._get_default_store().add("errors told", 1) == 1
@@ -335,6 +337,7 @@ def open_output(args, *inputs, free=("output", "save_every")):
 
 
 def exit_if_there(output, partial, made_from):
+    """Exit with 0 where the output is there. Raises InputError where it was made from something else."""
     if not output.exists():
         return
     check_made_from(output, args_path(output), made_from)
