@@ -1159,8 +1159,9 @@ def write_state(partial, state):
         to_disk(temporary)
         os.replace(temporary, path)
         to_disk(partial)
-    except RuntimeError as error:  # torch's; behind it is the system's
-        raise InputError(f"{path}: cannot be written ({error.__context__ or error}): {kept()}")
+    except (OSError, RuntimeError) as error:  # the system's, or torch's with the system's behind it
+        cause = error if isinstance(error, OSError) else error.__context__ or error
+        raise InputError(f"{path}: cannot be written ({cause}): {kept()}")
     finally:
         temporary.unlink(missing_ok=True)  # half of it would only fill the disk
     for old in saved_states(partial)[:-2]:
