@@ -1099,7 +1099,7 @@ def load_state(partial, ranks, model, optimizer, scheduler):
     """
     state = newest_state(partial)
     if len(set(gather([state["step"]]))) > 1:
-        raise InputError(f"{partial}: the ranks find different states in it: --output must be on storage that all share")
+        raise InputError(f"{partial}: the ranks find different states in it: put --output where all of them see it")
     if state["step"] > 0:
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])

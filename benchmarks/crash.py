@@ -107,7 +107,8 @@ def disturbed(environment, stages, seconds, kills, rng, log):
             process.terminate() if gently else kill_all(process)
             process.stdout.read()
         hit[stage] += 1
-        print(f"{hit.total():3} {'SIGTERM' if gently else 'SIGKILL'} in {stage}: status {process.returncode}", flush=True)
+        name = "SIGTERM" if gently else "SIGKILL"
+        print(f"{hit.total():3} {name} in {stage}: status {process.returncode}", flush=True)
     return hit
 
 

@@ -209,8 +209,8 @@ def test_a_failed_stage_stops_the_script_with_its_status(stub, stage, status):
     lines = log.read_text().splitlines()
     assert stage in lines[-1] and not any(stage in line for line in lines[:-1])
     script = lines[-1].split()[0]
-    assert done.stderr == f"run_all.sh: {script} ended with status {status} (see above): the same command goes on from " \
-        "what is kept\n"
+    assert done.stderr == (f"run_all.sh: {script} ended with status {status} (see above): "
+                           "the same command goes on from what is kept\n")
 
 
 @pytest.mark.parametrize("number, name, status", [(signal.SIGTERM, "TERM", 143), (signal.SIGHUP, "TERM", 143),
@@ -222,8 +222,8 @@ def test_a_signal_goes_to_the_stage_and_its_end_ends_the_script(tmp_path, number
                        f"echo \"$1\" >> {log}\nif [ \"$1\" = 00_sft.py ]; then while :; do sleep 0.05; done; fi\n")
     program.chmod(0o755)
     with subprocess.Popen(["bash", ROOT / "run_all.sh"], env=CLEAN | {"NPROC": "1", "PYTHON": str(program)}, text=True,
-                          stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                          preexec_fn=lambda: signal.signal(number, signal.SIG_DFL)) as script:  # under nohup it is ignored
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE,  # under nohup, say, it would be ignored
+                          preexec_fn=lambda: signal.signal(number, signal.SIG_DFL)) as script:
         try:
             while script.poll() is None and "00_sft.py" not in (log.read_text() if log.exists() else ""):
                 time.sleep(0.05)
