@@ -83,6 +83,8 @@ def run(main):
         one_line(error)
     except KeyboardInterrupt as stopped:
         number = stopped.args[0] if stopped.args else signal.SIGINT
+        if not first_rank() and not dist.is_initialized():  # torchrun has passed it on to the first rank too
+            sys.exit(128 + number)
         one_line(f"stopped by {'Ctrl-C' if number == signal.SIGINT else 'SIGTERM'}: {kept()}", 128 + number)
     except Exception as error:
         if isinstance(error, OSError) and error.errno is not None:  # no space left, no permission
@@ -135,7 +137,7 @@ def one_line(message, status=2):
 
 
 def first_to_speak():
-    """Whether no other rank has told an error yet: most are met by all ranks, or ended one that the others missed."""
+    """Whether no other rank has told an error yet: most errors are met by all of them, or end the others too."""
     if dist.is_initialized():
         try:
             return dist.distributed_c10d._get_default_store().add("errors told", 1) == 1
@@ -321,6 +323,7 @@ def open_output(args, *inputs, free=("output", "save_every")):
                  "inputs": {k: fingerprint(options[k]) for k in inputs if options[k]}}
     made_from = json.loads(json.dumps(made_from))
     exit_if_there(output, partial, made_from)
+    this_run.partial = partial
     if first_rank():
         partial.mkdir(parents=True, exist_ok=True)
         lock(output, partial)
@@ -331,11 +334,11 @@ def open_output(args, *inputs, free=("output", "save_every")):
             print(f"{output}: begun before, goes on", flush=True)
     if first_rank():
         write_json(partial / "args.json", {"made_from": made_from})
-    this_run.partial = partial
     return partial
 
 
 def exit_if_there(output, partial, made_from):
+    """Exit with 0 where the output is there. Raises InputError where it was made from something else."""
     if not output.exists():
         return
     check_made_from(output, args_path(output), made_from)
@@ -358,7 +361,7 @@ def check_made_from(there, record, made_from):
 
 def lock(output, partial):
     """Hold partial/lock until this process ends, however it ends. Raises InputError where another process does."""
-    this_run.lock = open(partial / "lock", "w")
+    this_run.lock = open(partial / "lock", "a")
     try:
         fcntl.flock(this_run.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -1106,7 +1109,7 @@ def load_state(partial, ranks, model, optimizer, scheduler):
     """
     state = newest_state(partial)
     if len(set(gather([state["step"]]))) > 1:
-        raise InputError(f"{partial}: the ranks find different states in it: --output must be on storage that all share")
+        raise InputError(f"{partial}: the ranks find different states in it: put --output where all of them see it")
     if state["step"] > 0:
         set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"],
                        options=WHOLE)
@@ -1166,8 +1169,9 @@ def write_state(partial, state):
         to_disk(temporary)
         os.replace(temporary, path)
         to_disk(partial)
-    except RuntimeError as error:  # torch's; behind it is the system's
-        raise InputError(f"{path}: cannot be written ({error.__context__ or error}): {kept()}")
+    except (OSError, RuntimeError) as error:  # the system's, or torch's with the system's behind it
+        cause = error if isinstance(error, OSError) else error.__context__ or error
+        raise InputError(f"{path}: cannot be written ({cause}): {kept()}")
     finally:
         temporary.unlink(missing_ok=True)  # half of it would only fill the disk
     for old in saved_states(partial)[:-2]:

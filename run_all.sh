@@ -8,8 +8,8 @@
 #   bash run_all.sh test                the tests (what follows is for pytest)
 #
 # Every variable of the block "Settings" can be given from the environment: SEED=1 LR=1e-6 bash run_all.sh mistral-7b
-# Results lie in runs/$NAME. A finished stage is not run again, one that was stopped goes on; a failed one, Ctrl-C or
-# SIGTERM, which it has first, stops the script with its status.
+# Results lie in runs/$NAME. Started again, the script leaves finished stages alone and goes on with the one that was
+# stopped. A stage that fails stops the script with its status; Ctrl-C and SIGTERM go to the stage, and then do so too.
 set -euo pipefail
 cd "$(dirname "$0")"
 
@@ -100,12 +100,12 @@ run() {  # the script of a stage, then its command
   local script=$1 status=0
   shift
   if [ -n "$DRY_RUN" ]; then printf '%q ' "$@"; echo; return; fi
-  set -m  # a stage in a process group of its own has a signal once: from here
+  set -m  # in a process group of its own the stage has Ctrl-C once: from `forward`, not from the terminal as well
   "$@" &
   child=$!
   set +m
   wait "$child" || status=$?
-  while [ -n "$signal" ]; do signal= status=0; wait "$child" || status=$?; done  # it ended the waiting, not the stage
+  while [ -n "$signal" ]; do signal= status=0; wait "$child" || status=$?; done  # it ended the wait, not the stage
   child=
   [ "$status" != 0 ] || return 0
   echo "run_all.sh: $script ended with status $status (see above): the same command goes on from what is kept" >&2
