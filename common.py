@@ -127,7 +127,7 @@ def a_prompt(value):
 
 def token_ids(value):
     "a list of token ids that is not empty"
-    return isinstance(value, list) and value != [] and all(type(i) is int and i >= 0 for i in value)
+    return isinstance(value, list) and value != [] and all(type(i) is int and 0 <= i < 2**31 for i in value)
 
 
 def a_response(value):
@@ -471,6 +471,11 @@ def load_tokenizer(args):
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"{args.chat_template}: cannot be read ({reason(error)}): --chat-template names a "
                              "file with a Jinja chat template")
+    words = tokenizer.backend_tokenizer.get_vocab(with_added_tokens=False).values()
+    size = load_config(args.model).get_text_config().vocab_size
+    if max(words, default=0) >= size:
+        raise InputError(f"{name}: its tokenizer has {max(words) + 1} words, the model {args.model} has {size}: "
+                         "give both of the same model")
     if not tokenizer.chat_template:
         raise InputError(f"{name}: its tokenizer has no chat template: --chat-template names a file with one")
     return tokenizer
@@ -549,11 +554,13 @@ def end_ids(name, tokenizer):
     They are the tokenizer's EOS and those of the model's generation config, which may differ: Phi-3 ends a turn with
     <|end|>, its tokenizer's EOS is <|endoftext|>.
     """
-    ends = {tokenizer.eos_token_id}
+    named = None
     with contextlib.suppress(OSError):
         named = GenerationConfig.from_pretrained(name).eos_token_id
-        ends |= set(named) if isinstance(named, list) else {named}
-    ends -= {None}
+    named = named if isinstance(named, list) else [named]
+    if named != [None] and not token_ids(named):
+        raise InputError(f"{name}: its generation config has the end token {shown(named)}: it must be an id, or a list of ids")
+    ends = {tokenizer.eos_token_id, *named} - {None}
     if not ends:
         raise InputError(f"{name}: neither its tokenizer nor its generation config names an end token: "
                          "--tokenizer names a tokenizer that has one")

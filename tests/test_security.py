@@ -127,9 +127,8 @@ def test_a_pickle_in_the_place_of_a_saved_state_does_not_run(world, pi_init, tmp
     with contextlib.suppress(pickle.UnpicklingError):
         attempt("00_sft", **options)
     assert not marker.exists()
-    with open(partial / "state.pt", "rb"):  # and would by another loader
-        torch.load(partial / "state.pt", weights_only=False)
-    assert marker.exists()
+    torch.load(partial / "state.pt", weights_only=False)
+    assert marker.exists()  # so it would have been run
 
 
 TEMPLATES = {
@@ -149,7 +148,7 @@ TEMPLATES = {
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-@pytest.mark.parametrize("stage, file", [("00_sft", "sft"), ("01_seed_dpo", "seed"), ("02_generate", "prompts_1")])
+@pytest.mark.parametrize("stage, file", [("00_sft", "sft"), ("02_generate", "prompts_1")])
 def test_a_hostile_chat_template_is_refused_in_one_line(world, pi_init, tmp_path, marker, stage, file, name):
     template = tmp_path / "template"
     template.write_text(TEMPLATES[name].replace("MARKER", str(marker)))
@@ -170,9 +169,7 @@ def test_a_name_makes_no_path_outside_of_the_output(pi_init, tmp_path, name):
     home.mkdir(parents=True)
     questions = write_rows(home / "question.jsonl", [{"question_id": "../../q", "category": "../c", "turns": ["a", "b"]}])
     before = stages.files(tmp_path)
-    ran = attempt("05_eval", model=pi_init, mt_bench=questions, max_new_tokens=2, output=home / "bench", **{"name": name}) \
-        if not name.startswith("-") else attempt("05_eval", model=pi_init, mt_bench=questions, max_new_tokens=2,
-                                                 output=home / "bench", **{f"name={name}": True})
+    ran = attempt("05_eval", model=pi_init, mt_bench=questions, max_new_tokens=2, output=home / "bench", **{f"name={name}": True})
     assert ran.status in (0, 2) and ran.err.count("\n") == (ran.status == 2), ran
     new = {path for path in stages.files(tmp_path) if path not in before}
     assert all(path.startswith(str(home / "bench" / "model_answer") + "/") for path in new), new
