@@ -88,11 +88,8 @@ def hostile(folder, model, marker, model_type):
 @pytest.mark.parametrize("stage, option", [("00_sft", "model"), ("02_generate", "model"), ("03_judge", "init_model"),
                                            ("03_judge", "reward_model")])
 def test_a_model_s_own_code_does_not_run(world, pi_init, tmp_path, marker, monkeypatch, stage, option, model_type):
-    """Nor is the user asked whether it may."""
-    def asked(*_):
-        raise AssertionError("asked")
-
-    monkeypatch.setattr(builtins, "input", asked)
+    """Even of a user who says yes where transformers asks whether it may."""
+    monkeypatch.setattr(builtins, "input", lambda *_: "y")
     model = hostile(tmp_path / "model", pi_init, marker, model_type)
     answer = {"text": "a", "ids": [7, 0], "finish": "eos"}
     responses = write_rows(tmp_path / "responses", [{"id": 1, "prompt": "a", "prompt_ids": [5, 6],
