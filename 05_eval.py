@@ -228,7 +228,7 @@ def any_text(value):
 
 def a_preference(value):
     "a number in [1, 2], 0 for a tie, or null"
-    return value is None or isinstance(value, (int, float)) and (value != value or value == 0 or 1 <= value <= 2)
+    return value is None or type(value) in (int, float) and (value != value or value == 0 or 1 <= value <= 2)
 
 
 def a_number(value):
@@ -266,7 +266,7 @@ def read_rows(path, fields, *key):
         data = Path(path).read_bytes()
         text = (gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data).decode("utf-8-sig")
     except (OSError, EOFError, zlib.error, ValueError) as error:
-        raise common.InputError(f"{path}: cannot be read ({common.reason(error)}): give a JSON list or JSON Lines in UTF-8")
+        raise common.InputError(f"{path}: cannot be read ({common.reason(error)}): give a JSON list or JSON Lines")
     if text.lstrip()[:1] == "[":
         rows = common.parse_json(text, path, nan=True)
     else:

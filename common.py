@@ -3,7 +3,7 @@
     errors and records   InputError, run, read_jsonl, write_jsonl
     outputs              open_output, close_output: written aside, renamed when whole, args.json beside them
     ranks                start_ranks, gather, map_batches
-    models and text      load_tokenizer, load_model, save_model, prompt_ids, response_ids
+    models and text      load_tokenizer, load_model, save_model, chat_ids, prompt_ids, response_ids
     log-probs            collate, ResponseLogits, token_logps, response_logps, sequence_logps
     sampling             uniforms, pick, sample
     LLM-as-judge         judging_prompt, LETTERS
@@ -166,7 +166,7 @@ NESTED = 100  # how deep lists and objects may be nested: what is read can be wr
 
 
 def parse_json(text, where, nan=False):
-    """What the text says, if it can be written again: without 1e999, halves of surrogate pairs, and NaN but with nan."""
+    """What the text says, if it can be written again: no 1e999, no half of a surrogate pair, no NaN but with nan."""
     try:
         value = json.loads(text, parse_float=finite, parse_constant=finite if nan else int)  # int("NaN") is an error
         if "\\u" in text:
@@ -464,7 +464,8 @@ def load_tokenizer(args):
         raise InputError(f"{name}: holds no tokenizer that can be loaded ({type(error).__name__}): "
                          "--tokenizer names a folder or a model that has one")
     if not tokenizer.is_fast:
-        raise InputError(f"{name}: its tokenizer is none of the tokenizers library (tokenizer.json): --tokenizer names one")
+        raise InputError(f"{name}: its tokenizer is not of the tokenizers library (tokenizer.json): "
+                         "--tokenizer names one that is")
     if args.chat_template:
         try:
             tokenizer.chat_template = Path(args.chat_template).read_text(encoding="utf-8-sig")
@@ -559,7 +560,8 @@ def end_ids(name, tokenizer):
         named = GenerationConfig.from_pretrained(name).eos_token_id
     named = named if isinstance(named, list) else [named]
     if named != [None] and not token_ids(named):
-        raise InputError(f"{name}: its generation config has the end token {shown(named)}: it must be an id, or a list of ids")
+        raise InputError(f"{name}: its generation config has the end token {shown(named)}: "
+                         "it must be an id, or a list of ids")
     ends = {tokenizer.eos_token_id, *named} - {None}
     if not ends:
         raise InputError(f"{name}: neither its tokenizer nor its generation config names an end token: "
@@ -578,8 +580,8 @@ def special_tokens(tokenizer):
     """
     parts = json.loads(tokenizer.backend_tokenizer.to_str())
     model, secret = parts["model"], secrets.token_hex(8)
-    words = {word for one, two in model.get("merges", []) for word in (one, two, one + two)}  # a text needs these
-    special = [token for token in parts["added_tokens"] if token["content"] not in words
+    pieces = {piece for merge in model.get("merges", []) for piece in merge}  # of words: no text could do without them
+    special = [token for token in parts["added_tokens"] if token["content"] not in pieces
                and (token["special"] or token["content"] in tokenizer.all_special_tokens)]
     names = {token["content"]: f"<{secret}:{k}>" for k, token in enumerate(special)}
     for token in special:
@@ -588,7 +590,10 @@ def special_tokens(tokenizer):
         model["vocab"] = {names.get(word, word): i for word, i in model["vocab"].items()}
     else:  # of a Unigram model, with scores
         model["vocab"] = [[names.get(word, word), score] for word, score in model["vocab"]]
-    model["unk_token"] = names.get(model.get("unk_token"), model.get("unk_token"))
+    if "merges" in model:
+        model["merges"] = [merge for merge in model["merges"] if "".join(merge) not in names]
+    if model.get("unk_token") in names:
+        model["unk_token"] = names[model["unk_token"]]
     encoder = type(tokenizer.backend_tokenizer).from_str(json.dumps(parts | {"truncation": None, "padding": None}))
     pattern = "|".join(re.escape(token) for token in sorted(names, key=len, reverse=True))
     return re.compile(pattern or "(?!)"), names, encoder
@@ -598,7 +603,7 @@ def chat_ids(tokenizer, messages, **options):
     """Token ids of a conversation. A special token that a content spells is text: only the template writes tokens.
 
     Such texts are rendered as stand-ins, which no text can hold (halves of surrogate pairs), and the tokens that the
-    rendering then has are the template's: they get their secret names. Other conversations are transformers' own affair.
+    rendering then has are the template's: they get their secret names. Other conversations are left to transformers.
     """
     pattern, names, encoder = special_tokens(tokenizer)
     if not any(pattern.search(message["content"]) for message in messages):

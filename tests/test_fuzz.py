@@ -2,7 +2,7 @@
 
     FUZZ=5000 python -m pytest tests/test_fuzz.py -q -s      # about this many files for every kind; prints how many
 
-A damaged file is decided by (kind, number): a failure names both, and `damaged(good, number)` makes it again.
+A damaged file is decided by (kind, number): a failure shows both, and `damaged(good, number)` makes it again.
 """
 
 import contextlib
@@ -23,18 +23,27 @@ import common
 import stages
 
 FILES = int(os.environ.get("FUZZ", 150))  # damaged files of each kind
+KINDS = ["seed.jsonl", "sft.jsonl", "prompts_1.jsonl", "preferences.jsonl", "responses.jsonl", "labels.jsonl",
+         "gold.json", "mine.jsonl", "mine.json", "base.json", "ours.json", "annotations.json", "df_gamed.csv", "judge.txt",
+         "questions.jsonl", "model.jsonl", "judge_prompts.jsonl", "judgments.jsonl", "metrics.json", "chat.jinja"]
+TALK = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "my lid is broken ."}]
+OUTPUTS = itertools.count()  # each run has one of its own
+evaluation = stages.load("05_eval")
 DEEP, HUGE = "[" * 5000 + "]" * 5000, "9" * 400
 LONG = "x" * 3_000_000
 # what a value, as it stands in JSON, is replaced by
-VALUES = ["null", "true", "0", "-1", "1", "1.5", HUGE, "-" + HUGE, "9" * 5000, "1e999", "-1e999", "NaN", "Infinity", '""', '" "',
-          '"a"', '"3"', r'"\ud800"', r'"\udc00\ud800"', r'"\u0000"', '"\\u2028"', '"\u2028"', '"\ufeff"', '"😀🏳️‍🌈"',
-          '"\u202eשלום"', '"<eos>"', r'"a\nb\rc\u001b[2J"', "[]", "{}", "[[]]", '[""]', "[null]", "[-1]", "[1e999]", '[{"role": "user"}]',
-          '[{"role": "robot", "content": "a"}]', '[{"role": "user", "content": "a"}]', '[{"role": "user", "content": 3}]', DEEP,
-          "[" * 400 + "]" * 400, '{"a": ' * 90 + "1" + "}" * 90, '{"text": "a", "ids": [7], "finish": "eos"}', "garbage", ""]
+VALUES = [
+    "null", "true", "0", "-1", "1", "1.5", HUGE, "-" + HUGE, "9" * 5000, "1e999", "-1e999", "NaN", "Infinity", "",
+    "garbage", '""', '" "', '"a"', '"3"', r'"\ud800"', r'"\udc00\ud800"', r'"\u0000"', '"\\u2028"', '"\u2028"', '"\ufeff"',
+    '"😀🏳️‍🌈"', '"\u202eשלום"', '"<eos>"', r'"a\nb\rc\u001b[2J"', "[]", "{}", "[[]]", '[""]', "[null]", "[-1]", "[1e999]",
+    '[{"role": "user"}]', '[{"role": "robot", "content": "a"}]', '[{"role": "user", "content": "a"}]',
+    '[{"role": "user", "content": 3}]', '{"text": "a", "ids": [7], "finish": "eos"}', '{"a": ' * 90 + "1" + "}" * 90,
+    "[" * 400 + "]" * 400, DEEP]
 # what bytes are put in
-BYTES = [b"", b"\x00", b"\xff", b"\xef\xbb\xbf", b"\r\n", b"\n", b"\n\n \n", "\u2028".encode(), b"\x85", b"\x1b[2J", b'"', b"\\",
-         b"{", b"}", b"[", b"]", b",", b":", b"NaN", b"1e999", rb"\ud800", rb"\u0000", "😀".encode(), "\u202e".encode(),
-         "א".encode(), b"\xf0\x9f", b"<eos>", b"{{", b"{%", b"9" * 400]
+BYTES = [
+    b"", b"\x00", b"\xff", b"\xef\xbb\xbf", b"\r\n", b"\n", b"\n\n \n", b"\x85", b"\x1b[2J", b'"', b"\\", b"{", b"}",
+    b"[", b"]", b",", b":", b"NaN", b"1e999", rb"\ud800", rb"\u0000", "\u2028".encode(), "😀".encode(), "\u202e".encode(),
+    "א".encode(), b"\xf0\x9f", b"<eos>", b"{{", b"{%", b"9" * 400]
 
 
 def replaced(rng, row):
@@ -104,112 +113,119 @@ def damaged(good, number):
 
 
 @pytest.fixture(scope="module")
-def kinds(world, tokenizer, pi_0, tmp_path_factory):
-    """{kind: (a good file, read)}; read(path) is what a stage does with such a file."""
-    folder, outputs = tmp_path_factory.mktemp("kinds"), itertools.count()
-
-    def head(name, source, count=6):
-        (folder / name).write_text("".join(source.read_text().splitlines(keepends=True)[:count]))
-        return folder / name
+def files(world, tokenizer, tmp_path_factory):
+    """A folder with a good file of every kind."""
+    folder = tmp_path_factory.mktemp("good")
 
     def lines(name, *rows):
-        return stages.write_rows(folder / name, rows)
+        stages.write_rows(folder / f"{name}.jsonl", rows)
 
     def as_json(name, value):
-        (folder / name).write_text(json.dumps(value))
-        return folder / name
+        (folder / f"{name}.json").write_text(json.dumps(value))
 
-    def stage(name, option, **options):
-        """The whole stage, where it needs no model."""
-        def read(path):
-            ran = stages.attempt(name, output=folder / f"out_{next(outputs)}", **options | {option: path})
-            assert ran.status in (0, 2) and (ran.err == "") == (ran.status == 0), ran
-            if ran.status:
-                raise common.InputError(ran.err.removeprefix(f"{name}.py: ").removesuffix("\n"))
-        return read
-
-    def reader(name, function, *more):
-        module = stages.load(name)
-        args = dict(model=str(pi_0), max_prompt_length=64, max_length=128)
-        return lambda path: getattr(module, function)(Namespace(input=str(path), **args), *more)
-
-    evaluation = stages.load("05_eval")
-    ids = {"text": "we gladly fix the lid .", "ids": [7, 8, 0], "finish": "eos"}
-    other = ids | {"ids": [9, 0], "text": "no .", "finish": "length"}
-    talk = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "my lid is broken ."}]
-    responses = lines("responses.jsonl", *({"id": k, "prompt": talk, "prompt_ids": [5, 6], "responses": [ids, other]}
-                                           for k in range(3)))
-    preferences = lines("preferences.jsonl", *({"id": f"p{k}", "prompt": talk, "prompt_ids": [5, 6], "chosen": ids,
-                                                "rejected": other, "p": 0.7} for k in range(3)))
-    labels = lines("labels.jsonl", *({"id": k, "label": 1 + k % 2} for k in range(3)))
-    gold = as_json("gold.json", {"lid": {"we gladly fix the lid .": 1, "no .": -1}})
-    mine = lines("mine.jsonl", {"id": "a", "prompt": "a", "chosen": "b", "rejected": "c"},
-                 {"prompt": talk, "chosen": talk + [{"role": "assistant", "content": "y"}], "rejected": "z"}, {"prompt": "q"})
-    base, ours = (as_json(f"{name}.json", [{"instruction": f"say {k}", "output": f"{name} {k}", "generator": name}
-                                           for k in range(3)]) for name in ("base", "ours"))
-    annotations = as_json("annotations.json", [{"instruction": f"say {k}", "output_1": "a", "output_2": "bb", "generator_2": "x",
-                                                "preference": value} for k, value in enumerate([1, 1.5, 2, None])])
-    gamed = folder / "df_gamed.csv"
-    gamed.write_text("index,preference,std_delta_len,instruction_difficulty\n" + "".join(
+    for name in ("seed", "sft", "prompts_1"):
+        lines(name, *stages.rows(world / f"{name}.jsonl")[:6])
+    one, two = {"text": "we fix it .", "ids": [7, 0], "finish": "eos"}, {"text": "no .", "ids": [9], "finish": "length"}
+    asked = {"prompt": TALK, "prompt_ids": [5, 6]}
+    lines("responses", *({"id": k, **asked, "responses": [one, two]} for k in range(3)))
+    lines("preferences", *({"id": f"p{k}", **asked, "chosen": one, "rejected": two, "p": 0.7} for k in range(3)))
+    lines("labels", *({"id": k, "label": 1 + k % 2} for k in range(3)))
+    as_json("gold", {"lid": {"we fix it .": 1, "no .": -1}})
+    mine = [{"id": "a", "prompt": "a", "chosen": "b", "rejected": "c"}, {"prompt": "q"},
+            {"prompt": TALK, "chosen": TALK + [{"role": "assistant", "content": "y"}], "rejected": "z"}]
+    lines("mine", *mine)
+    as_json("mine", mine)
+    for name in ("base", "ours"):
+        as_json(name, [{"instruction": f"say {k}", "output": f"{name} {k}", "generator": name} for k in range(3)])
+    as_json("annotations", [{"instruction": f"say {k}", "output_1": "a", "output_2": "bb", "preference": value}
+                            for k, value in enumerate([1, 1.5, 2, None])])
+    (folder / "df_gamed.csv").write_text("index,preference,std_delta_len,instruction_difficulty\n" + "".join(
         f"{k},{k % 3 / 2},{k / 9},{k / 7}\n" for k in range(6)))
-    template = folder / "template"
-    template.write_text("<|im_start|>user\n{instruction} {output_1} {output_2}<|im_end|>")
-    questions = lines("question.jsonl", *({"question_id": k, "category": c, "turns": ["a b", "c d"], "reference": ["e", "f"]}
-                                          for k, c in enumerate(["writing", "math", "stem"])))
-    answers = lines("model.jsonl", *({"question_id": k, "choices": [{"index": 0, "turns": ["a", "b"]}]} for k in range(3)))
-    prompts = lines("judge_prompts.jsonl", *({"name": f"single{math}-v1{turn}", "system_prompt": "s", "prompt_template":
-                                              "{question_1} {answer_2}"} for math in ("", "-math") for turn in ("", "-multi-turn")))
-    bench = dict(judge_prompts=str(prompts), reference_answers=None, judge=[str(answers)], judge_model="j", mt_bench=str(questions))
-    def bench_with(**changes):
-        args = Namespace(**bench | changes)
-        return evaluation.judgments(args, evaluation.read_rows(args.mt_bench, evaluation.QUESTIONS, "question_id"), "model")
-
-    judged = lines("judgments.jsonl", *(row | {"judgment": "[[7]]", "score": 7, "tstamp": 0} for row in bench_with()[0]))
-    metrics = as_json("metrics.json", {"name": "SPA, iteration 1", "gold_labels": "3 %", "win_rate": 50.0, "standard_error": 2.0,
-                                       "mt_bench_categories": {"math": 3.0}, "avg_length": 12})
-    chat = folder / "chat_template"
-    chat.write_text(tokenizer.chat_template)
-
-    def reused(path):
-        rows, messages = bench_with()
-        others = evaluation.reuse(path, "model", rows, messages)
-        done = [row for row in rows if row["score"] is not None]
-        evaluation.mt_bench_figures(done + others, {row["question_id"]: "math" for row in done + others})
-
-    def with_template(path):
-        args = Namespace(model=str(pi_0), tokenizer=None, chat_template=str(path))
-        with_it = common.load_tokenizer(args)
-        return common.prompt_ids(with_it, talk, path), common.end_ids(args.model, with_it)
-
-    return {
-        "seed": (head("seed", world / "seed.jsonl"), reader("01_seed_dpo", "read_pairs", tokenizer)),
-        "sft": (head("sft", world / "sft.jsonl"), reader("00_sft", "read_examples", tokenizer)),
-        "prompts": (head("prompts", world / "prompts_1.jsonl"), reader("02_generate", "read_prompts", tokenizer)),
-        "preferences": (preferences, reader("04_refined_dpo", "read_pairs")),
-        "responses": (responses, stage("03_judge", "input", judge="gold", gold=labels)),
-        "labels": (labels, stage("03_judge", "gold", judge="gold", input=responses)),
-        "gold": (gold, lambda path: common.gold_score(common.read_gold(path), talk, "we gladly fix the lid . no .")),
-        "source": (mine, stage("00_inputs", "source", seed_size=1, prompt_sizes=[1], eval_size=0)),
-        "source list": (as_json("mine.json", stages.rows(mine)),
-                        stage("00_inputs", "source", seed_size=1, prompt_sizes=[1], eval_size=0)),
-        "judge accuracy": (preferences, lambda path: evaluation.judge_accuracy(path, common.read_gold(gold))),
-        "baseline": (base, lambda path: evaluation.read_pair([path, ours])),
-        "outputs": (ours, lambda path: evaluation.read_pair([base, path])),
-        "annotations": (annotations, stage("05_eval", "annotations", df_gamed="none")),
-        "df_gamed": (gamed, stage("05_eval", "df_gamed", annotations=annotations)),
-        "judge template": (template, evaluation.read_template),
-        "questions": (questions, lambda path: bench_with(mt_bench=str(path))),
-        "answers": (answers, lambda path: bench_with(judge=[str(path)])),
-        "judge prompts": (prompts, lambda path: bench_with(judge_prompts=str(path))),
-        "reference answers": (answers, lambda path: bench_with(reference_answers=str(path))),
-        "judgments": (judged, reused),
-        "metrics": (metrics, stage("05_eval", "report")),
-        "chat template": (chat, with_template)}
+    (folder / "judge.txt").write_text("<|im_start|>user\n{instruction} {output_1} {output_2}<|im_end|>")
+    (folder / "chat.jinja").write_text(tokenizer.chat_template)
+    lines("questions", *({"question_id": k, "category": category, "turns": ["a b", "c d"], "reference": ["e", "f"]}
+                         for k, category in enumerate(["writing", "math", "stem"])))
+    lines("model", *({"question_id": k, "choices": [{"index": 0, "turns": ["a", "b"]}]} for k in range(3)))
+    lines("judge_prompts", *({"name": f"single{math}-v1{turn}", "system_prompt": "s", "prompt_template": "{answer_2}"}
+                             for math in ("", "-math") for turn in ("", "-multi-turn")))
+    asked, _ = mt_bench(folder)
+    lines("judgments", *(row | {"judgment": "[[7]]", "score": 7, "tstamp": 0} for row in asked))
+    as_json("metrics", {"name": "SPA, iteration 1", "gold_labels": "3 %", "win_rate": 50.0, "standard_error": 2.0,
+                        "mt_bench_categories": {"math": 3.0}, "avg_length": 12})
+    return folder
 
 
-KINDS = ["seed", "sft", "prompts", "preferences", "responses", "labels", "gold", "source", "source list",
-         "judge accuracy", "baseline", "outputs", "annotations", "df_gamed", "judge template", "questions", "answers",
-         "judge prompts", "reference answers", "judgments", "metrics", "chat template"]
+def mt_bench(folder, **changes):
+    """What 05_eval.py makes of the files of MT-Bench: rows to be judged, and the messages that ask for it."""
+    args = Namespace(**dict(mt_bench=str(folder / "questions.jsonl"), judge=[str(folder / "model.jsonl")],
+                            judge_model="j", judge_prompts=str(folder / "judge_prompts.jsonl"),
+                            reference_answers=None) | changes)
+    return evaluation.judgments(args, evaluation.read_rows(args.mt_bench, evaluation.QUESTIONS, "question_id"), "model")
+
+
+def reused(folder, path):
+    rows, messages = mt_bench(folder)
+    others = evaluation.reuse(path, "model", rows, messages)
+    judged = [row for row in rows if row["score"] is not None] + others
+    evaluation.mt_bench_figures(judged, {row["question_id"]: "math" for row in judged})
+
+
+def reader(name, function, model, *more):
+    """A stage's own function that reads --input."""
+    def read(path):
+        args = Namespace(input=str(path), model=str(model), max_prompt_length=64, max_length=128)
+        getattr(stages.load(name), function)(args, *more)
+    return read
+
+
+def stage(name, option, folder, **options):
+    """The whole stage, where it needs no model. --option names the file."""
+    def read(path):
+        ran = stages.attempt(name, output=folder / f"out_{next(OUTPUTS)}", **options | {option: path})
+        if not told(name, ran, folder, path):
+            raise common.InputError(ran.err)
+    return read
+
+
+def told(stage, ran, *paths):
+    """Whether it succeeded; else it has told so in one line, with one of the paths."""
+    if ran.status:
+        assert ran.status == 2 and ran.err.startswith(f"{stage}.py: ") and ran.err.count("\n") == 1, ran
+        assert any(str(path) in ran.err for path in paths), ran.err
+    return ran.status == 0
+
+
+@pytest.fixture(scope="module")
+def kinds(files, tokenizer, pi_0):
+    """{kind: (a good file, read)}; read(path) is what a stage does with such a file."""
+    def chat_template(path):
+        with_it = common.load_tokenizer(Namespace(model=str(pi_0), tokenizer=None, chat_template=str(path)))
+        return common.prompt_ids(with_it, TALK, path), common.end_ids(str(pi_0), with_it)
+
+    def gold(path):
+        return common.gold_score(common.read_gold(path), TALK, "we fix it . no .")
+
+    source = dict(seed_size=1, prompt_sizes=[1], eval_size=0)
+    readers = {
+        "seed.jsonl": reader("01_seed_dpo", "read_pairs", pi_0, tokenizer),
+        "sft.jsonl": reader("00_sft", "read_examples", pi_0, tokenizer),
+        "prompts_1.jsonl": reader("02_generate", "read_prompts", pi_0, tokenizer),
+        "preferences.jsonl": reader("04_refined_dpo", "read_pairs", pi_0),
+        "responses.jsonl": stage("03_judge", "input", files, judge="gold", gold=files / "labels.jsonl"),
+        "labels.jsonl": stage("03_judge", "gold", files, judge="gold", input=files / "responses.jsonl"),
+        "gold.json": gold, "mine.jsonl": stage("00_inputs", "source", files, **source),
+        "mine.json": stage("00_inputs", "source", files, **source),
+        "base.json": lambda path: evaluation.read_pair([path, files / "ours.json"]),
+        "ours.json": lambda path: evaluation.read_pair([files / "base.json", path]),
+        "annotations.json": stage("05_eval", "annotations", files, df_gamed="none"),
+        "df_gamed.csv": stage("05_eval", "df_gamed", files, annotations=files / "annotations.json"),
+        "judge.txt": evaluation.read_template, "questions.jsonl": lambda path: mt_bench(files, mt_bench=str(path)),
+        "model.jsonl": lambda path: mt_bench(files, judge=[str(path)], reference_answers=str(path)),
+        "judge_prompts.jsonl": lambda path: mt_bench(files, judge_prompts=str(path)),
+        "judgments.jsonl": lambda path: reused(files, path), "metrics.json": stage("05_eval", "report", files),
+        "chat.jinja": chat_template}
+    assert list(readers) == KINDS
+    return {kind: (files / kind, read) for kind, read in readers.items()}
 
 
 @contextlib.contextmanager
@@ -240,12 +256,12 @@ def test_a_damaged_file_is_read_or_refused_in_one_line(kinds, tmp_path, kind, ca
                 read(path)
         except common.InputError as error:
             refused += 1
-            assert str(path) in str(error), (kind, number, error)
+            assert str(path) in str(error), (number, error)
             # its line, or the id, question or prompt that another file has or lacks
             named = rf":{line}: |row {line}[ :]|line {line} | id |question |prompt single"
             assert line is None or re.search(named, str(error)), (number, error)
         except Exception as error:
-            raise AssertionError(f"{kind}, {number}: {type(error).__name__}: {str(error)[:300]}") from error
+            raise AssertionError(f"{number}: {type(error).__name__}: {str(error)[:300]}") from error
     assert refused > FILES / 20  # else nothing was damaged
     with capsys.disabled():
         print(f" {kind}: {FILES} files, {refused} refused", end="")
@@ -265,18 +281,11 @@ def work(world, pi_init, pi_0, tmp_path_factory):
     responses = stages.run("02_generate", **sampling, input=folder / "prompts_1", output=folder / "responses")
     judging = dict(model=pi_0, init_model=pi_init, micro_batch_size=2)
     preferences = stages.run("03_judge", **judging, input=responses, output=folder / "preferences")
-    return {"00_sft": dict(model=pi_init, input=folder / "sft"), "01_seed_dpo": dict(model=pi_init, input=folder / "seed"),
+    return {"00_sft": dict(model=pi_init, input=folder / "sft"),
+            "01_seed_dpo": dict(model=pi_init, input=folder / "seed"),
             "02_generate": sampling | {"input": folder / "prompts_1"}, "03_judge": judging | {"input": responses},
             "04_refined_dpo": dict(model=pi_0, input=preferences),
             "05_eval": sampling | {"input": folder / "eval", "gold": world / "gold.json"}}
-
-
-def told(stage, ran, *paths):
-    """Whether it succeeded; else it has told so in one line, with one of the paths."""
-    if ran.status:
-        assert ran.status == 2 and ran.err.startswith(f"{stage}.py: ") and ran.err.count("\n") == 1, ran
-        assert any(str(path) in ran.err for path in paths), ran.err
-    return ran.status == 0
 
 
 @pytest.mark.parametrize("stage", ["00_sft", "01_seed_dpo", "02_generate", "03_judge", "04_refined_dpo", "05_eval"])
