@@ -1,6 +1,6 @@
 """Thousands of damaged files: whatever a reader is given, it succeeds, or says in one line which file, and where.
 
-    FUZZ=5000 python -m pytest tests/test_fuzz.py -q -s      # about this many files for every kind; prints how many
+    FUZZ=5000 python -m pytest tests/test_fuzz.py -q      # so many files of each of 20 kinds; prints how many
 
 A damaged file is decided by (kind, number): a failure shows both, and `damaged(good, number)` makes it again.
 """
@@ -24,8 +24,9 @@ import stages
 
 FILES = int(os.environ.get("FUZZ", 150))  # damaged files of each kind
 KINDS = ["seed.jsonl", "sft.jsonl", "prompts_1.jsonl", "preferences.jsonl", "responses.jsonl", "labels.jsonl",
-         "gold.json", "mine.jsonl", "mine.json", "base.json", "ours.json", "annotations.json", "df_gamed.csv", "judge.txt",
-         "questions.jsonl", "model.jsonl", "judge_prompts.jsonl", "judgments.jsonl", "metrics.json", "chat.jinja"]
+         "gold.json", "mine.jsonl", "mine.json", "base.json", "ours.json", "annotations.json", "df_gamed.csv",
+         "judge.txt", "questions.jsonl", "model.jsonl", "judge_prompts.jsonl", "judgments.jsonl", "metrics.json",
+         "chat.jinja"]
 TALK = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "my lid is broken ."}]
 OUTPUTS = itertools.count()  # each run has one of its own
 evaluation = stages.load("05_eval")
@@ -34,16 +35,16 @@ LONG = "x" * 3_000_000
 # what a value, as it stands in JSON, is replaced by
 VALUES = [
     "null", "true", "0", "-1", "1", "1.5", HUGE, "-" + HUGE, "9" * 5000, "1e999", "-1e999", "NaN", "Infinity", "",
-    "garbage", '""', '" "', '"a"', '"3"', r'"\ud800"', r'"\udc00\ud800"', r'"\u0000"', '"\\u2028"', '"\u2028"', '"\ufeff"',
-    '"😀🏳️‍🌈"', '"\u202eשלום"', '"<eos>"', r'"a\nb\rc\u001b[2J"', "[]", "{}", "[[]]", '[""]', "[null]", "[-1]", "[1e999]",
-    '[{"role": "user"}]', '[{"role": "robot", "content": "a"}]', '[{"role": "user", "content": "a"}]',
+    "garbage", '""', '" "', '"a"', '"3"', r'"\ud800"', r'"\udc00\ud800"', r'"\u0000"', '"\\u2028"', '"\u2028"',
+    '"\ufeff"', '"😀🏳️‍🌈"', '"\u202eשלום"', '"<eos>"', r'"a\nb\rc\u001b[2J"', "[]", "{}", "[[]]",
+    '[""]', "[null]", "[-1]", "[1e999]", '[{"role": "user"}]', '[{"role": "robot", "content": "a"}]', '[{"role": "user", "content": "a"}]',
     '[{"role": "user", "content": 3}]', '{"text": "a", "ids": [7], "finish": "eos"}', '{"a": ' * 90 + "1" + "}" * 90,
     "[" * 400 + "]" * 400, DEEP]
 # what bytes are put in
 BYTES = [
     b"", b"\x00", b"\xff", b"\xef\xbb\xbf", b"\r\n", b"\n", b"\n\n \n", b"\x85", b"\x1b[2J", b'"', b"\\", b"{", b"}",
-    b"[", b"]", b",", b":", b"NaN", b"1e999", rb"\ud800", rb"\u0000", "\u2028".encode(), "😀".encode(), "\u202e".encode(),
-    "א".encode(), b"\xf0\x9f", b"<eos>", b"{{", b"{%", b"9" * 400]
+    b"[", b"]", b",", b":", b"NaN", b"1e999", rb"\ud800", rb"\u0000", "\u2028".encode(), "😀".encode(),
+    "\u202e".encode(), "א".encode(), b"\xf0\x9f", b"<eos>", b"{{", b"{%", b"9" * 400]
 
 
 def replaced(rng, row):
