@@ -37,7 +37,8 @@ VALUES = [
     "null", "true", "0", "-1", "1", "1.5", HUGE, "-" + HUGE, "9" * 5000, "1e999", "-1e999", "NaN", "Infinity", "",
     "garbage", '""', '" "', '"a"', '"3"', r'"\ud800"', r'"\udc00\ud800"', r'"\u0000"', '"\\u2028"', '"\u2028"',
     '"\ufeff"', '"😀🏳️‍🌈"', '"\u202eשלום"', '"<eos>"', r'"a\nb\rc\u001b[2J"', "[]", "{}", "[[]]",
-    '[""]', "[null]", "[-1]", "[1e999]", '[{"role": "user"}]', '[{"role": "robot", "content": "a"}]', '[{"role": "user", "content": "a"}]',
+    '[""]', "[null]", "[-1]", "[1e999]", '[{"role": "user"}]',
+    '[{"role": "robot", "content": "a"}]', '[{"role": "user", "content": "a"}]',
     '[{"role": "user", "content": 3}]', '{"text": "a", "ids": [7], "finish": "eos"}', '{"a": ' * 90 + "1" + "}" * 90,
     "[" * 400 + "]" * 400, DEEP]
 # what bytes are put in
@@ -259,7 +260,7 @@ def test_a_damaged_file_is_read_or_refused_in_one_line(kinds, tmp_path, kind, ca
             refused += 1
             assert str(path) in str(error), (number, error)
             # its line, or the id, question or prompt that another file has or lacks
-            named = rf":{line}: |row {line}[ :]|line {line} | id |question |prompt single"
+            named = rf":{line}: |row {line}[ :]|line {line} | id |question |repeats |prompt single"
             assert line is None or re.search(named, str(error)), (number, error)
         except Exception as error:
             raise AssertionError(f"{number}: {type(error).__name__}: {str(error)[:300]}") from error
