@@ -213,11 +213,11 @@ def split_prompt(prompt, answer, where):
 
 def read_preferences(source):
     """Rows {"id", "prompt": messages} and, where it is labelled, "chosen" and "rejected" as texts."""
-    checks = {"prompt": common.a_prompt, "chosen": a_preference_text, "rejected": a_preference_text}
+    checks = {"id": common.an_id, "prompt": common.a_prompt, "chosen": a_preference_text, "rejected": a_preference_text}
     rows, where_of = [], {}
     for k, (row, where) in enumerate(read_table(source)):
-        if isinstance(row, dict):
-            row = {key: value for key, value in row.items() if value is not None}  # Parquet has None for "not there"
+        common.check_row(row, {}, where)
+        row = {key: value for key, value in row.items() if value is not None}  # Parquet has None for "not there"
         labelled = "chosen" in row or "rejected" in row
         needed = ("chosen", "rejected") if labelled else ("prompt",)
         common.check_row(row, {key: check for key, check in checks.items() if key in row or key in needed}, where)

@@ -169,8 +169,8 @@ def judge_gold(rows, args, partial, ranks):
         labels = {row["id"]: row["label"] for row in labelled}
         for row in rows:
             if row["id"] not in labels or len(row["responses"]) != 2:
-                raise common.InputError(f"{args.gold}: no label for id {row['id']} and its {len(row['responses'])} "
-                                        "responses: give each prompt with two responses a label")
+                raise common.InputError(f"{args.gold}: no label for id {row['id']} of {args.input} and its "
+                                        f"{len(row['responses'])} responses: give each prompt with two responses a label")
         scored = [[float(labels[row["id"]] == k) for k in (1, 2)] for row in rows]
     return [(scores, {"scores": scores}) for scores in scored]
 
@@ -219,9 +219,10 @@ def load_reward_model(name, device):
         raise common.InputError(f"{name}: gives a response {config.num_labels} scores, not one: give a reward model "
                                 "whose config has one label")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         model, info = AutoModelForSequenceClassification.from_pretrained(
-            name, config=config, dtype=torch.float32, use_safetensors=True, output_loading_info=True)
+            name, config=config, dtype=torch.float32, use_safetensors=True, trust_remote_code=False,
+            output_loading_info=True)
     except Exception as error:
         raise common.InputError(f"{name}: holds no sequence classifier in safetensors, with a tokenizer, that can be "
                                 f"loaded ({type(error).__name__}: {str(error).splitlines()[0][:100]})")
@@ -233,9 +234,9 @@ def load_reward_model(name, device):
 def encode(tokenizer, messages, text):
     """A prompt and a response as the reward model reads them: by its chat template, else as a pair of texts."""
     if tokenizer.chat_template:
-        ids = tokenizer.apply_chat_template(messages + [{"role": "assistant", "content": text}], return_dict=False)
+        ids = common.chat_ids(tokenizer, messages + [{"role": "assistant", "content": text}])
         return {"input_ids": ids, "attention_mask": [1] * len(ids)}
-    return dict(tokenizer(common.as_text(messages), text, truncation=True))
+    return dict(tokenizer(common.as_text(messages), text, truncation=True, split_special_tokens=True))
 
 
 def reward_scores(model, encoded):
