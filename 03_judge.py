@@ -225,7 +225,7 @@ def load_reward_model(name, device):
             output_loading_info=True)
     except Exception as error:
         raise common.InputError(f"{name}: holds no sequence classifier in safetensors, with a tokenizer, that can be "
-                                f"loaded ({type(error).__name__}: {str(error).splitlines()[0][:100]})")
+                                f"loaded ({type(error).__name__}: {str(error)[:100]})")
     if info["missing_keys"]:
         raise common.InputError(f"{name}: has no weights for {sorted(info['missing_keys'])[0]}: it is no reward model")
     return model.to(device).eval(), tokenizer

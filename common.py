@@ -654,7 +654,7 @@ def load_model(name, device, dtype=torch.float32):
                                                      trust_remote_code=False)
     except Exception as error:
         raise InputError(f"{name}: holds no causal language model in safetensors that can be loaded "
-                         f"({type(error).__name__}: {str(error).splitlines()[0][:100]})")
+                         f"({type(error).__name__}: {str(error)[:100]})")
     model = model.to(device).eval()
     model.shared_span = shared_span(model)
     probe = torch.arange(5) % config.get_text_config().vocab_size
