@@ -896,8 +896,8 @@ class ResponseLogps(nn.Module):
 
 
 def chunk_rows(weight):
-    """Tokens whose logits are held at a time: 1 GB of them on a GPU, 64 MB on a CPU. weight: (V, d)"""
-    return max(1, (2 ** 28 if weight.is_cuda else 2 ** 24) // len(weight))
+    """Tokens whose logits are held at a time: 1 GB of them on a GPU, 128 MB on a CPU. weight: (V, d)"""
+    return max(1, (2 ** 28 if weight.is_cuda else 2 ** 25) // len(weight))
 
 
 class HeadLogps(torch.autograd.Function):

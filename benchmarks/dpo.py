@@ -35,7 +35,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-SHAPE = dict(hidden_size=256, intermediate_size=688, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=8,
+SHAPE = dict(hidden_size=256, intermediate_size=688, num_hidden_layers=8, num_attention_heads=4, num_key_value_heads=4,
              vocab_size=32000, max_position_embeddings=2048, tie_word_embeddings=False, bos_token_id=1, eos_token_id=2,
              pad_token_id=0)
 PAIRS, MICRO_BATCH, LR, BETA = 8, 2, 1e-5, 0.1  # of an optimizer step, of a forward pass
@@ -228,7 +228,7 @@ def run_products(turns):
 COMPETITORS = {
     "01": lambda folder, turns: run_stage("01_seed_dpo", folder, turns, input=folder / "seed.jsonl"),
     "04 warm-up": lambda folder, turns: run_stage("04_refined_dpo", folder, turns, input=folder / "preferences.jsonl",
-                                                  refine_after=1),
+                                                  refine_after=1, window=1),
     "04": lambda folder, turns: run_stage("04_refined_dpo", folder, turns, input=folder / "preferences.jsonl",
                                           refine_after=0, window=PAIRS),
     "live": run_live,
@@ -271,7 +271,7 @@ def main():
 
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        make_inputs(folder, PAIRS * (args.steps + 2))
+        make_inputs(folder, PAIRS * (args.steps + 3))  # the last step, not taken, is what 04's window is filled in
         names = [name for name in args.only or COMPETITORS if args.trl or "TRL" not in name]
         done = run_in_turn(names, folder, args)
         rows = [json.loads(line) for line in (folder / "preferences.jsonl").read_text().splitlines()]
@@ -305,19 +305,18 @@ def run_in_turn(names, folder, args):
 
 def report(done, rows, args):
     losses = {name: [step["loss"] for step in steps] for name, steps in done.items() if name != "products"}
-    apart = max(abs(loss - losses["01"][k]) for each in losses.values() for k, loss in enumerate(each))
-    print(f"\nLosses of the first {args.steps + 2} steps differ by {apart:.1e} at most\n")
     seconds = {name: [step["seconds"] for step in steps[2:]] for name, steps in done.items()}
-    print(f"| {PAIRS} pairs a step, {args.threads} threads | Seconds | Times as long as 01 | Peak memory (GB) |")
-    print("|---|---|---|---|")
+    print(f"| {PAIRS} pairs a step, {args.threads} threads | Seconds | Times as long as 01 | Peak memory (GB) | Losses differ by at most |")
+    print("|---|---|---|---|---|")
     for name in losses:
         ratio = spread([theirs / ours for theirs, ours in zip(seconds[name], seconds["01"])])
-        print(f"| {name} | {statistics.median(seconds[name]):.2f} | {ratio} | {done[name][-1]['peak']:.2f} |")
+        print(f"| {name} | {statistics.median(seconds[name]):.2f} | {ratio} | {done[name][-1]['peak']:.2f} "
+              f"| {max(abs(a - b) for a, b in zip(losses[name], losses['01'])):.0e} |")
     for one, other in (("04", "live"), ("04 warm-up", "01")):
         if one in seconds and other in seconds:
             print(f"\n{one} takes {spread([a / b for a, b in zip(seconds[one], seconds[other])])} times as long as {other}")
     if "products" in done:
-        flops = [step_flops(rows[k:k + PAIRS]) for k in range(2 * PAIRS, len(rows), PAIRS)]
+        flops = [step_flops(rows[k:k + PAIRS]) for k in range(2 * PAIRS, len(rows) - PAIRS, PAIRS)]
         rates = [step["loss"] for step in done["products"][2:]]
         share = [count / time / rate / 1e9 for count, time, rate in zip(flops, seconds["01"], rates)]
         print(f"\n01 reaches {spread(share)} of the rate of matrix products, {statistics.median(rates):.0f} GFLOP/s")
