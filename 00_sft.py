@@ -15,8 +15,6 @@ Departs from the paper: none.
 import time
 from array import array
 
-from torch import nn
-
 import common
 
 
@@ -37,8 +35,10 @@ def parse_args():
     # lengths, memory, safety
     add("--max-prompt-length", type=common.positive, default=1024, help="rows with a longer prompt are dropped")
     add("--max-length", type=common.number(int, 2), default=2048, help="prompt and response; responses are cut to fit")
-    add("--micro-batch-size", type=common.positive, default=8, help="responses of one forward pass of one rank")
+    add("--micro-batch-size", type=common.positive, default=8, help="responses of one forward pass of one rank, at most")
+    add("--micro-batch-tokens", type=common.positive, help="tokens of one, at most, where it has more than one response")
     add("--activation-checkpointing", action="store_true", help="less memory for more compute")
+    add("--fsdp", action="store_true", help="shard weights, gradients and optimizer over the ranks, for less memory")
     add("--save-every", type=common.positive, default=100, help="steps between states to go on from")
     return parser.parse_args()
 
@@ -70,8 +70,7 @@ def main():
     tokenizer = common.load_tokenizer(args)
     examples, counts = read_examples(args, tokenizer)
 
-    model = common.load_model(args.model, ranks.device)
-    policy = common.make_policy(model, args, ranks)
+    model, policy = common.load_policy(args, ranks)
     steps = common.epoch_batches(len(examples), args.batch_size, args.epochs, args.seed)
     optimizer, scheduler = common.make_optimizer(model, args.lr, len(steps))
     state = common.load_state(partial, model, optimizer, scheduler)
@@ -80,19 +79,19 @@ def main():
     for step in progress:
         batch_examples, rows = [examples[i] for i in steps[step]], []
         tokens = sum(len(example["response"]) for example in batch_examples)
-        micros = common.micro_batches(batch_examples, args.micro_batch_size, ranks, example_length)
+        micros = common.micro_batches(batch_examples, args, ranks, example_length)
         optimizer.zero_grad()
         for k, (micro, weight) in enumerate(micros):
-            batch = common.collate([(example["prompt"], example["response"]) for example in micro], ranks.device)
+            batch = common.collate([(example["prompt"], [example["response"]]) for example in micro], ranks.device)
             with common.sync(policy, last=k == len(micros) - 1):
                 with common.autocast(ranks.device):
-                    logits_theta = policy(batch.ids, batch.keep)  # (N, V)
-                losses = -common.sequence_logps(logits_theta, batch)  # (b,)
+                    logp_theta = policy(batch)  # (N,)
+                losses = -common.response_logps(logp_theta, batch.lengths)  # (b,)
                 # the mean over the step's response tokens, whatever the micro-batches; DDP divides by the ranks
                 (weight * losses.sum() / tokens * ranks.world).backward()
             rows += weight * common.pair_rows(micro, {"loss": losses / tokens * len(batch_examples)})
 
-        grad_norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
+        grad_norm = common.clip_gradient(model)
         rows = common.gather(rows)
         common.check_finite(step, rows, grad_norm, partial)
         lr = scheduler.get_last_lr()[0]

@@ -21,14 +21,13 @@ from array import array
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 import common
 
 
 def dpo_margin(logps_theta, logps_ref, beta):
-    """What the sigmoid of Eq. 5 is taken of. Summed log-probs (2b,), the b chosen first -> (b,)"""
-    chosen, rejected = (logps_theta - logps_ref).chunk(2)
+    """What the sigmoid of Eq. 5 is taken of. Summed log-probs (b, 2) of y_w and y_l -> (b,)"""
+    chosen, rejected = (logps_theta - logps_ref).unbind(1)
     return beta * chosen - beta * rejected
 
 
@@ -56,8 +55,10 @@ def parse_args():
     # lengths, memory, safety
     add("--max-prompt-length", type=common.positive, default=1024, help="pairs with a longer prompt are dropped")
     add("--max-length", type=common.number(int, 2), default=2048, help="prompt and response; responses are cut to fit")
-    add("--micro-batch-size", type=common.positive, default=4, help="pairs of one forward pass of one rank")
+    add("--micro-batch-size", type=common.positive, default=4, help="pairs of one forward pass of one rank, at most")
+    add("--micro-batch-tokens", type=common.positive, help="tokens of one, at most, where it has more than one pair")
     add("--activation-checkpointing", action="store_true", help="less memory for more compute")
+    add("--fsdp", action="store_true", help="shard weights, gradients and optimizer over the ranks, for less memory")
     add("--save-every", type=common.positive, default=100, help="steps between states to go on from")
     return parser.parse_args()
 
@@ -88,20 +89,17 @@ def read_pairs(args, tokenizer):
 
 
 def pair_length(pair):
-    return len(pair["prompt"]) + max(len(pair["chosen"]), len(pair["rejected"]))
+    return len(pair["prompt"]) + len(pair["chosen"]) + len(pair["rejected"])
 
 
-def pair_losses(policy, ref, batch, args):
-    """Eq. 6 of the b pairs in a batch of 2b sequences, chosen first: losses (b,), what is logged {name: (b,)}"""
+def pair_losses(policy, batch, logps_ref, args):
+    """Eq. 6 of the b pairs in a batch: losses (b,), what is logged {name: (b,)}. logps_ref: (b, 2), y_w and y_l"""
     with common.autocast(batch.ids.device):
-        logits_theta = policy(batch.ids, batch.keep)  # (N, V)
-        with torch.no_grad():
-            logits_ref = ref(batch.ids, batch.keep)
-    logps_theta = common.sequence_logps(logits_theta, batch)  # (2b,)
-    logps_ref = common.sequence_logps(logits_ref, batch)
+        logp_theta = policy(batch)  # (N,)
+    logps_theta = common.response_logps(logp_theta, batch.lengths).view(-1, 2)
     margin = dpo_margin(logps_theta, logps_ref, args.beta)  # (b,)
     losses = dpo_loss(margin)
-    chosen, rejected = logps_theta.chunk(2)
+    chosen, rejected = logps_theta.unbind(1)
     return losses, {"loss": losses, "margin": margin, "accuracy": (margin > 0).float(),
                     "logp_chosen": chosen, "logp_rejected": rejected}
 
@@ -115,9 +113,10 @@ def main():
     if args.ref_model:
         common.check_same_vocabulary(args.model, args.ref_model)
 
-    model = common.load_model(args.model, ranks.device)
-    ref = common.ResponseLogits(common.load_model(args.ref_model or args.model, ranks.device))
-    policy = common.make_policy(model, args, ranks)
+    ref = common.load_reference(args.ref_model or args.model, args, ranks)
+    common.store_logps(ref, pairs, args, partial, ranks)  # pi_ref does not change: once is enough
+    del ref
+    model, policy = common.load_policy(args, ranks)
     steps = common.epoch_batches(len(pairs), args.batch_size, args.epochs, args.seed)
     optimizer, scheduler = common.make_optimizer(model, args.lr, len(steps))
     state = common.load_state(partial, model, optimizer, scheduler)
@@ -125,18 +124,19 @@ def main():
     progress = common.progress(range(state["step"], len(steps)), "seed DPO", ranks)
     for step in progress:
         batch_pairs, rows = [pairs[i] for i in steps[step]], []
-        micros = common.micro_batches(batch_pairs, args.micro_batch_size, ranks, pair_length)
+        micros = common.micro_batches(batch_pairs, args, ranks, pair_length)
         optimizer.zero_grad()
         for k, (micro, weight) in enumerate(micros):
-            batch = common.collate([(pair["prompt"], pair[y]) for y in ("chosen", "rejected") for pair in micro],
-                                   ranks.device)
+            batch = common.collate([(pair["prompt"], [pair["chosen"], pair["rejected"]]) for pair in micro],
+                                   ranks.device, model.shared_span)
+            logps_ref = torch.tensor([pair["logps_ref"] for pair in micro], device=ranks.device)  # (b, 2)
             with common.sync(policy, last=k == len(micros) - 1):
-                losses, logged = pair_losses(policy, ref, batch, args)
+                losses, logged = pair_losses(policy, batch, logps_ref, args)
                 # the mean over the step's pairs, whatever the micro-batches; DDP divides by the ranks
                 (weight * losses.sum() / len(batch_pairs) * ranks.world).backward()
             rows += weight * common.pair_rows(micro, logged)
 
-        grad_norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
+        grad_norm = common.clip_gradient(model)
         rows = common.gather(rows)
         common.check_finite(step, rows, grad_norm, partial)
         lr = scheduler.get_last_lr()[0]

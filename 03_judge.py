@@ -138,7 +138,7 @@ def judge_llm(rows, args, partial, ranks):
     model = common.load_model(args.judge_model, ranks.device, common.scoring_dtype(ranks.device))
     letters = option_ids(args.judge_model, tokenizer)
     orders = itertools.permutations if args.llm_order == "both" else itertools.combinations
-    response_logits = common.ResponseLogits(model)
+    judge = common.ResponseLogps(model)
 
     def ask(row, one, two):
         question = common.judging_prompt(row["prompt"], row["responses"][one]["text"], row["responses"][two]["text"])
@@ -147,9 +147,10 @@ def judge_llm(rows, args, partial, ranks):
     @torch.no_grad()
     def compute(rows):
         pairs = [list(orders(range(len(row["responses"])), 2)) for row in rows]
-        asked = [(ask(row, one, two), letters[:1]) for row, of_row in zip(rows, pairs) for one, two in of_row]
-        batch = common.collate(asked, ranks.device)
-        options = iter(response_logits(batch.ids, batch.keep).log_softmax(-1)[:, letters].tolist())  # (questions, 2)
+        asked = [(ask(row, one, two), [[letter] for letter in letters])
+                 for row, of_row in zip(rows, pairs) for one, two in of_row]
+        batch = common.collate(asked, ranks.device, model.shared_span)
+        options = iter(judge(batch).view(-1, 2).tolist())  # (questions, 2)
         return [[[one, two, *next(options)] for one, two in of_row] for of_row in pairs]
 
     asked = map_rows(compute, rows, f"asking the judge in {args.llm_order}", args, partial, ranks)
@@ -208,14 +209,14 @@ def score(name, rows, label, args, partial, ranks):
     for row in rows:
         for ids in [row["prompt_ids"]] + [y["ids"] for y in row["responses"]]:
             common.check_ids(args.input, row["id"], ids, model)
-    response_logits = common.ResponseLogits(model)
+    logps = common.ResponseLogps(model)
 
     @torch.no_grad()
     def compute(rows):
-        sequences = [(row["prompt_ids"], y["ids"]) for row in rows for y in row["responses"]]
-        batch = common.collate(sequences, ranks.device)
-        logps = iter(common.sequence_logps(response_logits(batch.ids, batch.keep), batch).tolist())
-        return [[next(logps) for _ in row["responses"]] for row in rows]
+        answered = [(row["prompt_ids"], [y["ids"] for y in row["responses"]]) for row in rows]
+        batch = common.collate(answered, ranks.device, model.shared_span)
+        scores = iter(common.response_logps(logps(batch), batch.lengths).tolist())
+        return [[next(scores) for _ in responses] for _, responses in answered]
 
     return map_rows(compute, rows, label, args, partial, ranks)
 

@@ -25,6 +25,7 @@ puts the weights inside the logarithm, sum_ik -log[alpha_ik (xi_i - q_ik / alpha
 gradient sees; here it is what its text means, the expectation sum_ik alpha_ik l(xi_i - q_ik / alpha_ik).
 """
 
+import contextlib
 import math
 import time
 from array import array
@@ -33,14 +34,13 @@ from collections import deque
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 import common
 
 
 def dpo_margin(logps_theta, logps_ref, beta):
-    """What the sigmoid of Eq. 5 is taken of. Summed log-probs (2b,), the b chosen first -> (b,)"""
-    chosen, rejected = (logps_theta - logps_ref).chunk(2)
+    """What the sigmoid of Eq. 5 is taken of. Summed log-probs (b, 2) of y_w and y_l -> (b,)"""
+    chosen, rejected = (logps_theta - logps_ref).unbind(1)
     return beta * chosen - beta * rejected
 
 
@@ -131,8 +131,10 @@ def parse_args():
     # lengths, memory, safety
     add("--max-prompt-length", type=common.positive, default=1024, help="pairs with a longer prompt are dropped")
     add("--max-length", type=common.number(int, 2), default=2048, help="prompt and response; responses are cut to fit")
-    add("--micro-batch-size", type=common.positive, default=4, help="pairs of one forward pass of one rank")
+    add("--micro-batch-size", type=common.positive, default=4, help="pairs of one forward pass of one rank, at most")
+    add("--micro-batch-tokens", type=common.positive, help="tokens of one, at most, where it has more than one pair")
     add("--activation-checkpointing", action="store_true", help="less memory for more compute")
+    add("--fsdp", action="store_true", help="shard weights, gradients and optimizer over the ranks, for less memory")
     add("--save-every", type=common.positive, default=100, help="steps between states to go on from")
     return settle(parser.parse_args())
 
@@ -163,40 +165,62 @@ def read_pairs(args):
         if chosen == rejected:
             counts["same after cutting"] += 1
             continue
+        uncut = len(chosen) + len(rejected) == len(row["chosen"]["ids"]) + len(row["rejected"]["ids"])
         # 4 bytes a token; in a list a token is an object, and takes 40
         pairs.append({"id": row["id"], "prompt": array("i", prompt), "chosen": array("i", chosen),
-                      "rejected": array("i", rejected)})
+                      "rejected": array("i", rejected), "logps_ref": recorded_logps(row) if uncut else None})
     if not pairs:
         raise common.InputError(f"{args.input}: no pair is left ({counts}): raise --max-prompt-length or --max-length")
     return pairs, counts
 
 
+def recorded_logps(row):
+    """[log pi_{t-1}(y_w | x), log pi_{t-1}(y_l | x)] where 03 recorded those of both responses, else None."""
+    with contextlib.suppress(KeyError, TypeError, ValueError):
+        first, second = map(float, row["logps"]["policy"])
+        return [first, second] if row["p"] > 0.5 else [second, first]
+
+
+def keep_recorded(pairs, ref, device):
+    """Log-probs that 03 recorded are those of pi_ref, unless it is another model or computes in another dtype.
+
+    Seen on a few pairs. Where they are not, they are dropped, to be computed here.
+    """
+    known = [pair for pair in pairs if pair["logps_ref"]][:8]
+    logps = common.pair_logps(ref, known, device) if known else []
+    if not np.allclose(logps, [pair["logps_ref"] for pair in known], rtol=1e-4, atol=1e-3):
+        for pair in pairs:
+            pair["logps_ref"] = None
+
+
 def pair_length(pair):
-    return len(pair["prompt"]) + max(len(pair["chosen"]), len(pair["rejected"]))
+    return len(pair["prompt"]) + len(pair["chosen"]) + len(pair["rejected"])
 
 
-def pair_losses(policy, ref, batch, tau, atoms, args):
-    """Eq. 10 of the b pairs in a batch of 2b sequences, chosen first: losses (b,), what is logged {name: (b,)}
+def pair_losses(policy, ref, batch, logps_ref, tau, atoms, args):
+    """Eq. 10 of the b pairs in a batch: losses (b,), what is logged {name: (b,)}
 
+    logps_ref: (b, 2), y_w and y_l, all that is needed of pi_ref where ref is None; else Eq. 12 is taken of its logits.
     atoms: (2, b), moved and shift of each pair, of which only --refine worst-case makes use.
     """
+    def logps(logp):
+        return common.response_logps(logp, batch.lengths).view(-1, 2)
+
     with common.autocast(batch.ids.device):
-        logits_theta = policy(batch.ids, batch.keep)  # (N, V)
-        with torch.no_grad():
-            logits_ref = ref(batch.ids, batch.keep)
-    logps_theta = common.sequence_logps(logits_theta, batch)  # (2b,)
-    logps_ref = common.sequence_logps(logits_ref, batch)
+        if ref is None:
+            logps_theta = logps_tilde = logps(policy(batch))  # (b, 2)
+        else:
+            logp_theta, logp_ref, logp_tilde = policy(
+                batch, ref, lambda logits_theta, logits_ref: extrapolate(logits_theta, logits_ref, args.lam))  # (N,)
+            logps_theta, logps_ref, logps_tilde = logps(logp_theta), logps(logp_ref), logps(logp_tilde)
     margin = dpo_margin(logps_theta, logps_ref, args.beta)  # (b,)
     with torch.no_grad():
-        logps_tilde = logps_theta
-        if args.refine == "decoupled":
-            logps_tilde = common.sequence_logps(extrapolate(logits_theta, logits_ref, args.lam), batch)
         confidence = torch.sigmoid(dpo_margin(logps_tilde, logps_ref, args.beta))  # p_theta~(y_w > y_l | x), (b,)
         z = (confidence < tau).float()  # Eq. 9 with --refine self, Eq. 11 with decoupled
     losses = refined_loss(margin, z, args.alpha)
     if args.refine == "worst-case":
         losses, z = worst_case_loss(margin, *atoms, args.xi_min), atoms[0]
-    chosen, rejected = logps_theta.chunk(2)
+    chosen, rejected = logps_theta.unbind(1)
     return losses, {"loss": losses, "margin": margin, "accuracy": (margin > 0).float(),
                     "logp_chosen": chosen, "logp_rejected": rejected, "confidence": confidence, "flagged": z}
 
@@ -208,18 +232,34 @@ def solve_now(step, steps, args):
 
 
 @torch.no_grad()
-def place_atoms(policy, ref, pairs, args, ranks):
+def place_atoms(policy, span, pairs, args, ranks):
     """Give every pair of D_t its [moved, shift] of the worst distribution near the current model's confidences."""
-    policy = getattr(policy, "module", policy)  # DDP's own forward is for steps that all ranks take
-    batches, known = common.length_batches([pair_length(pair) for pair in pairs], args.micro_batch_size), []
-    for indices in batches[ranks.rank::ranks.world]:
-        batch = common.collate([(pairs[i]["prompt"], pairs[i][y]) for y in ("chosen", "rejected") for i in indices],
-                               ranks.device)
-        _, logged = pair_losses(policy, ref, batch, 0.0, torch.zeros(2, len(indices), device=ranks.device), args)
-        known += zip(indices, logged["confidence"].tolist())
+    batches = common.length_batches([pair_length(pair) for pair in pairs], args.micro_batch_size, args.micro_batch_tokens)
+    known = []
+    for indices, weight in common.in_turn(batches, ranks):
+        batch, logps_ref, atoms = on_device([pairs[i] for i in indices], span, ranks.device)
+        _, logged = pair_losses(policy, None, batch, logps_ref, 0.0, atoms, args)
+        known += weight * list(zip(indices, logged["confidence"].tolist()))
     xi = np.array([confidence for _, confidence in sorted(common.gather(known))])  # (N,), p_theta(y_w > y_l | x_i)
     for pair, *atoms in zip(pairs, *worst_distribution(xi, args.epsilon, args.pieces, args.xi_min)):
         pair["atoms"] = [float(value) for value in atoms]
+
+
+def on_device(micro, span, device):
+    """The Batch of the b pairs of a micro-batch, and what is known of them: logps_ref (b, 2), atoms (2, b)"""
+    batch = common.collate([(pair["prompt"], [pair["chosen"], pair["rejected"]]) for pair in micro], device, span)
+    logps_ref = torch.tensor([pair["logps_ref"] or [0.0, 0.0] for pair in micro], device=device)  # where none is needed
+    return batch, logps_ref, torch.tensor([pair["atoms"] for pair in micro], device=device).T
+
+
+def logits_from(steps, args):
+    """The step from which Eq. 12 needs logits of pi_ref, not log-probs alone: tau is taken from the window before it."""
+    if args.refine != "decoupled" or args.lam == 0:
+        return len(steps)
+    first = start = math.ceil(args.refine_after * len(steps))
+    while first > 0 and sum(map(len, steps[first:start])) < args.window:
+        first -= 1
+    return first
 
 
 def main():
@@ -231,12 +271,19 @@ def main():
     if args.ref_model:
         common.check_same_vocabulary(args.model, args.ref_model)
 
-    model = common.load_model(args.model, ranks.device)
+    ref = common.load_reference(args.ref_model or args.model, args, ranks)
     for pair in pairs:
-        common.check_ids(args.input, pair["id"], pair["prompt"] + pair["chosen"] + pair["rejected"], model)
-    ref = common.ResponseLogits(common.load_model(args.ref_model or args.model, ranks.device))
-    policy = common.make_policy(model, args, ranks)
+        common.check_ids(args.input, pair["id"], pair["prompt"] + pair["chosen"] + pair["rejected"], ref.model)
     steps = common.epoch_batches(len(pairs), args.batch_size, args.epochs, args.seed)
+    live_from = logits_from(steps, args)
+    keep_recorded(pairs, ref, ranks.device)
+    visited = {i for step in steps[:live_from] for i in step}
+    common.store_logps(ref, [pairs[i] for i in sorted(visited) if not pairs[i]["logps_ref"]], args, partial, ranks)
+    if live_from == len(steps):
+        ref = None
+    elif common.is_sharded(args, ranks):
+        common.shard(ref, ranks)
+    model, policy = common.load_policy(args, ranks)
     optimizer, scheduler = common.make_optimizer(model, args.lr, len(steps))
     state = common.load_state(partial, model, optimizer, scheduler)
     window = deque(state.get("window", []), maxlen=args.window)  # p_theta~ of the latest pairs of all ranks
@@ -247,26 +294,26 @@ def main():
     progress = common.progress(range(state["step"], len(steps)), "refined DPO", ranks)
     for step in progress:
         batch_pairs, rows = [pairs[i] for i in steps[step]], []
-        micros = common.micro_batches(batch_pairs, args.micro_batch_size, ranks, pair_length)
+        micros = common.micro_batches(batch_pairs, args, ranks, pair_length)
         ready = step >= refine_from and len(window) == args.window
         tau = threshold(window, args.k_percent) if ready else 0.0  # p_theta~ < 0 never holds: nothing is flagged
         if solve_now(step, len(steps), args):
-            place_atoms(policy, ref, pairs, args, ranks)
+            place_atoms(policy, model.shared_span, pairs, args, ranks)
         optimizer.zero_grad()
         for k, (micro, weight) in enumerate(micros):
-            batch = common.collate([(pair["prompt"], pair[y]) for y in ("chosen", "rejected") for pair in micro],
-                                   ranks.device)
-            atoms = torch.tensor([pair["atoms"] for pair in micro], device=ranks.device).T  # (2, b)
+            batch, logps_ref, atoms = on_device(micro, model.shared_span, ranks.device)
             with common.sync(policy, last=k == len(micros) - 1):
-                losses, logged = pair_losses(policy, ref, batch, tau, atoms, args)
+                losses, logged = pair_losses(policy, ref if step >= live_from else None, batch, logps_ref, tau, atoms, args)
                 # the mean over the step's pairs, whatever the micro-batches; DDP divides by the ranks
                 (weight * losses.sum() / len(batch_pairs) * ranks.world).backward()
+            if step < live_from < len(steps):
+                del logged["confidence"]  # theta's, where theta~'s is wanted later
             rows += weight * common.pair_rows(micro, logged)
 
-        grad_norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
+        grad_norm = common.clip_gradient(model)
         position = {pair["id"]: k for k, pair in enumerate(batch_pairs)}  # the window's order, whatever the ranks
         rows = sorted(common.gather(rows), key=lambda row: position[row["id"]])
-        window.extend(row["confidence"] for row in rows)
+        window.extend(row["confidence"] for row in rows if "confidence" in row)
         common.check_finite(step, rows, grad_norm, partial)
         lr = scheduler.get_last_lr()[0]
         optimizer.step()

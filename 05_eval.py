@@ -50,6 +50,7 @@ from pathlib import Path
 import huggingface_hub
 import numpy as np
 import torch
+import torch.nn.functional as F
 from huggingface_hub.errors import HfHubHTTPError, InferenceTimeoutError, OfflineModeIsEnabled
 
 import common
@@ -571,9 +572,9 @@ class LocalJudge:
             u = np.zeros((len(prompts), 1, max_tokens))
             sampled = common.sample(model, prompts, u, 0, max_tokens, self.speaker.ends)
             return [tokenizer.decode(ids, skip_special_tokens=True).strip() for [(ids, _)] in sampled]
-        batch = common.collate([(ids, [0]) for ids in prompts], model.device)
-        with common.autocast(model.device):
-            logits = common.ResponseLogits(model)(batch.ids, batch.keep)  # (B, V): of the first token of the answer
+        batch = common.collate([(ids, [[0]]) for ids in prompts], model.device)
+        hidden, *head = common.ResponseLogps(model).hidden(batch)
+        logits = F.linear(hidden, *head).float()  # (B, V): of the first token of the answer
         logps, tokens = logits.log_softmax(-1).topk(LIKELIEST)
         return [[(tokenizer.decode([i]), logp) for i, logp in zip(*row)] for row in zip(tokens.tolist(), logps.tolist())]
 

@@ -4,7 +4,7 @@
     outputs              open_output, close_output: written aside, renamed when whole, args.json beside them
     ranks                start_ranks, gather, map_batches, map_rows
     models and text      load_tokenizer, load_model, save_model, prompt_ids, response_ids
-    log-probs            collate, ResponseLogits, token_logps, response_logps, sequence_logps
+    log-probs            collate, ResponseLogps, token_logps, response_logps, shared_span
     sampling             uniforms, pick, sample
     LLM-as-judge         judging_prompt, LETTERS
     the small world      read_gold, gold_values, gold_score
@@ -19,6 +19,7 @@ import glob
 import hashlib
 import itertools
 import json
+import math
 import os
 import re
 import shutil
@@ -32,8 +33,12 @@ import huggingface_hub
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 import transformers
 from torch import nn
+from torch.autograd.function import once_differentiable
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers import get_cosine_schedule_with_warmup
@@ -403,10 +408,18 @@ def autocast(device):
     return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else contextlib.nullcontext()
 
 
-def length_batches(lengths, size):
-    """Indices in order of length, `size` at a time. They depend on the input alone, not on the ranks."""
-    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
-    return [order[i:i + size] for i in range(0, len(order), size)]
+def length_batches(lengths, size, tokens=None):
+    """Indices in order of length, at most `size` at a time, and at most so many that they have `tokens`, padded.
+
+    They depend on the input alone, not on the ranks.
+    """
+    batches = []
+    for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
+        full = not batches or len(batches[-1]) == size
+        if full or tokens and (len(batches[-1]) + 1) * lengths[i] > tokens:
+            batches.append([])
+        batches[-1].append(i)
+    return batches
 
 
 def map_batches(compute, batches, partial, ranks, label):
@@ -533,9 +546,11 @@ def load_model(name, device, dtype=torch.float32):
         raise InputError(f"{name}: holds no causal language model in safetensors that can be loaded "
                          f"({type(error).__name__}: {str(error).splitlines()[0][:100]})")
     model = model.to(device).eval()
-    probe = torch.arange(4, device=device)[None] % config.get_text_config().vocab_size
+    model.shared_span = shared_span(model)
+    probe = torch.arange(5) % config.get_text_config().vocab_size
     with torch.no_grad():
-        ours, theirs = ResponseLogits(model)(probe, probe >= 0), model(input_ids=probe).logits[0].float()
+        ours = ResponseLogps(model)(collate([(probe[:1].tolist(), [probe[1:].tolist()])], device))
+        theirs = token_logps(model(input_ids=probe[None, :-1].to(device)).logits[0].float(), probe[1:].to(device))
     if not torch.allclose(ours, theirs, rtol=1e-3, atol=1e-3):  # a model that caps or scales its logits
         raise InputError(f"{name}: its logits are not its head applied to its last hidden state: not supported")
     return model
@@ -631,43 +646,127 @@ def response_ids(tokenizer, messages, prompt, text, ends):
 # ---------------------------------------------------------------------------------------------
 # Log-probs
 
-Batch = namedtuple("Batch", "ids keep labels lengths")
+Batch = namedtuple("Batch", "ids positions mask at labels lengths")
 
 
-def collate(sequences, device):
-    """[(prompt ids, response ids), ...] -> Batch, padded on the right. For ([5, 6], [7, 8, 9]) and ([5], [7]):
+def collate(rows, device, span=0):
+    """[(prompt ids, [response ids, ...]), ...] -> Batch, padded on the right. For ([5, 6], [[7, 8, 9], [4, 3]]):
 
-        ids      (B, T) int64   [[5, 6, 7, 8, 9], [5, 7, 0, 0, 0]]
-        keep     (B, T) bool    [[0, 1, 1, 1, 0], [1, 0, 0, 0, 0]]   where a response token is predicted
-        labels   (N,)   int64   [7, 8, 9, 7]                         what is predicted there
-        lengths  list of B      [3, 1]                               response tokens of each sequence
+        ids        (B, T) int64      [[5, 6, 7, 8, 4]]    the last token of a response predicts nothing and is left out
+        positions  (B, T) int64      [[0, 1, 2, 3, 2]]    None where no prompt is shared
+        mask       (B, 1, T, T) bool                      who sees whom: neither response the other; None likewise
+        at         (N,) int64        [1, 2, 3, 1, 4]      where in ids, flat, a response token is predicted
+        labels     (N,) int64        [7, 8, 9, 4, 3]      what is predicted there
+        lengths    list              [3, 2]               tokens of each response, in the order of the rows
 
-    Built from lengths, never from `ids == pad`, so an EOS that is also the padding token keeps its label.
+    A prompt is computed once for all its responses where it has at most `span` tokens with any of them (`shared_span`),
+    else once for each. Built from lengths, never from `ids == pad`, so an EOS that is also the padding keeps its label.
     """
-    width = max(len(x) + len(y) for x, y in sequences)
-    ids = torch.zeros(len(sequences), width, dtype=torch.long)
-    keep = torch.zeros(len(sequences), width, dtype=torch.bool)
-    for b, (x, y) in enumerate(sequences):
-        ids[b, :len(x) + len(y)] = torch.tensor(x + y)
-        keep[b, len(x) - 1:len(x) + len(y) - 1] = True
-    labels = torch.tensor([i for _, y in sequences for i in y])
-    return Batch(ids.to(device), keep.to(device), labels.to(device), [len(y) for _, y in sequences])
+    lengths = [len(y) for _, ys in rows for y in ys]
+    labels = torch.tensor([i for _, ys in rows for y in ys for i in y])
+    if any(len(x) + len(y) > span for x, ys in rows for y in ys):
+        rows = [(x, [y]) for x, ys in rows for y in ys]
+    width = max(len(x) + sum(len(y) - 1 for y in ys) for x, ys in rows)
+    ids, positions = torch.zeros(2, len(rows), width, dtype=torch.long)
+    part = torch.full_like(ids, -1)  # 0 for the prompt, k for its k-th response, -1 for the padding
+    at = []
+    for b, (x, ys) in enumerate(rows):
+        end = len(x)
+        ids[b, :end], positions[b, :end], part[b, :end] = torch.tensor(x), torch.arange(end), 0
+        for k, y in enumerate(ys, 1):
+            start, end = end, end + len(y) - 1
+            ids[b, start:end] = torch.tensor(y[:-1])
+            positions[b, start:end] = torch.arange(len(x), len(x) + len(y) - 1)
+            part[b, start:end] = k
+            at += [b * width + i for i in (len(x) - 1, *range(start, end))]
+    mask = None
+    if all(len(ys) == 1 for _, ys in rows):  # causal attention is enough: no response token sees the padding
+        positions = None
+    else:
+        seen = (part[:, None, :] == 0) | (part[:, None, :] == part[:, :, None])
+        mask = (seen & (positions[:, None, :] <= positions[:, :, None]))[:, None].to(device)
+        positions = positions.to(device)
+    return Batch(ids.to(device), positions, mask, torch.tensor(at).to(device), labels.to(device), lengths)
 
 
-class ResponseLogits(nn.Module):
-    """A causal language model whose head runs only where a response token is predicted. DDP wraps this.
-
-    No attention mask: with the padding on the right and causal attention no response token sees it.
-    """
+class ResponseLogps(nn.Module):
+    """A causal language model as what the stages ask of it. DDP and FSDP wrap this."""
 
     def __init__(self, model):
         super().__init__()
         self.model = model
 
-    def forward(self, ids, keep):
-        """ids (B, T), keep (B, T) bool -> logits (N, V), in float32: bf16 log-probs of a response err by nats."""
-        hidden = self.model.base_model(input_ids=ids, use_cache=False).last_hidden_state  # (B, T, d)
-        return self.model.get_output_embeddings()(hidden[keep]).float()
+    def hidden(self, batch):
+        """(hidden states (N, d) from which the response tokens are predicted, the head's weight (V, d), its bias)"""
+        states = self.model.base_model(input_ids=batch.ids, position_ids=batch.positions, attention_mask=batch.mask,
+                                       use_cache=False).last_hidden_state  # (B, T, d)
+        head = self.model.get_output_embeddings()
+        values = [states.flatten(0, 1)[batch.at], head.weight, head.bias]
+        if torch.is_autocast_enabled(states.device.type):
+            dtype = torch.get_autocast_dtype(states.device.type)
+            values = [value if value is None else value.to(dtype) for value in values]
+        return values
+
+    def forward(self, batch, other=None, mix=None):
+        """log pi(y_t | x, y_<t) of each response token, (N,). With another model and mix, a function of both models'
+        logits: also the other's and those of mix(logits, other logits), from the same chunk of logits, not to learn from.
+        """
+        if other is None:
+            return HeadLogps.apply(*self.hidden(batch), batch.labels, None, None)
+        with torch.no_grad():
+            others = other.hidden(batch)
+        return HeadLogps.apply(*self.hidden(batch), batch.labels, others, mix)
+
+
+def chunk_rows(weight):
+    """Tokens whose logits are held at a time: 1 GB of them on a GPU, 64 MB on a CPU. weight: (V, d)"""
+    return max(1, (2 ** 28 if weight.is_cuda else 2 ** 24) // len(weight))
+
+
+class HeadLogps(torch.autograd.Function):
+    """Log-probs of labels from hidden states, through the head in chunks: its logits (N, V) are never whole.
+
+    Going back they are made again, unless a single chunk was all. Logits are float32 whatever the head's dtype: bf16
+    log-probs of a response err by nats.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, labels, other, mix):
+        """hidden (N, d), weight (V, d), bias (V,) or None, labels (N,), other: as the first three, of another model"""
+        rows = chunk_rows(weight)
+        ctx.chunks = [slice(i, i + rows) for i in range(0, len(labels), rows)]
+        ctx.kept, logps = None, []
+        for chunk in ctx.chunks:
+            logits = F.linear(hidden[chunk], weight, bias).float()
+            logps.append([token_logps(logits, labels[chunk])])
+            if other is not None:
+                other_logits = F.linear(other[0][chunk], *other[1:]).float()
+                logps[-1] += [token_logps(values, labels[chunk]) for values in (other_logits, mix(logits, other_logits))]
+            if len(ctx.chunks) == 1 and any(ctx.needs_input_grad):
+                ctx.kept = logits
+        ctx.save_for_backward(hidden, weight, bias, labels)
+        logps = [torch.cat(parts) for parts in zip(*logps)]
+        ctx.mark_non_differentiable(*logps[1:])
+        return tuple(logps) if other is not None else logps[0]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad, *_):
+        hidden, weight, bias, labels = ctx.saved_tensors
+        grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=torch.float32)
+        grad_bias = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
+        for chunk in ctx.chunks:
+            logits = F.linear(hidden[chunk], weight, bias).float() if ctx.kept is None else ctx.kept
+            # the gradient of a log-prob by the logits is the one-hot label less the softmax
+            logits.sub_(logits.logsumexp(-1, keepdim=True)).exp_().mul_(-grad[chunk, None])
+            logits.scatter_add_(1, labels[chunk, None], grad[chunk, None])
+            grad_logits = logits.to(hidden.dtype)
+            grad_hidden[chunk] = grad_logits @ weight
+            grad_weight += grad_logits.T @ hidden[chunk]
+            if bias is not None:
+                grad_bias += logits.sum(0)
+        ctx.kept = None
+        return grad_hidden, grad_weight, grad_bias, None, None, None
 
 
 def token_logps(logits, labels):
@@ -676,13 +775,26 @@ def token_logps(logits, labels):
 
 
 def response_logps(logp, lengths):
-    """log pi(y | x): the sum over each response's tokens, not their mean. logp (N,), B lengths -> (B,)"""
+    """log pi(y | x): the sum over each response's tokens, not their mean. logp (N,), lengths of B responses -> (B,)"""
     return torch.stack([tokens.sum() for tokens in logp.split(lengths)])
 
 
-def sequence_logps(logits, batch):
-    """log pi(y | x) of the B sequences of a batch, from the logits (N, V) of their response tokens."""
-    return response_logps(token_logps(logits, batch.labels), batch.lengths)
+@torch.no_grad()
+def shared_span(model):
+    """Tokens of a prompt and a response up to which the prompt may be computed once for several responses.
+
+    0 where the model's layers do not follow a mask and positions of our own: seen by trying. Beyond a layer's window or
+    chunk of attention, which such a mask would override, it is not exact.
+    """
+    config = model.config.get_text_config()
+    spans = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
+    rows = [([1, 2], [[3, 4], [2, 1], [1]])]
+    try:
+        shared, alone = (ResponseLogps(model)(collate(rows, model.device, span)) for span in (4, 0))
+    except Exception:  # a model that takes no such mask
+        return 0
+    exact = torch.allclose(shared, alone, rtol=0, atol=1e-4 if model.dtype == torch.float32 else 0.1)
+    return min((span for span in spans if span), default=math.inf) if exact else 0
 
 
 # ---------------------------------------------------------------------------------------------
@@ -801,14 +913,70 @@ def gold_score(gold, prompt, text):
 # Training
 
 
-def make_policy(model, args, ranks):
-    """The model in train mode (its dropout is 0) as what the loop calls: response logits, under DDP if ranks > 1."""
+def load_policy(args, ranks):
+    """(the model of --model in train mode, its dropout 0; what the loop calls: the model under DDP or FSDP)"""
+    device = torch.device("cpu") if is_sharded(args, ranks) else ranks.device  # whole, it may not fit on a GPU
+    model = load_model(args.model, device)
     model.train()
     if args.activation_checkpointing:
         enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
         enable({"use_reentrant": False})
-    policy = ResponseLogits(model)
-    return nn.parallel.DistributedDataParallel(policy, gradient_as_bucket_view=True) if ranks.world > 1 else policy
+    policy = ResponseLogps(model)
+    if is_sharded(args, ranks):
+        policy = shard(policy, ranks)
+    elif ranks.world > 1:
+        policy = nn.parallel.DistributedDataParallel(policy, gradient_as_bucket_view=True)
+    return model, policy
+
+
+def load_reference(name, args, ranks):
+    """pi_ref, computed as the policy of these arguments is: from float32 weights, or with --fsdp from the policy's bf16."""
+    dtype = scoring_dtype(ranks.device) if is_sharded(args, ranks) else torch.float32
+    return ResponseLogps(load_model(name, ranks.device, dtype))
+
+
+def is_sharded(args, ranks):
+    return args.fsdp and ranks.world > 1
+
+
+def shard(module, ranks):
+    """FSDP2: each rank holds its part of every weight, and gathers a layer when it is computed, in bf16 on a GPU."""
+    mesh = dist.device_mesh.init_device_mesh(ranks.device.type, (ranks.world,))
+    dtypes = MixedPrecisionPolicy(param_dtype=scoring_dtype(ranks.device), reduce_dtype=torch.float32)
+    for layer in list(module.modules()):
+        if type(layer).__name__ in module.model._no_split_modules:
+            fully_shard(layer, mesh=mesh, mp_policy=dtypes)
+    fully_shard(module, mesh=mesh, mp_policy=dtypes, reshard_after_forward=False)
+    register_fsdp_forward_method(module, "hidden")
+    return module
+
+
+def store_logps(ref, pairs, args, partial, ranks):
+    """pair["logps_ref"]: [log pi_ref(y_w | x), log pi_ref(y_l | x)] of each of the pairs. They stay what they are."""
+    lengths = [len(pair["prompt"]) + len(pair["chosen"]) + len(pair["rejected"]) for pair in pairs]
+    batches = length_batches(lengths, args.micro_batch_size, args.micro_batch_tokens)
+
+    def compute(indices):
+        return pair_logps(ref, [pairs[i] for i in indices], ranks.device)
+
+    for i, logps in map_batches(compute, batches, partial, ranks, "scoring with pi_ref").items():
+        pairs[i]["logps_ref"] = logps
+
+
+@torch.no_grad()
+def pair_logps(model, pairs, device):
+    """[[log pi(y_w | x), log pi(y_l | x)]] of the pairs, in one batch. model: a ResponseLogps"""
+    rows = [(pair["prompt"], [pair["chosen"], pair["rejected"]]) for pair in pairs]
+    batch = collate(rows, device, model.model.shared_span)
+    with autocast(device):
+        logp = model(batch)
+    return response_logps(logp, batch.lengths).view(-1, 2).tolist()
+
+
+def clip_gradient(model):
+    """The norm of the gradient, which is scaled down to 1.0 where it is larger."""
+    norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
 
 
 def make_optimizer(model, lr, steps):
@@ -824,16 +992,19 @@ def epoch_batches(count, batch_size, epochs, seed):
     return [order[i:i + batch_size] for order in orders for i in range(0, count, batch_size)]
 
 
-def micro_batches(rows, size, ranks, length):
-    """This rank's (rows, weight) of one optimizer step, `size` rows at a time, rows of like length together.
+def micro_batches(rows, args, ranks, length):
+    """This rank's (rows, weight) of one optimizer step, rows of like length together (see `length_batches`)."""
+    batches = length_batches([length(row) for row in rows], args.micro_batch_size, args.micro_batch_tokens)
+    return [([rows[i] for i in batch], weight) for batch, weight in in_turn(batches, ranks)]
 
-    Their make-up does not depend on the ranks. Where there are not enough for all ranks, some get the first one
-    with weight 0: DDP needs every rank to take part in every step.
+
+def in_turn(batches, ranks):
+    """This rank's (batch, weight). Where there are not enough for all ranks, some get the first one with weight 0:
+
+    DDP and FSDP need every rank to take part in every forward pass.
     """
-    rows = sorted(rows, key=length)
-    shares = [(rows[i:i + size], 1) for i in range(0, len(rows), size)]
-    shares += [(shares[0][0], 0)] * (-len(shares) % ranks.world)
-    return shares[ranks.rank::ranks.world]
+    weighted = [(batch, 1) for batch in batches] + [(batches[0], 0)] * (-len(batches) % ranks.world)
+    return weighted[ranks.rank::ranks.world]
 
 
 def sync(policy, last):

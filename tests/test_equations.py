@@ -18,7 +18,7 @@ tensor = torch.tensor
 def test_equation_5(stage):
     # pair 1: log-ratios -10 + 11 = 1 of y_w and -12 + 11 = -1 of y_l: 0.5 * 1 - 0.5 * (-1) = 1
     # pair 2: log-ratios -20 + 18 = -2 of y_w and -7 + 7 = 0 of y_l: 0.5 * (-2) - 0 = -1
-    logps_theta, logps_ref = tensor([-10.0, -20.0, -12.0, -7.0]), tensor([-11.0, -18.0, -11.0, -7.0])
+    logps_theta, logps_ref = tensor([[-10.0, -12.0], [-20.0, -7.0]]), tensor([[-11.0, -11.0], [-18.0, -7.0]])
     margin = stage.dpo_margin(logps_theta, logps_ref, 0.5)
     assert margin.tolist() == [1.0, -1.0]
     # sigmoid(1) = 1 / (1 + e^-1) = 1 / 1.3678794412 = 0.7310585786
@@ -84,7 +84,7 @@ def test_equation_12_mixes_token_logits():
     labels, lengths = tensor([0, 0, 1]), [2, 1]
 
     def logps(logits):
-        return common.response_logps(common.token_logps(logits, labels), lengths)
+        return common.response_logps(common.token_logps(logits, labels), lengths).view(1, 2)
 
     logits_tilde = refined_dpo.extrapolate(logits_theta, logits_ref, 1.0)
     torch.testing.assert_close(logits_tilde, tensor([[math.log(9), 0.0]] * 3))

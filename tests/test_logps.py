@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import (AutoModelForCausalLM, Gemma2Config, GPT2Config, LlamaConfig, MistralConfig, Phi3Config,
-                          PhiConfig, Qwen2Config)
+from transformers import (AutoModelForCausalLM, Gemma2Config, GPT2Config, LlamaConfig, MambaConfig, MistralConfig,
+                          Phi3Config, PhiConfig, Qwen2Config)
 
 import common
 
@@ -30,10 +30,9 @@ def model(request):
 
 @torch.no_grad()
 def logps(model, sequences):
-    """As 01, 03 and 04 compute them."""
-    batch = common.collate(sequences, "cpu")
-    logits = common.ResponseLogits(model)(batch.ids, batch.keep)
-    return common.response_logps(common.token_logps(logits, batch.labels), batch.lengths)
+    """As 00_sft computes them."""
+    batch = common.collate([(x, [y]) for x, y in sequences], "cpu")
+    return common.response_logps(common.ResponseLogps(model)(batch), batch.lengths)
 
 
 @torch.no_grad()
@@ -64,9 +63,8 @@ def test_the_order_of_a_batch_changes_nothing(model):
 
 def test_a_cut_response_keeps_the_logps_of_its_first_tokens(model):
     prompt, response = SEQUENCES[0]
-    batch = common.collate([(prompt, response)], "cpu")
     with torch.no_grad():
-        logp = common.token_logps(common.ResponseLogits(model)(batch.ids, batch.keep), batch.labels)
+        logp = common.ResponseLogps(model)(common.collate([(prompt, [response])], "cpu"))
     for length in range(1, len(response) + 1):
         torch.testing.assert_close(logps(model, [(prompt, response[:length])])[0], logp[:length].sum(),
                                    rtol=1e-5, atol=1e-4)
@@ -82,22 +80,81 @@ def test_token_logps_by_hand():
     torch.testing.assert_close(common.response_logps(expected, [1, 1]), expected)
 
 
+ANSWERED = [([5, 6, 7], [[8, 9, 10, 11, 2], [4]]), ([3], [[4], [5, 6]]), ([12, 13, 14], [[9, 2], [9, 2]]),
+            ([12, 13, 14, 15, 16, 17], [[18, 19, 2], [7, 7, 7, 2], [2]])]  # as 01, 03 and 04 have them
+
+
+def test_a_prompt_is_computed_once_for_all_its_responses_where_that_is_exact(model, request):
+    model.shared_span = common.shared_span(model)
+    assert model.shared_span == (4 if "mistral" in request.node.name else math.inf)
+    alone = logps(model, [(x, y) for x, ys in ANSWERED for y in ys])
+    for rows in [ANSWERED] + [[row] for row in ANSWERED]:
+        batch = common.collate(rows, "cpu", model.shared_span)
+        shares = all(len(x) + len(y) <= model.shared_span for x, ys in rows for y in ys)
+        assert len(batch.ids) == (len(rows) if shares else len(batch.lengths))
+        with torch.no_grad():
+            ours = common.response_logps(common.ResponseLogps(model)(batch), batch.lengths)
+        start = sum(len(ys) for _, ys in ANSWERED[:ANSWERED.index(rows[0])])
+        torch.testing.assert_close(ours, alone[start:start + len(ours)], rtol=1e-5, atol=1e-4)
+
+
+def test_a_model_that_follows_no_mask_computes_each_sequence_alone():
+    # a recurrence runs from one response into the next, whatever the mask says
+    torch.manual_seed(1)
+    config = MambaConfig(vocab_size=40, hidden_size=32, num_hidden_layers=2, state_size=4, initializer_range=0.3)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    assert common.shared_span(model) == 0
+    expected = torch.stack([-cross_entropy(model, x, y) for x, y in SEQUENCES])
+    torch.testing.assert_close(logps(model, SEQUENCES), expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 100])
+def test_the_size_of_a_chunk_changes_nothing(model, rows, monkeypatch):
+    monkeypatch.setattr(common, "chunk_rows", lambda weight: rows)
+    test_a_response_logp_is_minus_the_summed_cross_entropy(model)
+    test_gradients_are_those_of_the_cross_entropy(model)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 100])
+def test_two_models_and_the_mix_of_their_logits(rows, monkeypatch):
+    monkeypatch.setattr(common, "chunk_rows", lambda weight: rows)
+    torch.manual_seed(1)
+    theta, ref = (AutoModelForCausalLM.from_config(FAMILIES["phi"]).eval() for _ in range(2))  # its head has a bias
+    with torch.no_grad():
+        theta.lm_head.bias += torch.randn(40)
+    batch = common.collate([(x, [y]) for x, y in SEQUENCES], "cpu")
+    ours = common.ResponseLogps(theta)(batch, common.ResponseLogps(ref), lambda a, b: 1.5 * a - 0.5 * b)
+    whole = []  # logits of the response tokens
+    for model in (theta, ref):
+        with torch.no_grad():
+            whole.append(torch.cat([model(input_ids=torch.tensor([x + y])).logits[0, len(x) - 1:-1]
+                                    for x, y in SEQUENCES]))
+    for logp, logits in zip(ours, (*whole, 1.5 * whole[0] - 0.5 * whole[1])):
+        torch.testing.assert_close(logp, -F.cross_entropy(logits, batch.labels, reduction="none"), rtol=1e-5, atol=1e-4)
+    assert [logp.requires_grad for logp in ours] == [True, False, False]
+    factor = torch.linspace(-1, 1, len(batch.labels))  # of each token another
+    (ours[0] * factor).sum().backward()
+    gradient = theta.lm_head.bias.grad
+    expected = factor @ (F.one_hot(batch.labels, 40) - whole[0].softmax(-1))
+    torch.testing.assert_close(gradient, expected, rtol=1e-5, atol=1e-4)
+    assert all(p.grad is None for p in ref.parameters())
+
+
 def test_logits_of_a_bf16_model_are_summed_in_float32():
     torch.manual_seed(1)
     model = AutoModelForCausalLM.from_config(FAMILIES["llama"]).eval().to(torch.bfloat16)
-    batch = common.collate([([5], list(range(6, 36)))], "cpu")
+    batch = common.collate([([5], [list(range(6, 36))])], "cpu")
     with torch.no_grad():
-        logits = common.ResponseLogits(model)(batch.ids, batch.keep)
-    assert logits.dtype == torch.float32
-    exact = logits.double().log_softmax(-1).gather(-1, batch.labels[:, None]).sum().item()
-    [logps] = common.response_logps(common.token_logps(logits, batch.labels), batch.lengths).tolist()
-    assert logps == pytest.approx(exact, abs=1e-3)
+        hidden, weight, _ = common.ResponseLogps(model).hidden(batch)
+        logp = common.ResponseLogps(model)(batch)
+    assert logp.dtype == torch.float32
+    exact = F.linear(hidden, weight).double().log_softmax(-1).gather(-1, batch.labels[:, None]).sum().item()
+    assert common.response_logps(logp, batch.lengths).item() == pytest.approx(exact, abs=1e-3)
 
 
 def test_gradients_are_those_of_the_cross_entropy(model):
-    batch = common.collate(SEQUENCES, "cpu")
-    logits = common.ResponseLogits(model)(batch.ids, batch.keep)
-    common.response_logps(common.token_logps(logits, batch.labels), batch.lengths).sum().backward()
+    batch = common.collate([(x, [y]) for x, y in SEQUENCES], "cpu")
+    common.ResponseLogps(model)(batch).sum().backward()
     ours = {name: p.grad.clone() for name, p in model.named_parameters()}
     model.zero_grad()
     with torch.enable_grad():
@@ -110,7 +167,7 @@ def test_gradients_are_those_of_the_cross_entropy(model):
 
 
 def test_a_model_that_caps_its_logits_is_refused(tmp_path):
-    # Gemma 2 takes tanh of its logits after the head, which ResponseLogits does not
+    # Gemma 2 takes tanh of its logits after the head, which ResponseLogps does not
     torch.manual_seed(1)
     config = Gemma2Config(**SHAPE, head_dim=16, final_logit_softcapping=5.0)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "gemma")

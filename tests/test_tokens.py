@@ -124,16 +124,36 @@ def test_a_template_s_refusal_is_an_input_error():
 
 
 def test_collate_gives_the_tensors_of_its_docstring():
-    batch = common.collate([([5, 6], [7, 8, 9]), ([5], [7])], "cpu")
-    assert batch.ids.tolist() == [[5, 6, 7, 8, 9], [5, 7, 0, 0, 0]]
-    assert batch.keep.int().tolist() == [[0, 1, 1, 1, 0], [1, 0, 0, 0, 0]]
-    assert batch.labels.tolist() == [7, 8, 9, 7]
-    assert batch.lengths == [3, 1]
-    assert (batch.ids.dtype, batch.keep.dtype, batch.labels.dtype) == (torch.int64, torch.bool, torch.int64)
+    batch = common.collate([([5, 6], [[7, 8, 9], [4, 3]])], "cpu", span=5)
+    assert batch.ids.tolist() == [[5, 6, 7, 8, 4]]
+    assert batch.positions.tolist() == [[0, 1, 2, 3, 2]]
+    assert batch.mask.int().tolist() == [[[[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1, 1, 1, 1, 0],
+                                           [1, 1, 0, 0, 1]]]]
+    assert batch.at.tolist() == [1, 2, 3, 1, 4]
+    assert batch.labels.tolist() == [7, 8, 9, 4, 3]
+    assert batch.lengths == [3, 2]
+
+
+def test_collate_repeats_a_prompt_that_is_too_long_to_share():
+    # 2 + 3 tokens are more than 4; responses keep their order, and the second row's place in the flat ids is 4 on
+    batch = common.collate([([5, 6], [[7, 8, 9], [4, 3]])], "cpu", span=4)
+    assert batch.ids.tolist() == [[5, 6, 7, 8], [5, 6, 4, 0]]
+    assert batch.positions is None and batch.mask is None
+    assert batch.at.tolist() == [1, 2, 3, 5, 6]
+    assert (batch.labels.tolist(), batch.lengths) == ([7, 8, 9, 4, 3], [3, 2])
+
+
+def test_collate_pads_rows_of_different_lengths():
+    batch = common.collate([([5, 6], [[7, 8], [4]]), ([3], [[2, 2, 2], [9, 8]])], "cpu", span=9)
+    assert batch.ids.tolist() == [[5, 6, 7, 0], [3, 2, 2, 9]]
+    assert batch.at.tolist() == [1, 2, 1, 4, 5, 6, 4, 7]
+    assert batch.labels.tolist() == [7, 8, 4, 2, 2, 2, 9, 8]
+    assert not batch.mask[0, 0, :3, 3].any()  # nobody sees the padding
+    assert batch.mask.any(-1).all()  # and the padding sees something: a softmax of nothing is NaN
 
 
 @pytest.mark.parametrize("eos", [0, 3])
 def test_an_eos_that_is_also_the_padding_keeps_its_label(eos):
-    batch = common.collate([([5, eos], [7, eos]), ([5], [eos])], "cpu")  # an EOS within the prompt is no label
+    batch = common.collate([([5, eos], [[7, eos]]), ([5], [[eos]])], "cpu")  # an EOS within the prompt is no label
     assert batch.labels.tolist() == [7, eos, eos]
-    assert batch.keep.int().tolist() == [[0, 1, 1, 0], [1, 0, 0, 0]]
+    assert batch.at.tolist() == [1, 2, 3]
