@@ -119,10 +119,10 @@ def judge_reward(rows, args, partial, ranks):
     model, tokenizer = load_reward_model(args.reward_model, ranks.device)
 
     @torch.no_grad()
-    def compute(batch):
-        encoded = [encode(tokenizer, row["prompt"], y["text"]) for row in batch for y in row["responses"]]
+    def compute(batch_rows):
+        encoded = [encode(tokenizer, row["prompt"], y["text"]) for row in batch_rows for y in row["responses"]]
         scores = iter(reward_scores(model, encoded))
-        return [[next(scores) for _ in row["responses"]] for row in batch]
+        return [[next(scores) for _ in row["responses"]] for row in batch_rows]
 
     scored = map_rows(compute, rows, "scoring with the reward model", args, partial, ranks)
     return common.Again(lambda: ((scores, {"scores": scores}) for scores in scored))
@@ -145,10 +145,10 @@ def judge_llm(rows, args, partial, ranks):
         return common.prompt_ids(tokenizer, question, f"{args.input}, id {row['id']}")
 
     @torch.no_grad()
-    def compute(rows):
-        pairs = [list(orders(range(len(row["responses"])), 2)) for row in rows]
+    def compute(batch_rows):
+        pairs = [list(orders(range(len(row["responses"])), 2)) for row in batch_rows]
         asked = [(ask(row, one, two), [[letter] for letter in letters])
-                 for row, of_row in zip(rows, pairs) for one, two in of_row]
+                 for row, of_row in zip(batch_rows, pairs) for one, two in of_row]
         batch = common.collate(asked, ranks.device, model.shared_span)
         options = iter(judge(batch).view(-1, 2).tolist())  # (questions, 2)
         return [[[one, two, *next(options)] for one, two in of_row] for of_row in pairs]
@@ -212,8 +212,8 @@ def score(name, rows, label, args, partial, ranks):
     logps = common.ResponseLogps(model)
 
     @torch.no_grad()
-    def compute(rows):
-        answered = [(row["prompt_ids"], [y["ids"] for y in row["responses"]]) for row in rows]
+    def compute(batch_rows):
+        answered = [(row["prompt_ids"], [y["ids"] for y in row["responses"]]) for row in batch_rows]
         batch = common.collate(answered, ranks.device, model.shared_span)
         scores = iter(common.response_logps(logps(batch), batch.lengths).tolist())
         return [[next(scores) for _ in responses] for _, responses in answered]

@@ -1,12 +1,13 @@
 """How time and memory grow with the number of records: 1 K, 10 K, 100 K, 1 M.
 
-    python benchmarks/growth.py                          # 100 K records and fewer: some minutes
+    python benchmarks/growth.py                          # 100 K records and fewer: ten minutes
     python benchmarks/growth.py --sizes 1000 1000000     # a million: 9 GB of disk while it runs
 
 What is measured is all that the stages do beside the models: reading and checking, tokenising, batches, what is kept for
 a restart, writing. The models' time is left out: where 02 samples, random token ids stand in (100 to 250 a response),
-and where 03 takes log-probs, random numbers. Prompts have about 300 characters. Memory is the largest resident
-set of a process of its own; it holds Python, torch and transformers too, which is the first line of the table.
+and where 03 takes log-probs, random numbers. Prompts have about 300 characters. Seconds are of CPU time, on one thread.
+Memory is the largest resident set of a process of its own; Python, torch and transformers are part of it, and the first
+line of the table.
 """
 
 import argparse
@@ -27,7 +28,7 @@ sys.path[:0] = [str(HERE.parent), str(HERE.parent / "tests")]
 
 WORDS = ["".join(letters) for letters in itertools.product(string.ascii_lowercase, repeat=3)][:9000]
 PARTS = {"imports": "(Python and its packages)", "00": "00_inputs.py, JSON Lines", "02": "02_generate.py",
-         "03": "03_judge.py", "03 auto": "03_judge.py --length-penalty auto", "04": "04_refined_dpo.py, reading its pairs",
+         "03": "03_judge.py --length-penalty auto", "04": "04_refined_dpo.py, reading its pairs",
          "05": "05_eval.py, win rates and their fit"}
 
 
@@ -47,9 +48,8 @@ def write_model(folder):
 
 
 def without_models():
-    """Put random numbers in the place of what the models compute: the same ones whatever the batches."""
+    """Put random numbers in the place of what the models compute: the same ones in every run."""
     import common
-    import numpy as np
     import torch
 
     def sample(model, prompts, u, temperature, max_new_tokens, ends):
@@ -60,15 +60,15 @@ def without_models():
 
     def load_model(*args):
         model = torch.nn.Embedding(len(WORDS) + 6, 1)
-        model.get_input_embeddings, model.factor = lambda: model, next(factors)
+        model.get_input_embeddings, model.shared_span, model.factor = lambda: model, 0, next(factors)
         return model
 
-    def sequence_logps(factor, batch):
-        return torch.tensor([-n * (0.1 * factor + np.random.default_rng(n).random()) for n in batch.lengths])
+    def logps(model, batch):
+        return torch.rand(len(batch.labels), generator=torch.Generator().manual_seed(sum(batch.lengths))) - model.factor
 
     factors = itertools.count()
-    common.load_model, common.sample, common.sequence_logps = load_model, sample, sequence_logps
-    common.ResponseLogits = lambda model: lambda *batch: model.factor
+    common.load_model, common.sample = load_model, sample
+    common.ResponseLogps = lambda model: lambda batch: logps(model, batch)
 
 
 def work(part, folder, size):
@@ -84,9 +84,9 @@ def work(part, folder, size):
                    eval_size=0, output=folder / "00")
     elif part == "02":
         stages.run("02_generate", **model, input=folder / "prompts.jsonl", output=folder / "02")
-    elif part.startswith("03"):
-        more = {"length_penalty": "auto"} if part == "03 auto" else {}
-        stages.run("03_judge", **model, init_model=folder / "model", input=folder / "02", output=folder / part, **more)
+    elif part == "03":
+        stages.run("03_judge", **model, init_model=folder / "model", input=folder / "02", output=folder / "03",
+                   length_penalty="auto")
     elif part == "04":
         stages.load("04_refined_dpo").read_pairs(Namespace(input=folder / "03", max_prompt_length=1024, max_length=2048))
     elif part == "05":
@@ -106,7 +106,7 @@ def fits(size):
 
 
 def measure(part, folder, size):
-    """(seconds, peak resident MB) of a process of its own, without its imports' seconds."""
+    """(seconds of CPU time without the imports', peak resident MB) of a process of its own."""
     done = subprocess.run([sys.executable, __file__, "--work", part, str(folder), str(size)], check=True,
                           stdout=subprocess.PIPE, text=True)
     return json.loads(done.stdout.splitlines()[-1])
@@ -115,9 +115,9 @@ def measure(part, folder, size):
 def be_a_process(part, folder, size):
     import stages  # the imports are not what is timed
     stages.load("05_eval"), stages.load("03_judge"), stages.load("00_inputs")
-    started = time.perf_counter()
+    started = time.process_time()
     work(part, Path(folder), int(size))
-    seconds = time.perf_counter() - started
+    seconds = time.process_time() - started
     print(json.dumps([seconds, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024]))
 
 
@@ -129,7 +129,7 @@ def main():
     if args.work:
         return be_a_process(*args.work)
 
-    print("| Part | Records | Seconds | Peak memory (MB) | ms a record | relative to the fewest |\n" + "|---" * 6 + "|")
+    print("| Part | Records | CPU seconds | Peak memory (MB) | ms a record | relative to the fewest |\n" + "|---" * 6 + "|")
     first = {}
     for size in args.sizes:
         with tempfile.TemporaryDirectory() as folder:
@@ -143,8 +143,6 @@ def main():
                 if part == "00":
                     (folder / "source.jsonl").unlink()
                     (folder / "00" / "prompts_1.jsonl").rename(folder / "prompts.jsonl")
-                elif part == "03 auto":
-                    (folder / part).unlink()
 
 
 if __name__ == "__main__":
