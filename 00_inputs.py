@@ -260,8 +260,8 @@ class Preferences:
     def __getitem__(self, k):
         row, where = self.table[k], self.where(k)
         checks = {"prompt": common.a_prompt, "chosen": a_preference_text, "rejected": a_preference_text}
-        if isinstance(row, dict):
-            row = {key: value for key, value in row.items() if value is not None}  # Parquet has None for "not there"
+        common.check_row(row, {}, where)
+        row = {key: value for key, value in row.items() if value is not None}  # Parquet has None for "not there"
         labelled = "chosen" in row or "rejected" in row
         needed = ("chosen", "rejected") if labelled else ("prompt",)
         common.check_row(row, {key: check for key, check in checks.items() if key in row or key in needed}, where)

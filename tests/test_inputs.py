@@ -238,7 +238,7 @@ def test_the_world_s_words_are_all_in_its_vocabulary(world, tokenizer):
     ({"prompt": "", "chosen": "y", "rejected": "z"}, ["mine.jsonl:2", '"prompt"']),
     ({"prompt": "x", "chosen": [user("x")], "rejected": "z"}, ["mine.jsonl:2", '"chosen"', "assistant"]),
     ({"chosen": [user("a"), assistant("y")], "rejected": [user("b"), assistant("z")]}, ["mine.jsonl:2", "different prompts"]),
-    ([1], ["mine.jsonl:2"])])
+    ([1], ["mine.jsonl:2"]), (3, ["mine.jsonl:2", "not a JSON object"])])
 def test_a_bad_row_is_named(tmp_path, row, words):
     source = write(tmp_path / "mine.jsonl", [PERSON[0], row])
     ran = attempt("00_inputs", source=source, seed_size=1, prompt_sizes=[1], eval_size=0, output=tmp_path / "out")
