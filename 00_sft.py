@@ -73,7 +73,7 @@ def main():
     model, policy = common.load_policy(args, ranks)
     steps = common.epoch_batches(len(examples), args.batch_size, args.epochs, args.seed)
     optimizer, scheduler = common.make_optimizer(model, args.lr, len(steps))
-    state = common.load_state(partial, model, optimizer, scheduler)
+    state = common.load_state(partial, ranks, model, optimizer, scheduler)
 
     progress = common.progress(range(state["step"], len(steps)), "SFT", ranks)
     for step in progress:
@@ -99,11 +99,11 @@ def main():
         scheduler.step()
         if ranks.rank == 0:
             common.log_step(partial, progress, step, rows, grad_norm=grad_norm, lr=lr)
-            if (step + 1) % args.save_every == 0 and step + 1 < len(steps):
-                common.save_state(partial, step + 1, model, optimizer, scheduler)
+        if common.save_due(step + 1, len(steps), args.save_every):
+            common.save_state(partial, ranks, step + 1, model, optimizer, scheduler)
 
     counts["steps"] = len(steps)
-    common.on_first_rank(lambda: common.save_trained(args, partial, model, tokenizer, counts, started), ranks)
+    common.save_trained(args, partial, ranks, model, tokenizer, counts, started)
 
 
 if __name__ == "__main__":

@@ -262,6 +262,20 @@ def logits_from(steps, args):
     return first
 
 
+def load_reference(pairs, steps, args, partial, ranks):
+    """(pi_ref, the step from which its logits are needed). Before that its log-probs are enough: pair["logps_ref"]."""
+    ref = common.load_reference(args.ref_model or args.model, args, ranks)
+    for pair in pairs:
+        common.check_ids(args.input, pair["id"], pair["prompt"] + pair["chosen"] + pair["rejected"], ref.model)
+    keep_recorded(pairs, ref, ranks.device)
+    live_from = logits_from(steps, args)
+    before = sorted({i for step in steps[:live_from] for i in step})
+    common.store_logps(ref, [pairs[i] for i in before if not pairs[i]["logps_ref"]], args, partial, ranks)
+    if live_from == len(steps):
+        return None, live_from
+    return common.shard(ref, ranks) if common.is_sharded(args, ranks) else ref, live_from
+
+
 def main():
     args, started = parse_args(), time.time()
     partial = common.open_output(args, "model", "ref_model", "input")
@@ -271,21 +285,11 @@ def main():
     if args.ref_model:
         common.check_same_vocabulary(args.model, args.ref_model)
 
-    ref = common.load_reference(args.ref_model or args.model, args, ranks)
-    for pair in pairs:
-        common.check_ids(args.input, pair["id"], pair["prompt"] + pair["chosen"] + pair["rejected"], ref.model)
     steps = common.epoch_batches(len(pairs), args.batch_size, args.epochs, args.seed)
-    live_from = logits_from(steps, args)
-    keep_recorded(pairs, ref, ranks.device)
-    visited = {i for step in steps[:live_from] for i in step}
-    common.store_logps(ref, [pairs[i] for i in sorted(visited) if not pairs[i]["logps_ref"]], args, partial, ranks)
-    if live_from == len(steps):
-        ref = None
-    elif common.is_sharded(args, ranks):
-        common.shard(ref, ranks)
+    ref, live_from = load_reference(pairs, steps, args, partial, ranks)
     model, policy = common.load_policy(args, ranks)
     optimizer, scheduler = common.make_optimizer(model, args.lr, len(steps))
-    state = common.load_state(partial, model, optimizer, scheduler)
+    state = common.load_state(partial, ranks, model, optimizer, scheduler)
     window = deque(state.get("window", []), maxlen=args.window)  # p_theta~ of the latest pairs of all ranks
     refine_from = args.refine_after * len(steps) if args.refine in ("self", "decoupled") else math.inf
     for pair, atoms in zip(pairs, state.get("atoms", [[0.0, 0.0]] * len(pairs))):
@@ -320,12 +324,12 @@ def main():
         scheduler.step()
         if ranks.rank == 0:
             common.log_step(partial, progress, step, rows, tau=tau, grad_norm=grad_norm, lr=lr)
-            if (step + 1) % args.save_every == 0 and step + 1 < len(steps):
-                common.save_state(partial, step + 1, model, optimizer, scheduler, window=list(window),
-                                  atoms=[pair["atoms"] for pair in pairs])
+        if common.save_due(step + 1, len(steps), args.save_every):
+            common.save_state(partial, ranks, step + 1, model, optimizer, scheduler, window=list(window),
+                              atoms=[pair["atoms"] for pair in pairs])
 
     counts["steps"] = len(steps)
-    common.on_first_rank(lambda: common.save_trained(args, partial, model, tokenizer, counts, started), ranks)
+    common.save_trained(args, partial, ranks, model, tokenizer, counts, started)
 
 
 if __name__ == "__main__":

@@ -8,13 +8,15 @@
     sampling             uniforms, pick, sample
     LLM-as-judge         judging_prompt, LETTERS
     the small world      read_gold, gold_values, gold_score
-    training             make_optimizer, epoch_batches, micro_batches, save_state, load_state
+    training             make_optimizer, epoch_batches, micro_batches, load_state, save_due, save_state
 
 "Eq. N" is the SPA paper's. Shapes: B sequences of T tokens, N response tokens in all of them, V words.
 """
 
 import argparse
 import contextlib
+import datetime
+import fcntl
 import glob
 import hashlib
 import itertools
@@ -23,11 +25,13 @@ import math
 import os
 import re
 import shutil
+import signal
 import sys
 import time
 from array import array
 from collections import namedtuple
 from pathlib import Path
+from types import SimpleNamespace
 
 import huggingface_hub
 import numpy as np
@@ -37,6 +41,7 @@ import torch.nn.functional as F
 import transformers
 from torch import nn
 from torch.autograd.function import once_differentiable
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_state_dict, set_state_dict
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
@@ -55,28 +60,99 @@ class InputError(Exception):
     """What the user has to mend. Its text is the one line they see: where, what was found, what to do."""
 
 
+class Stopped(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM, by its number: no Exception, so that nothing on its way to `run` takes it for an error."""
+
+
+# the folder and the lock of `open_output`; which signal has asked to stop, and on which all ranks have agreed;
+# whether a model is being trained
+this_run = SimpleNamespace(partial=None, lock=None, asked=None, agreed=None, training=False)
+
+
 def run(main):
-    """Run a stage's main(): an InputError becomes one line and exit status 2, Ctrl-C exit status 130."""
+    """Run a stage's main(). What ends it early becomes one line, told by one rank, and an exit status.
+
+    An InputError or an error of the system (no space left): 2. Ctrl-C: 130. SIGTERM: 143. What is kept by then is
+    what the same command goes on from.
+    """
+    signals = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        main()
+        try:
+            main()
+        finally:  # what is told now is told to the end: torchrun stops all ranks as soon as one has ended
+            for number in signals:
+                signal.signal(number, signal.SIG_IGN)
     except InputError as error:
         one_line(error)
-    except OSError as error:  # no space left, no permission
-        if error.filename is None and error.errno is None:
-            raise
-        one_line(f"{error.filename or 'writing'}: {error.strerror}")
-    except KeyboardInterrupt:
-        sys.exit(130)
-    finally:
-        if dist.is_initialized():
+    except KeyboardInterrupt as stopped:
+        number = stopped.args[0] if stopped.args else signal.SIGINT
+        one_line(f"stopped by {'Ctrl-C' if number == signal.SIGINT else 'SIGTERM'}: {kept()}", 128 + number)
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno is not None:  # no space left, no permission
+            one_line(f"{error.filename or this_run.partial or 'writing'}: {error.strerror}: {kept()}")
+        if rank_was_lost(error):
+            one_line(f"another rank has ended, torchrun says below how: {kept()}")
+        if not first_to_speak():
+            sys.exit(1)
+        raise
+    else:
+        if dist.is_initialized():  # not after an error: it may wait for ranks that are gone
             dist.destroy_process_group()
+    finally:
+        for number, handler in signals.items():
+            signal.signal(number, handler)
+        if this_run.lock:
+            this_run.lock.close()
+        vars(this_run).update(partial=None, lock=None, asked=None, agreed=None, training=False)
 
 
-def one_line(message):
-    """Every rank checks the same input, so one of them speaks."""
-    if os.environ.get("RANK", "0") == "0":
+def on_signal(number, frame):
+    """Stop at once; where a model is trained, once the step is done and saved, unless it is a second Ctrl-C."""
+    if not this_run.training or this_run.asked and number == signal.SIGINT:
+        raise Stopped(number)
+    this_run.asked = number
+    if number == signal.SIGINT and first_rank():
+        os.write(2, b"\nstops when this step is done and saved; Ctrl-C again stops at once\n")
+
+
+def kept():
+    """What a stage that is stopped leaves to go on from, in words."""
+    partial = this_run.partial
+    states = saved_states(partial) if partial else []
+    if states:
+        return f"{partial} holds the state after step {state_step(states[-1])}: the same command goes on from there"
+    if partial and holds_work(partial) and not this_run.training:
+        return f"what is finished is kept in {partial}: the same command goes on from there"
+    return "nothing is kept yet: the same command starts anew"
+
+
+def first_rank():
+    return os.environ.get("RANK", "0") == "0"
+
+
+def one_line(message, status=2):
+    """Tell how it ended, on one rank, and exit."""
+    if first_to_speak():
         print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
-    sys.exit(2)
+    sys.exit(status)
+
+
+def first_to_speak():
+    """Whether no other rank has told an error yet: most are met by all ranks, or ended one that the others missed."""
+    if dist.is_initialized():
+        try:
+            return dist.distributed_c10d._get_default_store().add("errors told", 1) == 1
+        except RuntimeError:  # the rank that kept the count is gone
+            return False
+    if not first_rank():  # before the ranks have met: torchrun stops this one if the first rank fails as well
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(10)
+    return True
+
+
+def rank_was_lost(error):
+    """Whether it says that the connection to another rank has broken: gloo's errors have no class of their own."""
+    return dist.is_initialized() and (isinstance(error, dist.DistError) or "gloo" in str(error))
 
 
 class Parser(argparse.ArgumentParser):
@@ -286,7 +362,8 @@ def open_output(args, *inputs, free=("output", "save_every")):
     """Folder to work in. inputs: names of the options that are files or models this stage reads.
 
     Exits with 0 where the output is there, made with these arguments from these inputs. Raises InputError
-    where it, or the unfinished one, was made with others. Options in `free` do not change what comes out.
+    where it, or the unfinished one, was made with others, or another run is at it. Options in `free` do not change
+    what comes out.
     """
     output = Path(args.output)
     partial = output.with_name(output.name + ".partial")
@@ -294,29 +371,57 @@ def open_output(args, *inputs, free=("output", "save_every")):
     made_from = {"stage": Path(sys.argv[0]).name, "args": options,
                  "inputs": {k: fingerprint(options[k]) for k in inputs if options[k]}}
     made_from = json.loads(json.dumps(made_from))
-    for there, record in ((output, args_path(output)), (partial, partial / "args.json")):
-        if not there.exists() or there == partial and not holds_work(partial):
-            continue
-        try:
-            old = json.loads(record.read_text())["made_from"]
-        except (OSError, ValueError, KeyError, TypeError):
-            raise InputError(f"{there}: exists and does not say how it was made: move it or name another --output")
-        if old != made_from:
-            raise InputError(f"{there}: was made with {differences(old, made_from)}: "
-                             "delete it or name another --output")
-        if there == output:
-            if os.environ.get("RANK", "0") == "0":
-                print(f"{output}: already there, made with these arguments")
-            sys.exit(0)
-    partial.mkdir(parents=True, exist_ok=True)
-    if os.environ.get("RANK", "0") == "0":
+    exit_if_there(output, partial, made_from)
+    if first_rank():
+        partial.mkdir(parents=True, exist_ok=True)
+        lock(output, partial)
+        exit_if_there(output, partial, made_from)  # what held the lock until now may have made it
+    if holds_work(partial):
+        check_made_from(partial, partial / "args.json", made_from)
+        if first_rank():
+            print(f"{output}: begun before, goes on", flush=True)
+    if first_rank():
         write_json(partial / "args.json", {"made_from": made_from})
+    this_run.partial = partial
     return partial
+
+
+def exit_if_there(output, partial, made_from):
+    if not output.exists():
+        return
+    check_made_from(output, args_path(output), made_from)
+    if first_rank():
+        shutil.rmtree(partial, ignore_errors=True)  # a kill just after the rename leaves it
+        print(f"{output}: already there, made with these arguments")
+    sys.exit(0)
+
+
+def check_made_from(there, record, made_from):
+    """Raises InputError unless the record, an args.json, says that `there` was made from the same."""
+    try:
+        old = json.loads(record.read_text())["made_from"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise InputError(f"{there}: exists and does not say how it was made: move it or name another --output")
+    if old != made_from:
+        raise InputError(f"{there}: was made with {differences(old, made_from)}: "
+                         "delete it or name another --output")
+
+
+def lock(output, partial):
+    """Hold partial/lock until this process ends, however it ends. Raises InputError where another process does."""
+    this_run.lock = open(partial / "lock", "w")
+    try:
+        fcntl.flock(this_run.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(f"{output}: another run is making it: let that end, or name another --output")
+    except OSError:  # a file system without locks
+        pass
 
 
 def holds_work(partial):
     """Whether a stage got as far as writing anything but its arguments."""
-    return any(path.name != "args.json" and path.is_file() and path.stat().st_size > 1 for path in partial.rglob("*"))
+    return any(path.name not in ("args.json", "lock") and path.suffix != ".tmp" and path.is_file()
+               and path.stat().st_size > 1 for path in partial.rglob("*"))
 
 
 def differences(old, new):
@@ -331,14 +436,20 @@ def differences(old, new):
 
 
 def close_output(args, partial, made, counts, started):
-    """Rename `made`, a file or folder in `partial`, to the output; write its args.json; print the summary."""
+    """Rename `made`, a file or folder in `partial`, to the output; write its args.json; print the summary.
+
+    All of it is on the disk before the rename: after a power cut the output is whole or not there.
+    """
     record = json.loads((partial / "args.json").read_text())
     record |= {"counts": counts, "seconds": round(time.time() - started, 1),
                "versions": {"python": sys.version.split()[0], "torch": torch.__version__,
                             "transformers": transformers.__version__}}
     write_json(made / "args.json" if made.is_dir() else args_path(args.output), record)
+    to_disk(made, *made.rglob("*"))
     os.replace(made, args.output)
-    shutil.rmtree(partial)
+    to_disk(Path(args.output).parent)
+    this_run.lock.close()  # an open file may keep a network's file system from removing its folder
+    shutil.rmtree(partial, ignore_errors=True)
     told = ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in counts.items())
     print(f"{args.output}: {told} ({record['seconds']:.0f} s)")
 
@@ -347,7 +458,18 @@ def write_json(path, value):
     """Write through a temporary name, so that the file is the old one or the new one, never half of it."""
     temporary = Path(f"{path}.tmp")
     temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    to_disk(temporary)
     os.replace(temporary, path)
+
+
+def to_disk(*paths):
+    """Have the system write files and folders through to the disk, where a rename could else come before its file."""
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -363,8 +485,8 @@ def start_ranks():
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
-    if world > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if world > 1:  # torchrun sees a rank that dies; the ranks wait long for one that saves a large model
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(hours=1))
     return Ranks(rank, world, device)
 
 
@@ -396,11 +518,23 @@ def gather(rows):
     return [row for part in parts for row in part]
 
 
+class Lines:
+    """What tqdm writes, as lines of their own: for a log, where a bar cannot be drawn over the one before."""
+
+    def write(self, text):
+        if text.strip():
+            sys.stderr.write(text.strip() + "\n")
+
+    def flush(self):
+        sys.stderr.flush()
+
+
 def progress(steps, label, ranks):
     """A bar with rate and time left, on rank 0; where the output is no terminal, a line every half minute."""
-    terminal = sys.stderr.isatty()
-    return tqdm(steps, desc=label, disable=ranks.rank != 0, leave=False, dynamic_ncols=True,
-                mininterval=0.2 if terminal else 30, maxinterval=1 if terminal else 60, delay=2)
+    look = dict(mininterval=0.2, dynamic_ncols=True) if sys.stderr.isatty() else dict(
+        mininterval=30, file=Lines(), bar_format="{desc}: {n_fmt} of {total_fmt} in {elapsed}, {remaining} left, "
+        "{rate_fmt}{postfix}")
+    return tqdm(steps, desc=label, disable=ranks.rank != 0, leave=False, miniters=1, delay=2, **look)
 
 
 def autocast(device):
@@ -585,10 +719,17 @@ def check_same_vocabulary(name, other):
                          "give two models with the same tokenizer")
 
 
-def save_model(model, tokenizer, folder):
+def save_model(model, tokenizer, folder, weights=None):
     """An ordinary Hugging Face folder, float32: bf16 would round away the differences that the judge reads."""
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    try:
+        model.save_pretrained(folder, state_dict=weights)
+        tokenizer.save_pretrained(folder)
+    except Exception as error:  # safetensors and tokenizers do not raise OSError where the disk is full
+        if "os error" not in str(error):
+            raise
+        raise InputError(f"{folder}: cannot be written ({error}): {kept()}")
+    for weights in folder.glob("*.safetensors"):  # made for the owner alone; config.json has the user's umask
+        weights.chmod((folder / "config.json").stat().st_mode)
 
 
 def end_ids(name, tokenizer):
@@ -744,22 +885,23 @@ class HeadLogps(torch.autograd.Function):
                 logps[-1] += [token_logps(values, labels[chunk]) for values in (other_logits, mix(logits, other_logits))]
             if len(ctx.chunks) == 1 and any(ctx.needs_input_grad):
                 ctx.kept = logits
-        ctx.save_for_backward(hidden, weight, bias, labels)
         logps = [torch.cat(parts) for parts in zip(*logps)]
+        ctx.save_for_backward(hidden, weight, bias, labels, logps[0])
         ctx.mark_non_differentiable(*logps[1:])
         return tuple(logps) if other is not None else logps[0]
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad, *_):
-        hidden, weight, bias, labels = ctx.saved_tensors
+        hidden, weight, bias, labels, logp = ctx.saved_tensors
         grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=torch.float32)
         grad_bias = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
         for chunk in ctx.chunks:
             logits = F.linear(hidden[chunk], weight, bias).float() if ctx.kept is None else ctx.kept
-            # the gradient of a log-prob by the logits is the one-hot label less the softmax
-            logits.sub_(logits.logsumexp(-1, keepdim=True)).exp_().mul_(-grad[chunk, None])
-            logits.scatter_add_(1, labels[chunk, None], grad[chunk, None])
+            label = labels[chunk, None]
+            # the gradient of a log-prob by the logits is the one-hot label less the softmax, exp(logits - logsumexp)
+            logsumexp = logits.gather(1, label) - logp[chunk, None]
+            logits.sub_(logsumexp).exp_().mul_(-grad[chunk, None]).scatter_add_(1, label, grad[chunk, None])
             grad_logits = logits.to(hidden.dtype)
             grad_hidden[chunk] = grad_logits @ weight
             grad_weight += grad_logits.T @ hidden[chunk]
@@ -1027,40 +1169,99 @@ def check_finite(step, rows, grad_norm, partial):
                          f"these rows; what was saved before is kept in {partial}")
 
 
-def save_trained(args, partial, model, tokenizer, counts, started):
+def save_trained(args, partial, ranks, model, tokenizer, counts, started):
     """The trained model and the metrics of its steps, as the output."""
-    if not all(torch.isfinite(weight).all() for weight in model.parameters()):
+    weights = get_model_state_dict(model, options=WHOLE) if is_sharded(args, ranks) else model.state_dict()
+    on_first_rank(lambda: write_trained(args, partial, model, weights, tokenizer, counts, started), ranks)
+
+
+def write_trained(args, partial, model, weights, tokenizer, counts, started):
+    if not all(torch.isfinite(weight).all() for weight in weights.values()):
         raise InputError("the last step left weights that are not finite: lower --lr; what was saved before is kept in "
                          f"{partial}")
-    save_model(model, tokenizer, partial / "model")
-    (partial / "metrics.jsonl").rename(partial / "model" / "metrics.jsonl")
+    shutil.rmtree(partial / "model", ignore_errors=True)  # a kill may have left half of it
+    save_model(model, tokenizer, partial / "model", weights)
+    shutil.copyfile(partial / "metrics.jsonl", partial / "model" / "metrics.jsonl")
     close_output(args, partial, partial / "model", counts, started)
 
 
-def save_state(partial, step, model, optimizer, scheduler, **state):
-    """All that `load_state` needs to go on after `step` steps, under a temporary name first."""
-    state |= {"step": step, "model": model.state_dict(), "optimizer": optimizer.state_dict(),
-              "scheduler": scheduler.state_dict()}
-    torch.save(state, partial / "state.tmp")
-    os.replace(partial / "state.tmp", partial / "state.pt")
+# a state as one process without sharding has it, on the CPU of rank 0
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
-def load_state(partial, model, optimizer, scheduler):
-    """What save_state saved, already put into model, optimizer and scheduler; {"step": 0} where there is nothing.
+def load_state(partial, ranks, model, optimizer, scheduler):
+    """What save_state saved last, already put into model, optimizer and scheduler; {"step": 0} where there is nothing.
 
-    The metrics of steps taken after it are dropped: they will be taken again.
+    metrics.jsonl becomes what it was then: the steps taken since will be taken again.
     """
-    state, metrics = {"step": 0}, partial / "metrics.jsonl"
-    if (partial / "state.pt").is_file():
-        state = torch.load(partial / "state.pt", map_location="cpu", weights_only=True)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+    state = newest_state(partial)
+    if len(set(gather([state["step"]]))) > 1:
+        raise InputError(f"{partial}: the ranks find different states in it: --output must be on storage that all share")
+    if state["step"] > 0:
+        set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"],
+                       options=WHOLE)
         scheduler.load_state_dict(state["scheduler"])
-        print(f"going on after step {state['step']}")
-    if metrics.is_file() and os.environ.get("RANK", "0") == "0":
-        kept = metrics.read_text().splitlines()[:state["step"]]
-        metrics.write_text("".join(line + "\n" for line in kept))
+    if ranks.rank == 0:
+        if state["step"] > 0:
+            print(f"going on after step {state['step']}", flush=True)
+        (partial / "metrics.jsonl").write_text(state.get("metrics", ""))
+    this_run.training = True
     return state
+
+
+def newest_state(partial):
+    """The newest state that can be read; one that is damaged is passed over, and rank 0 says so."""
+    for path in reversed(saved_states(partial)):
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except Exception as error:  # torch raises many kinds
+            if first_rank():
+                print(f"{path}: cannot be read ({type(error).__name__}): passed over for the one before", flush=True)
+    return {"step": 0}
+
+
+def saved_states(partial):
+    """Paths of the states in a folder, the newest last."""
+    return sorted(partial.glob("state-*.pt"), key=state_step)
+
+
+def state_step(path):
+    return int(path.stem.removeprefix("state-"))
+
+
+def save_due(step, steps, every):
+    """Whether to save after this step: it is one of `every`, or some rank was asked to stop. Not after the last."""
+    asked = [number for number in gather([this_run.asked]) if number]
+    this_run.agreed = asked[0] if asked else None
+    return step < steps and bool(asked or step % every == 0)
+
+
+def save_state(partial, ranks, step, model, optimizer, scheduler, **state):
+    """All that `load_state` needs to go on after `step` steps. There is no random state: dropout is 0, and the order
+    of the rows follows from --seed. Raises Stopped where that is what it was saved for.
+    """
+    weights, moments = get_state_dict(model, optimizer, options=WHOLE)
+    state |= {"step": step, "model": weights, "optimizer": moments, "scheduler": scheduler.state_dict()}
+    on_first_rank(lambda: write_state(partial, state), ranks)
+    if this_run.agreed:
+        raise Stopped(this_run.agreed)
+
+
+def write_state(partial, state):
+    """state-STEP.pt, of which the newest two are kept: flushed to disk under a temporary name, then renamed."""
+    path, temporary = partial / f"state-{state['step']}.pt", partial / "state.tmp"
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(state | {"metrics": (partial / "metrics.jsonl").read_text()}, file)
+        to_disk(temporary)
+        os.replace(temporary, path)
+        to_disk(partial)
+    except RuntimeError as error:  # torch's; behind it is the system's
+        raise InputError(f"{path}: cannot be written ({error.__context__ or error}): {kept()}")
+    finally:
+        temporary.unlink(missing_ok=True)  # half of it would only fill the disk
+    for old in saved_states(partial)[:-2]:
+        old.unlink()
 
 
 def log_step(partial, progress, step, rows, **more):

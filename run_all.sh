@@ -8,7 +8,8 @@
 #   bash run_all.sh test                the tests (what follows is for pytest)
 #
 # Every variable of the block "Settings" can be given from the environment: SEED=1 LR=1e-6 bash run_all.sh mistral-7b
-# Results lie in runs/$NAME. A finished stage is not run again; a failed one stops the script with its status.
+# Results lie in runs/$NAME. A finished stage is not run again, one that was stopped goes on; a failed one, Ctrl-C or
+# SIGTERM, which it has first, stops the script with its status.
 set -euo pipefail
 cd "$(dirname "$0")"
 
@@ -46,8 +47,17 @@ esac
 : "${JUDGE:=init}" "${REWARD_MODEL:=}" "${JUDGE_MODEL:=}" "${LENGTH_PENALTY:=}"  # what SPA is compared with
 : "${JUDGE_LR:=2e-5}" "${JUDGE_EPOCHS:=3}" "${JUDGE_BATCH_SIZE:=32}"                             # App. B.2
 : "${INIT_NAME:=SFT (pi_init)}" "${PI_0_NAME:=DPO on the seed (pi_0)}" "${INIT_TOKENIZER:=}"
-: "${GOLD_LABEL_SHARE:=$([ "$SEED_SIZE" = 0 ] && echo 0 || echo 3.3) %}" "${NPROC:=}" "${PYTHON:=}"
+: "${GOLD_LABEL_SHARE:=$([ "$SEED_SIZE" = 0 ] && echo 0 || echo 3.3) %}" "${PYTHON:=}"
+: "${NPROC:=}" "${NNODES:=1}" "${NODE_RANK:=0}" "${RDZV_ENDPOINT:=}" "${MAX_RESTARTS:=0}"  # processes a node, nodes: torchrun's
+: "${SAVE_EVERY:=100}"  # steps between the states that training goes on from
+for path in RUNS SOURCE INIT PI_0 INIT_TOKENIZER REWARD_MODEL JUDGE_MODEL; do
+  case ${!path:-} in -*) printf -v "$path" './%s' "${!path}" ;; esac  # or it would be read as an option
+done
 
+if [ "$NNODES" -gt 1 ] && ! [[ $RDZV_ENDPOINT =~ ^.+:[0-9]+$ ]]; then
+  echo "run_all.sh: RDZV_ENDPOINT is \"$RDZV_ENDPOINT\": with NNODES=$NNODES it must be the host:port of one of them" >&2
+  exit 2
+fi
 if [ "$SETTING" != test ] && [ $# -gt 0 ]; then
   echo "run_all.sh: what is \"$1\"? After a setting comes nothing or --dry-run" >&2
   exit 2
@@ -69,12 +79,40 @@ if [ "$SETTING" = test ]; then exec "$PYTHON" -m pytest tests "$@"; fi
 if [ -z "$NPROC" ]; then
   NPROC=$( (nvidia-smi --list-gpus 2>/dev/null || true) | wc -l)
 fi
-LAUNCH=("$PYTHON")
-if [ "$NPROC" -gt 1 ]; then LAUNCH=("$PYTHON" -m torch.distributed.run --nproc-per-node "$NPROC"); fi
+launch() {  # how a stage is started; each meets at a port of its own, so that none meets the one before
+  LAUNCH=("$PYTHON")
+  if [ "$NNODES" -gt 1 ]; then
+    LAUNCH+=(-m torch.distributed.run --nnodes "$NNODES" --node-rank "$NODE_RANK" --nproc-per-node "$(( NPROC > 1 ? NPROC : 1 ))"
+             --rdzv-backend c10d --rdzv-id "spa-$stages" --rdzv-endpoint "${RDZV_ENDPOINT%:*}:$(( ${RDZV_ENDPOINT##*:} + stages ))"
+             --rdzv-conf "join_timeout=86400" --max-restarts "$MAX_RESTARTS")
+  elif [ "$NPROC" -gt 1 ]; then
+    LAUNCH+=(-m torch.distributed.run --nproc-per-node "$NPROC" --max-restarts "$MAX_RESTARTS")
+  fi
+  stages=$(( stages + 1 ))
+}
+stages=0
 
-run() { if [ -n "$DRY_RUN" ]; then printf '%q ' "$@"; echo; else "$@"; fi; }
-stage() { run "${LAUNCH[@]}" "$@"; }  # on all GPUs
-alone() { run "$PYTHON" "$@"; }       # what has no work to share
+child= signal=
+forward() { signal=$1; [ -n "$child" ] && kill -s "$1" "$child" 2>/dev/null || exit "$2"; }
+trap 'forward INT 130' INT
+trap 'forward TERM 143' TERM HUP
+run() {  # the script of a stage, then its command
+  local script=$1 status=0
+  shift
+  if [ -n "$DRY_RUN" ]; then printf '%q ' "$@"; echo; return; fi
+  set -m  # a stage in a process group of its own has a signal once: from here
+  "$@" &
+  child=$!
+  set +m
+  wait "$child" || status=$?
+  while [ -n "$signal" ]; do signal= status=0; wait "$child" || status=$?; done  # it ended the waiting, not the stage
+  child=
+  [ "$status" != 0 ] || return 0
+  echo "run_all.sh: $script ended with status $status (see above): the same command goes on from what is kept" >&2
+  exit "$status"
+}
+stage() { launch; run "$1" "${LAUNCH[@]}" "$@"; }                     # on all GPUs of all nodes
+alone() { [ "$NODE_RANK" != 0 ] || run "$1" "$PYTHON" "$@"; }         # what has no work to share
 
 # ---- Algorithm 1 ------------------------------------------------------------------------------
 R=$RUNS/$NAME
@@ -82,8 +120,9 @@ read -ra sizes <<< "$PROMPT_SIZES"
 read -ra lambdas <<< "$LAMBDAS"
 sampling=(--temperature "$TEMPERATURE" --max-new-tokens "$MAX_NEW_TOKENS" --seed "$SEED"
           --micro-batch-size "$SAMPLING_BATCH_SIZE")
-training=(--beta "$BETA" --lr "$LR" --batch-size "$BATCH_SIZE" --micro-batch-size "$MICRO_BATCH_SIZE" --seed "$SEED")
-[ "$SETTING" = world ] || training+=(--activation-checkpointing)
+training=(--beta "$BETA" --lr "$LR" --batch-size "$BATCH_SIZE" --micro-batch-size "$MICRO_BATCH_SIZE" --seed "$SEED"
+          --save-every "$SAVE_EVERY")
+[ "$SETTING" = world ] || training+=(--activation-checkpointing --fsdp)  # with one GPU there is nothing to shard
 inputs=(--seed-size "$SEED_SIZE" --prompt-sizes "${sizes[@]}" --eval-size "$EVAL_SIZE" --seed "$SEED" --output "$R/data")
 
 # Input: pi_init, D_0, {X_t}
@@ -92,7 +131,8 @@ if [ "$SETTING" = world ]; then
   alone 00_inputs.py --source world --all-gold --sft-size "$SFT_SIZE" "${inputs[@]}"
   INIT=$R/pi_init
   stage 00_sft.py --model "$R/data/base" --input "$R/data/sft.jsonl" --output "$INIT" --lr "$SFT_LR" \
-    --epochs "$SFT_EPOCHS" --batch-size "$SFT_BATCH_SIZE" --micro-batch-size "$SFT_BATCH_SIZE" --seed "$SEED"
+    --epochs "$SFT_EPOCHS" --batch-size "$SFT_BATCH_SIZE" --micro-batch-size "$SFT_BATCH_SIZE" --seed "$SEED" \
+    --save-every "$SAVE_EVERY"
 else
   alone 00_inputs.py --source "$SOURCE" "${inputs[@]}"
 fi
@@ -117,7 +157,7 @@ if [ "$JUDGE" = llm ] && [ -z "$JUDGE_MODEL" ]; then  # App. B.2
   JUDGE_MODEL=$R/judge
   stage 00_sft.py --model "$INIT" --input "$R/data/judge_sft.jsonl" --output "$JUDGE_MODEL" --lr "$JUDGE_LR" \
     --epochs "$JUDGE_EPOCHS" --batch-size "$JUDGE_BATCH_SIZE" --micro-batch-size "$MICRO_BATCH_SIZE" --seed "$SEED" \
-    --max-prompt-length 4096 --max-length 4100
+    --max-prompt-length 4096 --max-length 4100 --save-every "$SAVE_EVERY"
 fi
 
 # for t = 1 to T do

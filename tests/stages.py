@@ -10,6 +10,7 @@ import importlib.util
 import io
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -18,6 +19,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+
+import torch.distributed as dist
 
 import common
 
@@ -56,6 +59,8 @@ def attempt(name, /, **options):
         status = stop.code or 0
     finally:
         sys.argv = argv
+        if dist.is_initialized():  # where an error is the end of the process, `run` leaves the group as it is
+            dist.destroy_process_group()
     return Ran(status, out.getvalue(), err.getvalue())
 
 
@@ -133,6 +138,7 @@ def run_ranks(folder, *runs):
     """Each of runs, (stage, options), by two processes under torchrun -> for each run, the two ranks' Ran.
 
     One torchrun serves all the runs, each with a port of its own to meet at: most of the time goes into imports.
+    The option stop_after=N is not the stage's: it has SIGTERM once N steps are taken.
     """
     job = [[name, {key: str(v) if isinstance(v, Path) else v for key, v in options.items()}, free_port()]
            for name, options in runs]
@@ -151,6 +157,19 @@ def run_ranks(folder, *runs):
     return list(zip(*ranks, strict=True))
 
 
+@contextlib.contextmanager
+def stopped_after(steps):
+    real = common.log_step
+
+    def log_step(partial, progress, step, *rest, **more):
+        real(partial, progress, step, *rest, **more)
+        if step + 1 == steps:
+            os.kill(os.getpid(), signal.SIGTERM)
+    common.log_step = log_step
+    yield
+    common.log_step = real
+
+
 def be_a_rank(job):
     import torch
     torch.set_num_threads(1)
@@ -159,7 +178,8 @@ def be_a_rank(job):
     for k, (name, options, port) in enumerate(json.loads(Path(job).read_text())):
         if k > 0:  # the first meets where torchrun says
             os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE="False")
-        done.append(attempt(name, **options))
+        with stopped_after(options.pop("stop_after", None)):
+            done.append(attempt(name, **options))
     write_rows(f"{job}.{os.environ['RANK']}", done)
 
 

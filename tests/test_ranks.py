@@ -1,5 +1,9 @@
 """Two processes give what one gives, for every stage."""
 
+import re
+import subprocess
+import sys
+
 import pytest
 
 import stages
@@ -21,6 +25,13 @@ def runs(world, pi_init, pi_0, preferences, tmp_path_factory):
                                       alpha=0.3, beta=0.3, **training)),
         "04 odd": ("04_refined_dpo", dict(input=preferences, ref_model=pi_0, batch_size=20, epochs=2, window=16,
                                           activation_checkpointing=True, k_percent=25, **training)),
+        "sft fsdp": ("00_sft", dict(input=world / "sft.jsonl", batch_size=9, activation_checkpointing=True, fsdp=True,
+                                    **training)),
+        "01 fsdp": ("01_seed_dpo", dict(input=world / "seed.jsonl", batch_size=8, fsdp=True, **training)),
+        "04 fsdp": ("04_refined_dpo", dict(input=preferences, ref_model=pi_0, batch_size=8, epochs=2, window=16, alpha=0.3,
+                                           k_percent=25, beta=0.3, fsdp=True, **training)),
+        "04 worst fsdp": ("04_refined_dpo", dict(input=preferences, ref_model=pi_0, batch_size=8, epochs=2, epsilon=0.05,
+                                                 refine="worst-case", fsdp=True, **training)),
         "05": ("05_eval", dict(model=pi_0, input=world / "eval.jsonl", gold=world / "gold.json", max_new_tokens=8,
                                micro_batch_size=5))}
 
@@ -49,12 +60,41 @@ def test_two_processes_evaluate_alike(outputs):
         assert digest(one / name) == digest(two / name)
 
 
-@pytest.mark.parametrize("name", ["sft", "01", "04", "04 odd"])
+@pytest.mark.parametrize("name", ["sft", "01", "04", "04 odd", "sft fsdp", "01 fsdp", "04 fsdp", "04 worst fsdp"])
 def test_two_processes_train_the_same_weights(outputs, runs, name):
     one, two = outputs[name]
     assert farthest(one, two) < 2e-5 < farthest(one, runs[name][1]["model"])
     for ours, theirs in zip(metrics(one), metrics(two), strict=True):
         assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-5)
+
+
+def test_sharded_training_goes_on_where_it_stopped(outputs, runs, tmp_path):
+    stage, options = runs["04 fsdp"]
+    stopped, went_on = stages.run_ranks(tmp_path, (stage, options | dict(output=tmp_path / "out", stop_after=5)),
+                                        (stage, options | dict(output=tmp_path / "out")))
+    assert [rank.status for rank in stopped] == [143, 143], stopped
+    assert [rank.status for rank in went_on] == [0, 0] and "going on after step 5" in went_on[0].out, went_on
+    assert farthest(tmp_path / "out", outputs["04 fsdp"][1]) == 0
+    assert metrics(tmp_path / "out") == metrics(outputs["04 fsdp"][1])
+
+
+def test_each_rank_holds_its_part_of_the_weights(pi_init, tmp_path):
+    code = f"""
+import sys; sys.path.insert(0, {str(stages.ROOT)!r})
+import torch, types, common
+from torch.distributed.tensor import DTensor
+ranks = common.start_ranks()
+args = types.SimpleNamespace(model={str(pi_init)!r}, activation_checkpointing=False, fsdp=True)
+model, policy = common.load_policy(args, ranks)
+local = sum(p.to_local().numel() for p in model.parameters() if isinstance(p, DTensor))
+print("held", local, "of", sum(p.numel() for p in model.parameters()), flush=True)
+"""
+    done = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port",
+                           str(stages.free_port()), "--no-python", sys.executable, "-c", code], capture_output=True,
+                          text=True, env=stages.NO_RANKS | {"OMP_NUM_THREADS": "1"})
+    held = [list(map(int, pair)) for pair in re.findall(r"held (\d+) of (\d+)", done.stdout)]
+    assert len(held) == 2 and held[0][1] == held[1][1] == sum(part for part, _ in held), done
+    assert max(part for part, _ in held) < 0.52 * held[0][1]
 
 
 def test_two_processes_flag_the_same_pairs(outputs):

@@ -339,7 +339,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(stage, mo
         ran = stage("out", attempt=True, save_every=2, micro_batch_size=7)
     assert ran.status == 2 and ran.err.count("\n") == 1 and "Traceback" not in ran.err
     assert "step 4" in ran.err and "not finite" in ran.err
-    state = torch.load(tmp_path / "out.partial" / "state.pt", weights_only=True)
+    state = torch.load(tmp_path / "out.partial" / "state-2.pt", weights_only=True)
     assert state["step"] == 2 and all(weight.isfinite().all() for weight in state["model"].values())
     assert not (tmp_path / "out").exists()
     # the rows that it names are those of the fourth batch
