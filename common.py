@@ -327,6 +327,7 @@ def write_jsonl(path, rows):
     with open(temporary, "w", encoding="utf-8") as file:
         for row in rows:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    to_disk(temporary)
     os.replace(temporary, path)
 
 
