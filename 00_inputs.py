@@ -259,7 +259,8 @@ class Preferences:
 
     def __getitem__(self, k):
         row, where = self.table[k], self.where(k)
-        checks = {"prompt": common.a_prompt, "chosen": a_preference_text, "rejected": a_preference_text}
+        checks = {"id": common.an_id, "prompt": common.a_prompt, "chosen": a_preference_text,
+                  "rejected": a_preference_text}
         common.check_row(row, {}, where)
         row = {key: value for key, value in row.items() if value is not None}  # Parquet has None for "not there"
         labelled = "chosen" in row or "rejected" in row

@@ -176,8 +176,8 @@ def judge_gold(rows, args, partial, ranks):
         labels = {row["id"]: row["label"] for row in labelled}
         for row in rows:
             if row["id"] not in labels or len(row["responses"]) != 2:
-                raise common.InputError(f"{args.gold}: no label for id {row['id']} and its {len(row['responses'])} "
-                                        "responses: give each prompt with two responses a label")
+                raise common.InputError(f"{args.gold}: no label for id {row['id']} of {args.input} and its "
+                                        f"{len(row['responses'])} responses: give each prompt with two responses a label")
 
         def scores_of(row):
             return [float(labels[row["id"]] == k) for k in (1, 2)]
@@ -228,12 +228,13 @@ def load_reward_model(name, device):
         raise common.InputError(f"{name}: gives a response {config.num_labels} scores, not one: give a reward model "
                                 "whose config has one label")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         model, info = AutoModelForSequenceClassification.from_pretrained(
-            name, config=config, dtype=torch.float32, use_safetensors=True, output_loading_info=True)
+            name, config=config, dtype=torch.float32, use_safetensors=True, trust_remote_code=False,
+            output_loading_info=True)
     except Exception as error:
         raise common.InputError(f"{name}: holds no sequence classifier in safetensors, with a tokenizer, that can be "
-                                f"loaded ({type(error).__name__}: {str(error).splitlines()[0][:100]})")
+                                f"loaded ({type(error).__name__}: {str(error)[:100]})")
     if info["missing_keys"]:
         raise common.InputError(f"{name}: has no weights for {sorted(info['missing_keys'])[0]}: it is no reward model")
     return model.to(device).eval(), tokenizer
@@ -242,9 +243,9 @@ def load_reward_model(name, device):
 def encode(tokenizer, messages, text):
     """A prompt and a response as the reward model reads them: by its chat template, else as a pair of texts."""
     if tokenizer.chat_template:
-        ids = tokenizer.apply_chat_template(messages + [{"role": "assistant", "content": text}], return_dict=False)
+        ids = common.chat_ids(tokenizer, messages + [{"role": "assistant", "content": text}])
         return {"input_ids": ids, "attention_mask": [1] * len(ids)}
-    return dict(tokenizer(common.as_text(messages), text, truncation=True))
+    return dict(tokenizer(common.as_text(messages), text, truncation=True, split_special_tokens=True))
 
 
 def reward_scores(model, encoded):
@@ -329,7 +330,7 @@ def differing(row):
     return row if any(y["ids"] != row["responses"][0]["ids"] for y in row["responses"]) else None
 
 
-def finite(args, rows, judged):
+def scored(args, rows, judged):
     """Yields (row, reward of each response, what the record keeps of it). Raises InputError for a NaN."""
     for row, (rewards, evidence) in zip(rows, judged, strict=True):
         if not all(map(math.isfinite, rewards)):
@@ -345,7 +346,7 @@ def lengths_of(row):
 def automatic_penalty(args, rows, judged):
     """balancing_penalty of all pairs, from four numbers of each: no row is held."""
     numbers = array("d")
-    for row, rewards, _ in finite(args, rows, judged):
+    for row, rewards, _ in scored(args, rows, judged):
         if len(rewards) != 2:
             raise common.InputError(f"{args.input}: --length-penalty auto takes two responses to each prompt: "
                                     "give the penalty as a number")
@@ -357,7 +358,7 @@ def automatic_penalty(args, rows, judged):
 def preferences(args, rows, judged, alpha, counts):
     """Yields the records: of each row the pair that Eq. 8 makes of it. Counts them."""
     counts |= {"pairs": 0, "first chosen": 0, "chosen longer by": 0}
-    for row, rewards, evidence in finite(args, rows, judged):
+    for row, rewards, evidence in scored(args, rows, judged):
         length = lengths_of(row)
         rewards = penalised(rewards, length, alpha)
         one, two = best_and_worst(rewards)

@@ -143,7 +143,7 @@ WITH_REFERENCE = ("math", "reasoning", "coding")  # judged against a reference a
 
 def rating(judgment):
     """The first [[rating]] of a judgment, else the first [rating] as FastChat does, else -1."""
-    found = re.search(r"\[\[(\d+\.?\d*)\]\]", judgment) or re.search(r"\[(\d+\.?\d*)\]", judgment)
+    found = re.search(r"\[\[(\d{1,9}(\.\d*)?)\]\]", judgment) or re.search(r"\[(\d{1,9}(\.\d*)?)\]", judgment)
     return float(found[1]) if found else -1
 
 
@@ -229,7 +229,12 @@ def any_text(value):
 
 def a_preference(value):
     "a number in [1, 2], 0 for a tie, or null"
-    return value is None or isinstance(value, (int, float)) and (value != value or value == 0 or 1 <= value <= 2)
+    return value is None or type(value) in (int, float) and (value != value or value == 0 or 1 <= value <= 2)
+
+
+def a_number(value):
+    "a number"
+    return type(value) in (int, float) and abs(value) < 1e100  # not NaN, nor an integer that no float can hold
 
 
 def two_texts(value):
@@ -251,7 +256,8 @@ OUTPUTS = {"instruction": any_text, "output": any_text}
 ANNOTATIONS = {"instruction": any_text, "output_1": any_text, "output_2": any_text, "preference": a_preference}
 QUESTIONS = {"question_id": common.an_id, "category": common.a_text, "turns": two_texts}
 ANSWERS = {"question_id": common.an_id, "choices": choices}
-JUDGMENTS = {"question_id": common.an_id, "model": any_text, "turn": common.an_id, "judge": a_list, "user_prompt": any_text}
+JUDGMENTS = {"question_id": common.an_id, "model": any_text, "turn": common.an_id, "judge": a_list, "user_prompt": any_text,
+             "score": a_number}
 PROMPTS = {"name": common.a_text, "system_prompt": any_text, "prompt_template": common.a_text}
 
 
@@ -260,9 +266,13 @@ def read_rows(path, fields, *key):
     try:
         data = Path(path).read_bytes()
         text = (gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data).decode("utf-8-sig")
-        rows = json.loads(text) if text.lstrip()[:1] == "[" else [json.loads(x) for x in text.split("\n") if x.strip()]
-    except (OSError, EOFError, zlib.error, ValueError, RecursionError) as error:
-        raise common.InputError(f"{path}: cannot be read as JSON ({common.reason(error)}): give a JSON list or JSON Lines")
+    except (OSError, EOFError, zlib.error, ValueError) as error:
+        raise common.InputError(f"{path}: cannot be read ({common.reason(error)}): give a JSON list or JSON Lines")
+    if text.lstrip()[:1] == "[":
+        rows = common.parse_json(text, path, nan=True)
+    else:
+        rows = [common.parse_json(line, f"{path}:{number}", nan=True)
+                for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     seen = set()
     for k, row in enumerate(rows, 1):
         common.check_row(row, fields, f"{path}, row {k}")
@@ -275,7 +285,7 @@ def read_rows(path, fields, *key):
 
 
 def identity(row, key=("instruction", "question_id", "turn")):
-    return tuple(row.get(name) for name in key)
+    return json.dumps([row.get(name) for name in key])
 
 
 def from_hub(name):
@@ -307,7 +317,7 @@ def read_gamed(path):
         difficulty = dict(zip(index, level))
         if sorted(difficulty) != list(range(len(difficulty))) or not np.isfinite(rows).all() or y.min() < 0 or y.max() > 1:
             raise ValueError("its index does not count from 0, or a number is out of range")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
         raise common.InputError(f"{path}: cannot be used ({error}): --df-gamed names AlpacaEval's df_gamed.csv with index, "
                                 "preference in [0, 1], std_delta_len, instruction_difficulty")
     return np.array([difficulty[i] for i in range(len(difficulty))]), np.stack([y, np.tanh(delta), level], 1)
@@ -438,7 +448,7 @@ Reply with the name of the assistant that answered better, m or M, and with noth
 def read_template(path):
     """Messages of a judging prompt: in ChatML, as AlpacaEval's file is, each of its blocks; else one of the user."""
     try:
-        text = Path(path).read_text(encoding="utf-8") if path else TEMPLATE
+        text = Path(path).read_text(encoding="utf-8-sig") if path else TEMPLATE
     except (OSError, UnicodeDecodeError) as error:
         raise common.InputError(f"{path}: cannot be read ({common.reason(error)}): --judge-template names a text file")
     for name in ("{instruction}", "{output_1}", "{output_2}"):
@@ -476,6 +486,8 @@ class Endpoint:
     def __init__(self, args):
         # without a key a placeholder: the client would send the token of the hub instead
         self.args, self.key = args, os.environ.get("OPENAI_API_KEY", "").strip() or "no-key"
+        if not re.fullmatch("[!-~]+", self.key):  # the client's own error would show it
+            raise common.InputError("OPENAI_API_KEY: holds a blank, or what is no ASCII: it must be the key alone")
         self.client = huggingface_hub.InferenceClient(base_url=args.judge_url, api_key=self.key,
                                                       timeout=args.judge_timeout)
         self.lock, self.asked, self.stop = threading.Lock(), 0, threading.Event()
@@ -529,12 +541,17 @@ class Endpoint:
         raise Unanswered(why)
 
     def read(self, reply, logprobs):
+        """The answer of a chat completion. Raises an Exception of any kind where it holds none."""
         choice = reply.choices[0]
         if not logprobs:
+            choice.message.content.encode()  # a ValueError for half a surrogate pair, which cannot be written
             return choice.message.content.replace(self.key, "***")
         if choice.logprobs is None:
             raise ValueError("the endpoint gave no log-probs")
-        return [(str(top.token), float(top.logprob)) for top in choice.logprobs.content[0].top_logprobs]
+        likeliest = [(str(top.token), float(top.logprob)) for top in choice.logprobs.content[0].top_logprobs]
+        if not all(logp < 0.1 for _, logp in likeliest):  # NaN too; 0.1 for an endpoint that rounds
+            raise ValueError("the endpoint gave log-probs that are none")
+        return likeliest
 
     def count(self):
         """One more request, unless the run is to stop or its budget is spent."""
@@ -586,11 +603,8 @@ def judge_missing(args, partial, rows, messages, complete, logprobs, max_tokens)
     without an answer.
     """
     path, done, lock = partial / "judged.jsonl", {}, threading.Lock()
-    written = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-    for line in written.split("\n"):
-        with contextlib.suppress(ValueError):  # empty, or half-written when the run was killed
-            row = json.loads(line)
-            done[identity(row)] = row
+    for row in common.unsealed(path) if path.exists() else ():
+        done[identity(row)] = row
     jobs = {}
     for k, row in enumerate(rows):
         if identity(row) in done:
@@ -598,12 +612,12 @@ def judge_missing(args, partial, rows, messages, complete, logprobs, max_tokens)
         elif messages[k]:
             jobs[k] = messages[k]
     with open(path, "a", encoding="utf-8") as file:
-        file.write("\n" if written else "")  # ends a half-written line
+        file.write("\n")  # ends a line that a kill left half-written
 
         def record(k, found):
             with lock:
                 rows[k] = complete(rows[k], found)
-                file.write(json.dumps(rows[k], ensure_ascii=False) + "\n")
+                file.write(common.sealed(rows[k]))
                 file.flush()
 
         judge = (Endpoint if args.judge_url else LocalJudge)(args) if jobs else None
@@ -770,7 +784,7 @@ def score_annotations(args, started):
     if found["length_controlled_winrate"] is None:
         print("no length-controlled win rate: df_gamed.csv is not to be had from the hub: download it from the dataset "
               "tatsu-lab/alpaca_eval and give it as --df-gamed")
-    name = args.name or rows[0].get("generator_2") or args.annotations
+    name = args.name or str(rows[0].get("generator_2") or args.annotations)
     common.write_json(partial / "metrics.json", {"name": name, "gold_labels": args.gold_labels} | found)
     common.close_output(args, partial, partial / "metrics.json", rounded(found), started)
 
@@ -858,7 +872,7 @@ def table(head, rows):
 
 def iteration_of(name):
     """("SPA", 2) of "SPA, iteration 2 (pi_2)"; (name, None) of a name without an iteration."""
-    found = re.fullmatch(r"(.+?),? iteration (\d+)\b.*", name)
+    found = re.fullmatch(r"(.+?),? iteration (\d{1,9})\b.*", name)
     return (found[1], int(found[2])) if found else (name, None)
 
 
@@ -916,7 +930,7 @@ def picture(metrics, path, output):
 def samples(metrics, responses, count=3):
     """The same prompts answered by every model, as text."""
     blocks = []
-    for k in range(min(count, len(responses[0]))):
+    for k in range(min(count, *map(len, responses))):
         lines = ["> " + responses[0][k]["prompt"][-1]["content"], ""]
         lines += [f"- **{row['name']}**: {rows[k]['response']}" for row, rows in zip(metrics, responses)]
         blocks.append("\n".join(lines))
@@ -927,14 +941,26 @@ def read_metrics(path):
     """(metrics, responses or None) of a folder that --input wrote, or of a metrics file."""
     file = Path(path) / "metrics.json" if Path(path).is_dir() else Path(path)
     try:
-        metrics = json.loads(file.read_text(encoding="utf-8"))
-        metrics["name"] + ""
-    except (OSError, ValueError, KeyError, TypeError):
+        metrics = common.parse_json(file.read_text(encoding="utf-8"), file)
+    except (OSError, UnicodeDecodeError, common.InputError):
+        metrics = None
+    if not is_metrics(metrics):
         raise common.InputError(f"{file}: holds no metrics: --report takes folders and metrics files that 05_eval.py wrote")
     responses = file.parent / "responses.jsonl"
     if file == Path(path) or not responses.exists():
         return metrics, None
-    return metrics, common.read_jsonl(responses, {"id": common.an_id, "prompt": common.a_prompt})
+    return metrics, common.read_jsonl(responses, {"id": common.an_id, "prompt": common.a_prompt, "response": any_text})
+
+
+def is_metrics(value):
+    """Whether the report can be made of it: a name, and numbers or null where it has them."""
+    if not isinstance(value, dict) or not common.a_text(value.get("name")):
+        return False
+    categories = value.get("mt_bench_categories", {})
+    if not isinstance(categories, dict) or not isinstance(value.get("gold_labels", "-"), str):
+        return False
+    known = [value.get(key) for key in (*COLUMNS, "standard_error", "lc_standard_error") if key != "gold_labels"]
+    return all(number is None or a_number(number) for number in [*known, *categories.values()])
 
 
 def report(args, started):

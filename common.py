@@ -3,7 +3,7 @@
     errors and records   InputError, run, read_jsonl, stream_jsonl, Rows, write_jsonl
     outputs              open_output, close_output: written aside, renamed when whole, args.json beside them
     ranks                start_ranks, gather, map_batches, map_rows
-    models and text      load_tokenizer, load_model, save_model, prompt_ids, response_ids
+    models and text      load_tokenizer, load_model, save_model, chat_ids, prompt_ids, response_ids
     log-probs            collate, ResponseLogps, token_logps, response_logps, shared_span
     sampling             uniforms, pick, sample
     LLM-as-judge         judging_prompt, LETTERS
@@ -17,6 +17,7 @@ import argparse
 import contextlib
 import datetime
 import fcntl
+import functools
 import glob
 import hashlib
 import itertools
@@ -24,10 +25,12 @@ import json
 import math
 import os
 import re
+import secrets
 import shutil
 import signal
 import sys
 import time
+import zlib
 from array import array
 from collections import namedtuple
 from pathlib import Path
@@ -86,6 +89,8 @@ def run(main):
         one_line(error)
     except KeyboardInterrupt as stopped:
         number = stopped.args[0] if stopped.args else signal.SIGINT
+        if not first_rank() and not dist.is_initialized():  # torchrun has passed it on to the first rank too
+            sys.exit(128 + number)
         one_line(f"stopped by {'Ctrl-C' if number == signal.SIGINT else 'SIGTERM'}: {kept()}", 128 + number)
     except Exception as error:
         if isinstance(error, OSError) and error.errno is not None:  # no space left, no permission
@@ -131,14 +136,15 @@ def first_rank():
 
 
 def one_line(message, status=2):
-    """Tell how it ended, on one rank, and exit."""
+    """Tell how it ended, on one rank, and exit. What a terminal would act on is spelled out."""
+    message = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(message)[:4000])
     if first_to_speak():
         print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
     sys.exit(status)
 
 
 def first_to_speak():
-    """Whether no other rank has told an error yet: most are met by all ranks, or ended one that the others missed."""
+    """Whether no other rank has told an error yet: most errors are met by all of them, or end the others too."""
     if dist.is_initialized():
         try:
             return dist.distributed_c10d._get_default_store().add("errors told", 1) == 1
@@ -158,6 +164,12 @@ def rank_was_lost(error):
 class Parser(argparse.ArgumentParser):
     """argparse, with an error in one line as everywhere else."""
 
+    def parse_args(self):
+        for word in sys.argv[1:]:
+            if "\0" in word or any("\ud800" <= c <= "\udfff" for c in word):  # the latter are bytes of no UTF-8
+                self.error(f"{word!r} is no text in UTF-8")
+        return super().parse_args()
+
     def error(self, message):
         one_line(f"{message}: --help lists the options")
 
@@ -173,15 +185,16 @@ def number(kind, low, high=float("inf")):
     return parse
 
 
-positive, natural, nonnegative, share = number(int, 1), number(int, 0), number(float, 0), number(float, 0, 1)
+positive, natural = number(int, 1, 2**63 - 1), number(int, 0, 2**63 - 1)
+nonnegative, share = number(float, 0), number(float, 0, 1)
 
 
 # A check's docstring is how the error message names what the field must be.
 
 
 def an_id(value):
-    "a text or an integer"
-    return isinstance(value, str) and value != "" or type(value) is int
+    "a text of 1 to 1000 characters, or an integer"
+    return isinstance(value, str) and 0 < len(value) <= 1000 or type(value) is int
 
 
 def a_text(value):
@@ -200,7 +213,7 @@ def a_prompt(value):
 
 def token_ids(value):
     "a list of token ids that is not empty"
-    return isinstance(value, list) and value != [] and all(type(i) is int and i >= 0 for i in value)
+    return isinstance(value, list) and value != [] and all(type(i) is int and 0 <= i < 2**31 for i in value)
 
 
 def a_response(value):
@@ -222,23 +235,50 @@ def as_messages(prompt):
 def check_row(row, fields, where):
     """Raises InputError unless each field is there and passes its check. fields: {name: check}"""
     if not isinstance(row, dict):
-        raise InputError(f"{where}: not a JSON object: {json.dumps(row)[:60]}: write one object a line")
+        raise InputError(f"{where}: not a JSON object: {shown(row)}: write one object a line")
     for name, check in fields.items():
         if name not in row:
             raise InputError(f'{where}: the field "{name}" is missing: it must be {check.__doc__}')
         if not check(row[name]):
-            raise InputError(f'{where}: "{name}" is {json.dumps(row[name])[:60]}: it must be {check.__doc__}')
+            raise InputError(f'{where}: "{name}" is {shown(row[name])}: it must be {check.__doc__}')
 
 
-def parse_json(text, where):
-    """What the text says. Neither NaN nor half a surrogate pair is JSON: what is read must be writable again."""
+def shown(value):
+    """The beginning of a value, for a message. Of Parquet it may be one that JSON does not have."""
+    return json.dumps(value, default=str)[:60]
+
+
+NESTED = 100  # how deep lists and objects may be nested: what is read can be written without a RecursionError
+
+
+def parse_json(text, where, nan=False):
+    """What the text says, if it can be written again: no 1e999, no half of a surrogate pair, no NaN but with nan."""
     try:
-        value = json.loads(text, parse_constant=lambda name: int(name))  # a ValueError for NaN and Infinity
+        value = json.loads(text, parse_float=finite, parse_constant=finite if nan else int)  # int("NaN") is an error
         if "\\u" in text:
             json.dumps(value, ensure_ascii=False).encode()
+        if text.count("[") + text.count("{") > NESTED and depth(value) > NESTED:
+            raise ValueError
         return value
     except (ValueError, RecursionError):
-        raise InputError(f"{where}: not a JSON object: {text[:60]!r}: write one object a line")
+        raise InputError(f"{where}: cannot be read as a JSON object: {text[:60]!r}: write one object a line")
+
+
+def finite(text):
+    """A number of JSON that is no integer. Raises ValueError for an infinite one."""
+    value = float(text)
+    if abs(value) == float("inf"):
+        raise ValueError
+    return value
+
+
+def depth(value):
+    """How deep lists and objects are nested in each other."""
+    levels, inner = 0, [value]
+    while inner := [item for outer in inner if isinstance(outer, (list, dict))
+                    for item in (outer.values() if isinstance(outer, dict) else outer)]:
+        levels += 1
+    return levels
 
 
 def json_lines(path):
@@ -322,11 +362,14 @@ def reason(error):
 
 
 def write_jsonl(path, rows):
-    """Write the rows to a temporary name beside `path`, then rename."""
+    write_lines(path, (json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def write_lines(path, lines):
+    """Write the lines to a temporary name beside `path`, then rename."""
     temporary = Path(f"{path}.tmp")
     with open(temporary, "w", encoding="utf-8") as file:
-        for row in rows:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        file.writelines(lines)
     to_disk(temporary)
     os.replace(temporary, path)
 
@@ -351,7 +394,10 @@ def fingerprint(path):
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()[:16]
     if (path / "args.json").is_file():
-        made = json.loads((path / "args.json").read_text())["made_from"]
+        try:
+            made = json.loads((path / "args.json").read_text())["made_from"]
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            raise InputError(f"{path / 'args.json'}: does not say how {path} was made: delete it, or make {path} again")
         return hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()[:16]
     if (path / "config.json").is_file():
         weights = sorted((p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in path.glob("*.safetensors"))
@@ -368,11 +414,15 @@ def open_output(args, *inputs, free=("output", "save_every")):
     """
     output = Path(args.output)
     partial = output.with_name(output.name + ".partial")
+    for link in (output, partial):
+        if link.is_symlink() and (link == partial or not link.exists()):  # what is written would land somewhere else
+            raise InputError(f"{link}: is a link: remove it or name another --output")
     options = {k: v for k, v in vars(args).items() if k not in free}
     made_from = {"stage": Path(sys.argv[0]).name, "args": options,
                  "inputs": {k: fingerprint(options[k]) for k in inputs if options[k]}}
     made_from = json.loads(json.dumps(made_from))
     exit_if_there(output, partial, made_from)
+    this_run.partial = partial
     if first_rank():
         partial.mkdir(parents=True, exist_ok=True)
         lock(output, partial)
@@ -383,11 +433,11 @@ def open_output(args, *inputs, free=("output", "save_every")):
             print(f"{output}: begun before, goes on", flush=True)
     if first_rank():
         write_json(partial / "args.json", {"made_from": made_from})
-    this_run.partial = partial
     return partial
 
 
 def exit_if_there(output, partial, made_from):
+    """Exit with 0 where the output is there. Raises InputError where it was made from something else."""
     if not output.exists():
         return
     check_made_from(output, args_path(output), made_from)
@@ -401,7 +451,9 @@ def check_made_from(there, record, made_from):
     """Raises InputError unless the record, an args.json, says that `there` was made from the same."""
     try:
         old = json.loads(record.read_text())["made_from"]
-    except (OSError, ValueError, KeyError, TypeError):
+        if not isinstance(old, dict) or not all(isinstance(old.get(key), dict) for key in ("args", "inputs")):
+            raise ValueError
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise InputError(f"{there}: exists and does not say how it was made: move it or name another --output")
     if old != made_from:
         raise InputError(f"{there}: was made with {differences(old, made_from)}: "
@@ -410,7 +462,7 @@ def check_made_from(there, record, made_from):
 
 def lock(output, partial):
     """Hold partial/lock until this process ends, however it ends. Raises InputError where another process does."""
-    this_run.lock = open(partial / "lock", "w")
+    this_run.lock = open(partial / "lock", "a")
     try:
         fcntl.flock(this_run.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -569,7 +621,7 @@ def map_batches(compute, batches, partial, ranks, label):
     with open(partial / f"{label}.{ranks.rank}.jsonl", "a", encoding="utf-8") as file:
         file.write("\n")  # ends a line that a kill left half-written
         for k in progress(mine, label, ranks):
-            file.write(json.dumps([k, compute(batches[k])]) + "\n")
+            file.write(sealed([k, compute(batches[k])]))
             file.flush()
     barrier()
     done = read_finished(partial, label)
@@ -578,13 +630,21 @@ def map_batches(compute, batches, partial, ranks, label):
 
 
 def read_finished(partial, label):
-    finished = {}
-    for path in sorted(partial.glob(f"{glob.escape(label)}.*.jsonl")):
-        for line in path.read_text(encoding="utf-8").split("\n"):
-            with contextlib.suppress(ValueError):  # empty or half-written
-                k, results = json.loads(line)
-                finished[k] = results
-    return finished
+    return dict(pair for path in sorted(partial.glob(f"{glob.escape(label)}.*.jsonl")) for pair in unsealed(path))
+
+
+def sealed(value):
+    """A line of a journal: a checksum and the value."""
+    return json.dumps([zlib.crc32(json.dumps(value).encode()), value]) + "\n"
+
+
+def unsealed(path):
+    """The values of a journal's lines, but for those that a kill left half-written or something else has changed."""
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+        with contextlib.suppress(ValueError, TypeError, RecursionError):
+            checksum, value = json.loads(line)
+            if checksum == zlib.crc32(json.dumps(value).encode()):
+                yield value
 
 
 WINDOW = 10_000  # rows that are in memory at a time
@@ -601,29 +661,23 @@ def map_rows(compute, rows, length, size, partial, ranks, label):
     names = [f"{label} {k + 1} of {count}" for k in range(count)]
     for name in names:
         map_window(compute, list(itertools.islice(stream, WINDOW)), length, size, partial, ranks, name)
-    return Again(lambda: read_results(partial, names))
+    return Again(lambda: (result for name in names for result in unsealed(partial / f"{name}.jsonl")))
 
 
 def map_window(compute, window, length, size, partial, ranks, name):
     """Write the results of a list of rows to partial/NAME.jsonl, whole or not at all; nothing if they are there."""
     path = partial / f"{name}.jsonl"
-    if path.exists():
+    if path.exists() and len(list(unsealed(path))) == len(window):
         return
     batches = length_batches([length(row) for row in window], size)
     results = map_batches(lambda batch: compute([window[i] for i in batch]), batches, partial, ranks, name)
 
     def write():
-        write_jsonl(path, (results[i] for i in range(len(window))))
+        write_lines(path, (sealed(results[i]) for i in range(len(window))))
         for log in partial.glob(f"{glob.escape(name)}.*.jsonl"):  # its batches, one by one
             log.unlink()
 
     on_first_rank(write, ranks)
-
-
-def read_results(partial, names):
-    for name in names:
-        with open(partial / f"{name}.jsonl", encoding="utf-8") as file:
-            yield from map(json.loads, file)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -641,18 +695,26 @@ def load_tokenizer(args):
     name = args.tokenizer or args.model
     check_name(name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # transformers raises many kinds, most of them pages long
         if not Path(name).is_dir():
             raise InputError(f"{name}: no such folder, and not to be had from the hub ({type(error).__name__})")
         raise InputError(f"{name}: holds no tokenizer that can be loaded ({type(error).__name__}): "
                          "--tokenizer names a folder or a model that has one")
+    if not tokenizer.is_fast:
+        raise InputError(f"{name}: its tokenizer is not of the tokenizers library (tokenizer.json): "
+                         "--tokenizer names one that is")
     if args.chat_template:
         try:
-            tokenizer.chat_template = Path(args.chat_template).read_text(encoding="utf-8")
+            tokenizer.chat_template = Path(args.chat_template).read_text(encoding="utf-8-sig")
         except (OSError, UnicodeDecodeError) as error:
             raise InputError(f"{args.chat_template}: cannot be read ({reason(error)}): --chat-template names a "
                              "file with a Jinja chat template")
+    words = tokenizer.backend_tokenizer.get_vocab(with_added_tokens=False).values()
+    size = load_config(args.model).get_text_config().vocab_size
+    if max(words, default=0) >= size:
+        raise InputError(f"{name}: its tokenizer has {max(words) + 1} words, the model {args.model} has {size}: "
+                         "give both of the same model")
     if not tokenizer.chat_template:
         raise InputError(f"{name}: its tokenizer has no chat template: --chat-template names a file with one")
     return tokenizer
@@ -662,7 +724,7 @@ def load_config(name):
     """The model's config with every dropout at 0: policy and reference must agree in train mode too."""
     check_name(name)
     try:
-        config = AutoConfig.from_pretrained(name)
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     except Exception as error:
         raise InputError(f"{name}: holds no model config that can be loaded ({type(error).__name__}): "
                          "give the folder of a model, or its name on the hub")
@@ -676,10 +738,11 @@ def load_model(name, device, dtype=torch.float32):
     """A causal language model in eval mode. Raises InputError where the log-probs could not be taken from it."""
     config = load_config(name)
     try:
-        model = AutoModelForCausalLM.from_pretrained(name, config=config, dtype=dtype, use_safetensors=True)
+        model = AutoModelForCausalLM.from_pretrained(name, config=config, dtype=dtype, use_safetensors=True,
+                                                     trust_remote_code=False)
     except Exception as error:
         raise InputError(f"{name}: holds no causal language model in safetensors that can be loaded "
-                         f"({type(error).__name__}: {str(error).splitlines()[0][:100]})")
+                         f"({type(error).__name__}: {str(error)[:100]})")
     model = model.to(device).eval()
     model.shared_span = shared_span(model)
     probe = torch.arange(5) % config.get_text_config().vocab_size
@@ -711,7 +774,7 @@ def check_same_vocabulary(name, other):
         raise InputError(f"{name} has a vocabulary of {sizes[0]} tokens, {other} one of {sizes[1]}: "
                          "give two models with the same tokenizer")
     try:
-        tokenizers = [AutoTokenizer.from_pretrained(n) for n in (name, other)]
+        tokenizers = [AutoTokenizer.from_pretrained(n, trust_remote_code=False) for n in (name, other)]
         one, two = ({i: token for token, i in tokenizer.get_vocab().items()} for tokenizer in tokenizers)
     except Exception:  # a model without a tokenizer of its own is used with the other's
         return
@@ -739,11 +802,14 @@ def end_ids(name, tokenizer):
     They are the tokenizer's EOS and those of the model's generation config, which may differ: Phi-3 ends a turn with
     <|end|>, its tokenizer's EOS is <|endoftext|>.
     """
-    ends = {tokenizer.eos_token_id}
+    named = None
     with contextlib.suppress(OSError):
         named = GenerationConfig.from_pretrained(name).eos_token_id
-        ends |= set(named) if isinstance(named, list) else {named}
-    ends -= {None}
+    named = named if isinstance(named, list) else [named]
+    if named != [None] and not token_ids(named):
+        raise InputError(f"{name}: its generation config has the end token {shown(named)}: "
+                         "it must be an id, or a list of ids")
+    ends = {tokenizer.eos_token_id, *named} - {None}
     if not ends:
         raise InputError(f"{name}: neither its tokenizer nor its generation config names an end token: "
                          "--tokenizer names a tokenizer that has one")
@@ -752,12 +818,63 @@ def end_ids(name, tokenizer):
     return sorted(ends, key=lambda i: (i != last, i))
 
 
+@functools.cache
+def special_tokens(tokenizer):
+    """What keeps a text from spelling a special token: (pattern, names, encoder).
+
+    pattern: matches the special tokens in a text; names: {token: a name for it that no text can guess}; encoder: the
+    same tokenizer, to which each has this name and no other, so that "</s>" is a text to it like any other.
+    """
+    parts = json.loads(tokenizer.backend_tokenizer.to_str())
+    model, secret = parts["model"], secrets.token_hex(8)
+    pieces = {piece for merge in model.get("merges", []) for piece in merge}  # of words: no text could do without them
+    special = [token for token in parts["added_tokens"] if token["content"] not in pieces
+               and (token["special"] or token["content"] in tokenizer.all_special_tokens)]
+    names = {token["content"]: f"<{secret}:{k}>" for k, token in enumerate(special)}
+    for token in special:
+        token["content"] = names[token["content"]]
+    if isinstance(model["vocab"], dict):
+        model["vocab"] = {names.get(word, word): i for word, i in model["vocab"].items()}
+    else:  # of a Unigram model, with scores
+        model["vocab"] = [[names.get(word, word), score] for word, score in model["vocab"]]
+    if "merges" in model:
+        model["merges"] = [merge for merge in model["merges"] if "".join(merge) not in names]
+    if model.get("unk_token") in names:
+        model["unk_token"] = names[model["unk_token"]]
+    encoder = type(tokenizer.backend_tokenizer).from_str(json.dumps(parts | {"truncation": None, "padding": None}))
+    pattern = "|".join(re.escape(token) for token in sorted(names, key=len, reverse=True))
+    return re.compile(pattern or "(?!)"), names, encoder
+
+
+def chat_ids(tokenizer, messages, **options):
+    """Token ids of a conversation. A special token that a content spells is text: only the template writes tokens.
+
+    Such texts are rendered as stand-ins, which no text can hold (halves of surrogate pairs), and the tokens that the
+    rendering then has are the template's: they get their secret names. Other conversations are left to transformers.
+    """
+    pattern, names, encoder = special_tokens(tokenizer)
+    if not any(pattern.search(message["content"]) for message in messages):
+        return tokenizer.apply_chat_template(messages, return_dict=False, **options)
+    stand_ins = {token: f"\ud800{k}\udfff" for k, token in enumerate(names)}
+    hidden = [message | {"content": pattern.sub(lambda found: stand_ins[found[0]], message["content"])}
+              for message in messages]
+    text = tokenizer.apply_chat_template(hidden, tokenize=False, **options)
+    text = pattern.sub(lambda found: names[found[0]], text)
+    for token, stand_in in stand_ins.items():
+        text = text.replace(stand_in, token)
+    return encoder.encode(text, add_special_tokens=False).ids
+
+
 def render(tokenizer, messages, **options):
     """Token ids of a conversation, with one BOS where the tokenizer begins a text with one.
 
     Some templates write it, others (Zephyr's) leave it to the tokenizer, and the model was trained with it either way.
     """
-    ids = tokenizer.apply_chat_template(messages, return_dict=False, **options)
+    try:
+        ids = chat_ids(tokenizer, messages, **options)
+    except Exception as error:  # templates refuse some role orders with an exception of their own
+        raise InputError(f"the chat template refuses {shown(messages)} ({str(error)[:100]}): "
+                         "mend it, or name another template with --chat-template")
     bos = [tokenizer.bos_token_id]
     return bos + ids if tokenizer("").input_ids[:1] == bos and ids[:1] != bos else ids
 
@@ -765,10 +882,13 @@ def render(tokenizer, messages, **options):
 def prompt_ids(tokenizer, messages, where):
     """The prompt as the model sees it, up to where its answer begins."""
     try:
-        return render(tokenizer, messages, add_generation_prompt=True)
-    except Exception as error:  # templates refuse some role orders with an exception of their own
-        raise InputError(f"{where}: the chat template refuses this prompt ({str(error)[:100]}): "
-                         "mend the row, or name another template with --chat-template")
+        ids = render(tokenizer, messages, add_generation_prompt=True)
+    except InputError as error:
+        raise InputError(f"{where}: {error}")
+    if not ids:
+        raise InputError(f"{where}: the chat template makes no tokens of this prompt: "
+                         "name another template with --chat-template")
+    return ids
 
 
 def response_ids(tokenizer, messages, prompt, text, ends):
@@ -778,7 +898,10 @@ def response_ids(tokenizer, messages, prompt, text, ends):
     with the prompt's last token there is no such slice, and the response is tokenised alone, as it is sampled.
     """
     joint = render(tokenizer, messages + [{"role": "assistant", "content": text}])
-    ids = joint[len(prompt):] if joint[:len(prompt)] == prompt else tokenizer(text, add_special_tokens=False).input_ids
+    if joint[:len(prompt)] == prompt:
+        ids = joint[len(prompt):]
+    else:
+        ids = special_tokens(tokenizer)[2].encode(text, add_special_tokens=False).ids
     last = max((k for k, i in enumerate(ids) if i in ends), default=None)
     if last is not None and not tokenizer.decode(ids[last + 1:]).strip():  # "<|im_end|>\n" ends with the former
         return ids[:last + 1]
@@ -1026,9 +1149,10 @@ def judging_prompt(messages, one, two):
 
 def read_gold(path):
     """{thing: {sentence: value}}, as 00_inputs.py writes it."""
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        gold = json.loads(Path(path).read_text(encoding="utf-8"))
-        if all(isinstance(value, (int, float)) for known in gold.values() for value in known.values()):
+    with contextlib.suppress(OSError, ValueError, AttributeError, InputError):
+        gold = parse_json(Path(path).read_text(encoding="utf-8-sig"), path)
+        values = [value for known in gold.values() for value in known.values()]
+        if values and all(type(value) in (int, float) and abs(value) <= 1 for value in values):
             return gold
     raise InputError(f"{path}: is no gold judge {{thing: {{sentence: value}}}}: give 00_inputs.py's gold.json")
 
@@ -1040,7 +1164,8 @@ def gold_values(gold, prompt, text):
     """
     known = next((gold[word] for word in prompt[-1]["content"].split() if word in gold), {})
     sentences = [s.strip() for s in re.findall(r"[^.]*\.|[^.]+$", text) if s.strip()]  # the last may be unfinished
-    return [None if s in sentences[:k] else known.get(s) for k, s in enumerate(sentences)]
+    first = {s: k for k, s in reversed(list(enumerate(sentences)))}
+    return [known.get(s) if first[s] == k else None for k, s in enumerate(sentences)]
 
 
 def gold_score(gold, prompt, text):
@@ -1197,7 +1322,7 @@ def load_state(partial, ranks, model, optimizer, scheduler):
     """
     state = newest_state(partial)
     if len(set(gather([state["step"]]))) > 1:
-        raise InputError(f"{partial}: the ranks find different states in it: --output must be on storage that all share")
+        raise InputError(f"{partial}: the ranks find different states in it: put --output where all of them see it")
     if state["step"] > 0:
         set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"],
                        options=WHOLE)
@@ -1257,8 +1382,9 @@ def write_state(partial, state):
         to_disk(temporary)
         os.replace(temporary, path)
         to_disk(partial)
-    except RuntimeError as error:  # torch's; behind it is the system's
-        raise InputError(f"{path}: cannot be written ({error.__context__ or error}): {kept()}")
+    except (OSError, RuntimeError) as error:  # the system's, or torch's with the system's behind it
+        cause = error if isinstance(error, OSError) else error.__context__ or error
+        raise InputError(f"{path}: cannot be written ({cause}): {kept()}")
     finally:
         temporary.unlink(missing_ok=True)  # half of it would only fill the disk
     for old in saved_states(partial)[:-2]:

@@ -8,8 +8,8 @@
 #   bash run_all.sh test                the tests (what follows is for pytest)
 #
 # Every variable of the block "Settings" can be given from the environment: SEED=1 LR=1e-6 bash run_all.sh mistral-7b
-# Results lie in runs/$NAME. A finished stage is not run again, one that was stopped goes on; a failed one, Ctrl-C or
-# SIGTERM, which it has first, stops the script with its status.
+# Results lie in runs/$NAME. Started again, the script leaves finished stages alone and goes on with the one that was
+# stopped. A stage that fails stops the script with its status; Ctrl-C and SIGTERM go to the stage, and then do so too.
 set -euo pipefail
 cd "$(dirname "$0")"
 
@@ -84,7 +84,7 @@ launch() {  # how a stage is started; each meets at a port of its own, so that n
   if [ "$NNODES" -gt 1 ]; then
     LAUNCH+=(-m torch.distributed.run --nnodes "$NNODES" --node-rank "$NODE_RANK" --nproc-per-node "$(( NPROC > 1 ? NPROC : 1 ))"
              --rdzv-backend c10d --rdzv-id "spa-$stages" --rdzv-endpoint "${RDZV_ENDPOINT%:*}:$(( ${RDZV_ENDPOINT##*:} + stages ))"
-             --rdzv-conf "join_timeout=86400" --max-restarts "$MAX_RESTARTS")
+             --rdzv-conf join_timeout=86400,read_timeout=86400 --max-restarts "$MAX_RESTARTS")
   elif [ "$NPROC" -gt 1 ]; then
     LAUNCH+=(-m torch.distributed.run --nproc-per-node "$NPROC" --max-restarts "$MAX_RESTARTS")
   fi
@@ -100,12 +100,12 @@ run() {  # the script of a stage, then its command
   local script=$1 status=0
   shift
   if [ -n "$DRY_RUN" ]; then printf '%q ' "$@"; echo; return; fi
-  set -m  # a stage in a process group of its own has a signal once: from here
+  set -m  # in a process group of its own the stage has Ctrl-C once: from `forward`, not from the terminal as well
   "$@" &
   child=$!
   set +m
   wait "$child" || status=$?
-  while [ -n "$signal" ]; do signal= status=0; wait "$child" || status=$?; done  # it ended the waiting, not the stage
+  while [ -n "$signal" ]; do signal= status=0; wait "$child" || status=$?; done  # it ended the wait, not the stage
   child=
   [ "$status" != 0 ] || return 0
   echo "run_all.sh: $script ended with status $status (see above): the same command goes on from what is kept" >&2

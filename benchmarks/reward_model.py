@@ -68,7 +68,8 @@ def main():
     torch.manual_seed(args.seed)
     config = common.load_config(args.model)
     config.num_labels, config.pad_token_id = 1, tokenizer.pad_token_id
-    model = AutoModelForSequenceClassification.from_pretrained(args.model, config=config, dtype=torch.float32)
+    model = AutoModelForSequenceClassification.from_pretrained(args.model, config=config, dtype=torch.float32,
+                                                                use_safetensors=True, trust_remote_code=False)
     model = model.to(device).train()
     steps = common.epoch_batches(len(pairs), args.batch_size, args.epochs, args.seed)
     optimizer, scheduler = common.make_optimizer(model, args.lr, len(steps))

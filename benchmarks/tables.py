@@ -36,6 +36,10 @@ Task = namedtuple("Task", "output stage options needs")
 # label: as in the paper; paper: its LC win rate, win rate and length, None where it has none; output: of 05_eval.py;
 # rows of different families (Table 5: models) are not compared, nor are rows of one group (Table 4: samples)
 Row = namedtuple("Row", "label paper output family group")
+NOTES = {"2": "The reward model learnt from the gold labels of all prompts, 30 times the seed.",
+         "4": "Another sample of the seed here leaves other prompts for the iterations.",
+         "11": '"Previous model": pi_1 of a twin of iteration 1 whose vocabulary has the words of the judging prompt, which '
+               "the policy's lacks."}
 METRICS = {"length_controlled_winrate": "LC win rate", "win_rate": "win rate", "avg_length": "length"}
 
 
@@ -385,7 +389,7 @@ def markdown(key, title, rows, found):
     for r, values in zip(rows, found):
         numbers = ["-" if value is None else f"{value:g}" for value in r.paper[:2 + lengths]]
         lines.append("| " + " | ".join([r.label, *(cell(values[metric]) for metric in METRICS), *numbers]) + " |")
-    return "\n".join(lines) + "\n\n" + order(rows, found) + "\n"
+    return "\n".join([*lines, "", *([NOTES[key], ""] if key in NOTES else []), order(rows, found), ""])
 
 
 def parse_args():

@@ -194,6 +194,20 @@ def test_two_models_of_different_vocabularies(good, world, tokenizer, tmp_path, 
     refused(stage, other, output=tmp_path / "out", **good[stage] | {option: other})
 
 
+@pytest.mark.parametrize("stage", ["00_sft", "01_seed_dpo", "02_generate", "04_refined_dpo", "05_eval"])
+def test_a_tokenizer_with_more_words_than_the_model(good, tokenizer, tmp_path, stage):
+    small = save_tiny(tmp_path / "small", tokenizer, vocab_size=100)
+    refused(stage, small, f"{len(tokenizer)} words", "100", output=tmp_path / "out", **good[stage] | {"model": small})
+
+
+@pytest.mark.parametrize("named", ["</s>", [1, "a"], {"a": 1}, -5, 10 ** 30, True, [[1]], 1.5])
+def test_an_end_token_that_is_none(good, tmp_path, named):
+    model = tmp_path / "model"
+    shutil.copytree(good["02_generate"]["model"], model)
+    (model / "generation_config.json").write_text(json.dumps({"eos_token_id": named}))
+    refused("02_generate", model, "end token", output=tmp_path / "out", **good["02_generate"] | {"model": model})
+
+
 # ---------------------------------------------------------------------------------------------
 # Outputs
 

@@ -158,7 +158,7 @@ def test_what_fails_is_told_and_only_that_is_asked_for_again(tmp_path, pair):
         first = judge(server, pair, tmp_path / "a.json", judge_retries=2)
         assert first.status == 2 and first.err.count("\n") == 1 and "2 of 12" in first.err and "HTTP 500" in first.err
         assert not (tmp_path / "a.json").exists()
-        kept = [json.loads(line) for line in (tmp_path / "a.json.partial" / "judged.jsonl").read_text().splitlines()]
+        kept = list(common.unsealed(tmp_path / "a.json.partial" / "judged.jsonl"))
         assert len(kept) == N - 2 and all(1 <= row["preference"] <= 2 for row in kept)
         assert len(server.requests) == N - 2 + 2 * 3
         broken[0] = False

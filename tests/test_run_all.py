@@ -4,8 +4,10 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -62,7 +64,7 @@ def test_every_stage_of_the_small_world_leaves_its_output_and_metrics(little):
     accuracy = json.loads((folder / "eval" / "spa_1" / "metrics.json").read_text())["judge_accuracy"]
     assert accuracy is None or 0 <= accuracy <= 100  # None: gold may hold all the pairs of so small a model equal
     # pi_1 was trained from pi_0, with pi_0 as the reference: at the first step they agree
-    assert rows(folder / "pi_1" / "metrics.jsonl")[0]["margin"] == 0
+    assert rows(folder / "pi_1" / "metrics.jsonl")[0]["margin"] == pytest.approx(0, abs=1e-3)
     assert stages.moved(folder / "pi_init", folder / "pi_0") and stages.farthest(folder / "pi_0", folder / "pi_1") > 0
 
 
@@ -83,6 +85,25 @@ def test_a_second_run_does_nothing_again(little):
     assert again.returncode == 0, again.stderr
     assert again.stdout.count("already there") == len(commands("world", **LITTLE))
     assert files(folder) == before
+
+
+def test_two_nodes_give_what_one_gives(little, tmp_path):
+    nodes = [dict(NNODES="2", NODE_RANK=str(rank), RDZV_ENDPOINT=f"127.0.0.1:{stages.free_port()}", RUNS=str(tmp_path),
+                  NAME="nodes", PYTHON=sys.executable) for rank in range(2)]
+    nodes[1]["RDZV_ENDPOINT"] = nodes[0]["RDZV_ENDPOINT"]
+    first, second = ([shlex.split(line) for line in bash("--dry-run", **LITTLE, **node).stdout.splitlines()]
+                     for node in nodes)
+    assert [words[1] for words in first if words[1].endswith(".py")] == ["00_inputs.py", "05_eval.py"]  # and --report
+    assert not any(words[1].endswith(".py") for words in second) and len(first) == len(second) + 2
+    # 00_inputs.py by the first node, then 00_sft.py by both, the second too early
+    environment = stages.NO_RANKS | {"OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(second[0], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as late:
+        for words in first[:2]:
+            subprocess.run(words, cwd=ROOT, env=environment, check=True, capture_output=True, timeout=300)
+        told, _ = late.communicate(timeout=300)
+    assert late.returncode == 0, told
+    folder, _ = little
+    assert stages.farthest(tmp_path / "nodes" / "pi_init", folder / "pi_init") < 2e-5
 
 
 # ---------------------------------------------------------------------------------------------
@@ -206,6 +227,59 @@ def test_a_failed_stage_stops_the_script_with_its_status(stub, stage, status):
     assert done.returncode == status
     lines = log.read_text().splitlines()
     assert stage in lines[-1] and not any(stage in line for line in lines[:-1])
+    script = lines[-1].split()[0]
+    assert done.stderr == (f"run_all.sh: {script} ended with status {status} (see above): "
+                           "the same command goes on from what is kept\n")
+
+
+@pytest.mark.parametrize("number, name, status", [(signal.SIGTERM, "TERM", 143), (signal.SIGHUP, "TERM", 143),
+                                                  (signal.SIGINT, "INT", 130)])
+def test_a_signal_goes_to_the_stage_and_its_end_ends_the_script(tmp_path, number, name, status):
+    log, program = tmp_path / "log", tmp_path / "python"
+    # a stage that saves for a while when it is asked to stop
+    program.write_text(f"#!/usr/bin/env bash\ntrap 'sleep 0.3; echo {name} >> {log}; exit {status}' {name}\n"
+                       f"echo \"$1\" >> {log}\nif [ \"$1\" = 00_sft.py ]; then while :; do sleep 0.05; done; fi\n")
+    program.chmod(0o755)
+    with subprocess.Popen(["bash", ROOT / "run_all.sh"], env=CLEAN | {"NPROC": "1", "PYTHON": str(program)}, text=True,
+                          stdout=subprocess.PIPE, stderr=subprocess.PIPE,  # under nohup, say, it would be ignored
+                          preexec_fn=lambda: signal.signal(number, signal.SIG_DFL)) as script:
+        try:
+            while script.poll() is None and "00_sft.py" not in (log.read_text() if log.exists() else ""):
+                time.sleep(0.05)
+            script.send_signal(number)
+            out, err = script.communicate(timeout=60)
+        finally:
+            script.kill()
+    assert script.returncode == status
+    assert log.read_text().splitlines() == ["00_inputs.py", "00_sft.py", name]
+    assert out == "" and err.count("\n") == 1 and "00_sft.py" in err and "the same command goes on" in err
+
+
+@pytest.mark.parametrize("strange", ["a b", "it's \"quoted\"", "$(touch evil)", "`touch evil`", "-n", "--output", "*",
+                                     "a;touch evil", "$HOME"])
+def test_strange_paths_reach_the_stages_as_they_are(clone, tmp_path, strange):
+    bash, _ = clone
+    folder = f"./{strange}" if strange.startswith("-") else strange  # which no option can be
+    done = bash("phi-2", "--dry-run", RUNS=strange, NAME=strange, INIT=strange, SOURCE=strange)
+    assert done.returncode == 0 and done.stderr == ""
+    [inputs, seed, *_] = [shlex.split(line) for line in done.stdout.splitlines()]
+    inputs, seed = parsed("00_inputs", inputs[2:]), parsed("01_seed_dpo", seed[2:])
+    assert (inputs.source, inputs.output) == (folder, f"{folder}/{strange}/data")
+    assert (seed.model, seed.input, seed.output) == (folder, f"{inputs.output}/seed.jsonl", f"{folder}/{strange}/pi_0")
+    assert not (tmp_path / "clone" / "evil").exists()
+
+
+def test_strange_paths_are_never_evaluated(tmp_path):
+    runs, name = tmp_path / "a b$(touch evil)", "-it's \"quoted\" `touch evil`;*"
+    source = stages.write_rows(tmp_path / "-in $(touch evil).jsonl", [
+        {"prompt": f"say {k}", "chosen": "a", "rejected": "b"} for k in range(6)])
+    options = dict(RUNS=str(runs), NAME=name, SEED_SIZE="2", PROMPT_SIZES="2", EVAL_SIZE="1")
+    done = bash("phi-2", PYTHON=sys.executable, SOURCE=str(source), INIT="-no $(touch evil)/at all", **options)
+    assert done.returncode == 2  # there is no such model
+    lines = done.stderr.splitlines()
+    assert len(lines) == 2 and lines[0].startswith("01_seed_dpo.py: ./-no $(touch evil)/at all: no such folder")
+    assert len(rows(runs / name / "data" / "seed.jsonl")) == 2
+    assert not list(tmp_path.rglob("evil")) and not (ROOT / "evil").exists()
 
 
 def test_test_runs_the_tests(stub):

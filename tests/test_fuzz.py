@@ -1,0 +1,346 @@
+"""Thousands of damaged files: whatever a reader is given, it succeeds, or says in one line which file, and where.
+
+    FUZZ=5000 python -m pytest tests/test_fuzz.py -q      # so many files of each of 20 kinds; prints how many
+
+A damaged file is decided by (kind, number): a failure shows both, and `damaged(good, number)` makes it again.
+"""
+
+import contextlib
+import gzip
+import io
+import itertools
+import json
+import os
+import random
+import re
+import shutil
+import signal
+from argparse import Namespace
+
+import pytest
+
+import common
+import stages
+
+FILES = int(os.environ.get("FUZZ", 150))  # damaged files of each kind
+KINDS = ["seed.jsonl", "sft.jsonl", "prompts_1.jsonl", "preferences.jsonl", "responses.jsonl", "labels.jsonl",
+         "gold.json", "mine.jsonl", "mine.json", "base.json", "ours.json", "annotations.json", "df_gamed.csv",
+         "judge.txt", "questions.jsonl", "model.jsonl", "judge_prompts.jsonl", "judgments.jsonl", "metrics.json",
+         "chat.jinja"]
+TALK = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "my lid is broken ."}]
+OUTPUTS = itertools.count()  # each run has one of its own
+evaluation = stages.load("05_eval")
+DEEP, HUGE = "[" * 5000 + "]" * 5000, "9" * 400
+LONG = "x" * 3_000_000
+# what a value, as it stands in JSON, is replaced by
+VALUES = [
+    "null", "true", "0", "-1", "1", "1.5", HUGE, "-" + HUGE, "9" * 5000, "1e999", "-1e999", "NaN", "Infinity", "",
+    "garbage", '""', '" "', '"a"', '"3"', r'"\ud800"', r'"\udc00\ud800"', r'"\u0000"', '"\\u2028"', '"\u2028"',
+    '"\ufeff"', '"😀🏳️‍🌈"', '"\u202eשלום"', '"<eos>"', r'"a\nb\rc\u001b[2J"', "[]", "{}", "[[]]",
+    '[""]', "[null]", "[-1]", "[1e999]", '[{"role": "user"}]',
+    '[{"role": "robot", "content": "a"}]', '[{"role": "user", "content": "a"}]',
+    '[{"role": "user", "content": 3}]', '{"text": "a", "ids": [7], "finish": "eos"}', '{"a": ' * 90 + "1" + "}" * 90,
+    "[" * 400 + "]" * 400, DEEP]
+# what bytes are put in
+BYTES = [
+    b"", b"\x00", b"\xff", b"\xef\xbb\xbf", b"\r\n", b"\n", b"\n\n \n", b"\x85", b"\x1b[2J", b'"', b"\\", b"{", b"}",
+    b"[", b"]", b",", b":", b"NaN", b"1e999", rb"\ud800", rb"\u0000", "\u2028".encode(), "😀".encode(),
+    "\u202e".encode(), "א".encode(), b"\xf0\x9f", b"<eos>", b"{{", b"{%", b"9" * 400]
+
+
+def replaced(rng, row):
+    """A row as JSON, with one of its values, at any depth, replaced, dropped or there twice."""
+    holes = list(places(row))
+    holder, key = rng.choice(holes)
+    mark = f"mark{rng.random()}"
+    if rng.random() < 0.2 and isinstance(holder, dict):
+        if rng.random() < 0.5:
+            del holder[key]
+            return json.dumps(row)
+        holder[mark] = 0  # the same field again
+        return json.dumps(row).replace(json.dumps(mark) + ": 0", f"{json.dumps(key)}: {rng.choice(VALUES)}")
+    holder[key] = mark
+    return json.dumps(row).replace(json.dumps(mark), f'"{LONG}"' if rng.random() < 0.01 else rng.choice(VALUES))
+
+
+def places(value):
+    """(holder, key) of everything inside a value."""
+    for key in value if isinstance(value, dict) else range(len(value)):
+        yield value, key
+        if isinstance(value[key], (dict, list)) and value[key]:
+            yield from places(value[key])
+
+
+def structure(rng, text):
+    """(a JSON or JSON Lines file with another structure, the number of the line that is another or None)"""
+    lines = text.splitlines()
+    if text[0] == "[" or len(lines) == 1:
+        return replaced(rng, json.loads(text)), None
+    k, choice = rng.randrange(len(lines)), rng.random()
+    if choice < 0.9:
+        lines[k] = replaced(rng, json.loads(lines[k]))
+    elif choice < 0.95:
+        lines[k] = rng.choice([f"[{lines[k]}]", *VALUES])
+    else:
+        return text + lines[k] + "\n", None
+    return "\n".join(lines) + "\n", None if lines[0][:1] == "[" else k + 1  # [: now a list to some readers
+
+
+def damaged(good, number):
+    """(the bytes of a file, damaged; the number of the line, where it is one). good: bytes; number: decides how."""
+    rng = random.Random(number)
+    if rng.random() < 0.6 and re.match(rb'\[?\{"', good):
+        text, line = structure(rng, good.decode())
+        return text.encode(), line
+    at, until = sorted(rng.randrange(len(good) + 1) for _ in "12")
+    return rng.choice([
+        lambda: good[:at],  # cut
+        lambda: good[:at] + rng.choice(BYTES) + good[at:],
+        lambda: good[:at] + rng.choice(BYTES) + good[until:],
+        lambda: good[:at] + bytes([good[at - 1] ^ 1 << rng.randrange(8)]) + good[at + 1:] if at else good,
+        lambda: good[:until] + good[at:],  # a part of it twice
+        lambda: b"\xef\xbb\xbf" + good,
+        lambda: good.replace(b"\n", b"\r\n"),
+        lambda: good.replace(b"\n", b"\r"),
+        lambda: good.replace(b" ", b"\xc2\xa0"),
+        lambda: good.replace(b"\n", b""),
+        lambda: gzip.compress(good)[:rng.choice([None, 10, 40])],
+        lambda: good.decode().encode(rng.choice(["utf-16", "utf-16-le", "utf-32", "latin-1"]), "replace"),
+        lambda: rng.randbytes(rng.randrange(200)),
+        lambda: good[:at] + bytes(rng.randrange(5000)) + good[at:]])(), None
+
+
+# ---------------------------------------------------------------------------------------------
+# What is read, and how
+
+
+@pytest.fixture(scope="module")
+def files(world, tokenizer, tmp_path_factory):
+    """A folder with a good file of every kind."""
+    folder = tmp_path_factory.mktemp("good")
+
+    def lines(name, *rows):
+        stages.write_rows(folder / f"{name}.jsonl", rows)
+
+    def as_json(name, value):
+        (folder / f"{name}.json").write_text(json.dumps(value))
+
+    for name in ("seed", "sft", "prompts_1"):
+        lines(name, *stages.rows(world / f"{name}.jsonl")[:6])
+    one, two = {"text": "we fix it .", "ids": [7, 0], "finish": "eos"}, {"text": "no .", "ids": [9], "finish": "length"}
+    asked = {"prompt": TALK, "prompt_ids": [5, 6]}
+    lines("responses", *({"id": k, **asked, "responses": [one, two]} for k in range(3)))
+    lines("preferences", *({"id": f"p{k}", **asked, "chosen": one, "rejected": two, "p": 0.7} for k in range(3)))
+    lines("labels", *({"id": k, "label": 1 + k % 2} for k in range(3)))
+    as_json("gold", {"lid": {"we fix it .": 1, "no .": -1}})
+    mine = [{"id": "a", "prompt": "a", "chosen": "b", "rejected": "c"}, {"prompt": "q"},
+            {"prompt": TALK, "chosen": TALK + [{"role": "assistant", "content": "y"}], "rejected": "z"}]
+    lines("mine", *mine)
+    as_json("mine", mine)
+    for name in ("base", "ours"):
+        as_json(name, [{"instruction": f"say {k}", "output": f"{name} {k}", "generator": name} for k in range(3)])
+    as_json("annotations", [{"instruction": f"say {k}", "output_1": "a", "output_2": "bb", "preference": value}
+                            for k, value in enumerate([1, 1.5, 2, None])])
+    (folder / "df_gamed.csv").write_text("index,preference,std_delta_len,instruction_difficulty\n" + "".join(
+        f"{k},{k % 3 / 2},{k / 9},{k / 7}\n" for k in range(6)))
+    (folder / "judge.txt").write_text("<|im_start|>user\n{instruction} {output_1} {output_2}<|im_end|>")
+    (folder / "chat.jinja").write_text(tokenizer.chat_template)
+    lines("questions", *({"question_id": k, "category": category, "turns": ["a b", "c d"], "reference": ["e", "f"]}
+                         for k, category in enumerate(["writing", "math", "stem"])))
+    lines("model", *({"question_id": k, "choices": [{"index": 0, "turns": ["a", "b"]}]} for k in range(3)))
+    lines("judge_prompts", *({"name": f"single{math}-v1{turn}", "system_prompt": "s", "prompt_template": "{answer_2}"}
+                             for math in ("", "-math") for turn in ("", "-multi-turn")))
+    asked, _ = mt_bench(folder)
+    lines("judgments", *(row | {"judgment": "[[7]]", "score": 7, "tstamp": 0} for row in asked))
+    as_json("metrics", {"name": "SPA, iteration 1", "gold_labels": "3 %", "win_rate": 50.0, "standard_error": 2.0,
+                        "mt_bench_categories": {"math": 3.0}, "avg_length": 12})
+    return folder
+
+
+def mt_bench(folder, **changes):
+    """What 05_eval.py makes of the files of MT-Bench: rows to be judged, and the messages that ask for it."""
+    args = Namespace(**dict(mt_bench=str(folder / "questions.jsonl"), judge=[str(folder / "model.jsonl")],
+                            judge_model="j", judge_prompts=str(folder / "judge_prompts.jsonl"),
+                            reference_answers=None) | changes)
+    return evaluation.judgments(args, evaluation.read_rows(args.mt_bench, evaluation.QUESTIONS, "question_id"), "model")
+
+
+def reused(folder, path):
+    rows, messages = mt_bench(folder)
+    others = evaluation.reuse(path, "model", rows, messages)
+    judged = [row for row in rows if row["score"] is not None] + others
+    evaluation.mt_bench_figures(judged, {row["question_id"]: "math" for row in judged})
+
+
+def reader(name, function, model, *more):
+    """A stage's own function that reads --input."""
+    def read(path):
+        args = Namespace(input=str(path), model=str(model), max_prompt_length=64, max_length=128)
+        getattr(stages.load(name), function)(args, *more)
+    return read
+
+
+def stage(name, option, folder, **options):
+    """The whole stage, where it needs no model. --option names the file."""
+    def read(path):
+        ran = stages.attempt(name, output=folder / f"out_{next(OUTPUTS)}", **options | {option: path})
+        if not told(name, ran, folder, path):
+            raise common.InputError(ran.err)
+    return read
+
+
+def told(stage, ran, *paths):
+    """Whether it succeeded; else it has told so in one line, with one of the paths."""
+    if ran.status:
+        assert ran.status == 2 and ran.err.startswith(f"{stage}.py: ") and ran.err.count("\n") == 1, ran
+        assert any(str(path) in ran.err for path in paths), ran.err
+    return ran.status == 0
+
+
+@pytest.fixture(scope="module")
+def kinds(files, tokenizer, pi_0):
+    """{kind: (a good file, read)}; read(path) is what a stage does with such a file."""
+    def chat_template(path):
+        with_it = common.load_tokenizer(Namespace(model=str(pi_0), tokenizer=None, chat_template=str(path)))
+        return common.prompt_ids(with_it, TALK, path), common.end_ids(str(pi_0), with_it)
+
+    def gold(path):
+        return common.gold_score(common.read_gold(path), TALK, "we fix it . no .")
+
+    source = dict(seed_size=1, prompt_sizes=[1], eval_size=0)
+    readers = {
+        "seed.jsonl": reader("01_seed_dpo", "read_pairs", pi_0, tokenizer),
+        "sft.jsonl": reader("00_sft", "read_examples", pi_0, tokenizer),
+        "prompts_1.jsonl": reader("02_generate", "read_prompts", pi_0, tokenizer),
+        "preferences.jsonl": reader("04_refined_dpo", "read_pairs", pi_0),
+        "responses.jsonl": stage("03_judge", "input", files, judge="gold", gold=files / "labels.jsonl"),
+        "labels.jsonl": stage("03_judge", "gold", files, judge="gold", input=files / "responses.jsonl"),
+        "gold.json": gold, "mine.jsonl": stage("00_inputs", "source", files, **source),
+        "mine.json": stage("00_inputs", "source", files, **source),
+        "base.json": lambda path: evaluation.read_pair([path, files / "ours.json"]),
+        "ours.json": lambda path: evaluation.read_pair([files / "base.json", path]),
+        "annotations.json": stage("05_eval", "annotations", files, df_gamed="none"),
+        "df_gamed.csv": stage("05_eval", "df_gamed", files, annotations=files / "annotations.json"),
+        "judge.txt": evaluation.read_template, "questions.jsonl": lambda path: mt_bench(files, mt_bench=str(path)),
+        "model.jsonl": lambda path: mt_bench(files, judge=[str(path)], reference_answers=str(path)),
+        "judge_prompts.jsonl": lambda path: mt_bench(files, judge_prompts=str(path)),
+        "judgments.jsonl": lambda path: reused(files, path), "metrics.json": stage("05_eval", "report", files),
+        "chat.jinja": chat_template}
+    assert list(readers) == KINDS
+    return {kind: (files / kind, read) for kind, read in readers.items()}
+
+
+@contextlib.contextmanager
+def no_hang(seconds=120):
+    """A reader that takes so long never ends."""
+    def stop(*_):
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_damaged_file_is_read_or_refused_in_one_line(kinds, tmp_path, kind, capsys):
+    good, read = kinds[kind]
+    read(good)
+    path, refused = tmp_path / f"damaged{good.suffix}", 0
+    for number in range(FILES):
+        content, line = damaged(good.read_bytes(), number)
+        path.write_bytes(content)
+        try:
+            with no_hang(), contextlib.redirect_stdout(io.StringIO()):
+                read(path)
+        except common.InputError as error:
+            refused += 1
+            assert str(path) in str(error), (number, error)
+            # its line, or the id, question or prompt that another file has or lacks
+            named = rf":{line}: |row {line}[ :]|line {line} | id |question |repeats |prompt single"
+            assert line is None or re.search(named, str(error)), (number, error)
+        except Exception as error:
+            raise AssertionError(f"{number}: {type(error).__name__}: {str(error)[:300]}") from error
+    assert refused > FILES / 20  # else nothing was damaged
+    with capsys.disabled():
+        print(f" {kind}: {FILES} files, {refused} refused", end="")
+
+
+# ---------------------------------------------------------------------------------------------
+# Whole stages, with models
+
+
+@pytest.fixture(scope="module")
+def work(world, pi_init, pi_0, tmp_path_factory):
+    """{stage: options that work, without --output}"""
+    folder = tmp_path_factory.mktemp("work")
+    for name in ("sft", "seed", "prompts_1", "eval"):
+        (folder / name).write_text("".join((world / f"{name}.jsonl").read_text().splitlines(keepends=True)[:5]))
+    sampling = dict(model=pi_0, max_new_tokens=4, micro_batch_size=2)
+    responses = stages.run("02_generate", **sampling, input=folder / "prompts_1", output=folder / "responses")
+    judging = dict(model=pi_0, init_model=pi_init, micro_batch_size=2)
+    preferences = stages.run("03_judge", **judging, input=responses, output=folder / "preferences")
+    return {"00_sft": dict(model=pi_init, input=folder / "sft"),
+            "01_seed_dpo": dict(model=pi_init, input=folder / "seed"),
+            "02_generate": sampling | {"input": folder / "prompts_1"}, "03_judge": judging | {"input": responses},
+            "04_refined_dpo": dict(model=pi_0, input=preferences),
+            "05_eval": sampling | {"input": folder / "eval", "gold": world / "gold.json"}}
+
+
+@pytest.mark.parametrize("stage", ["00_sft", "01_seed_dpo", "02_generate", "03_judge", "04_refined_dpo", "05_eval"])
+def test_a_stage_with_a_damaged_file_succeeds_or_leaves_nothing(work, tmp_path, stage):
+    good, path, output = work[stage]["input"], tmp_path / "damaged", tmp_path / "out"
+    others = stages.files(good.parent)
+    for number in range(1000, 1000 + max(1, FILES // 30)):
+        content, _ = damaged(good.read_bytes(), number)
+        path.write_bytes(content)
+        with no_hang():
+            ran = stages.attempt(stage, output=output, **work[stage] | {"input": path})
+        assert told(stage, ran, path) == output.exists(), number
+        assert not list(tmp_path.glob("*.tmp"))
+        for made in tmp_path.glob("out*"):
+            shutil.rmtree(made) if made.is_dir() else made.unlink()
+    assert stages.files(good.parent) == others
+
+
+@pytest.mark.parametrize("stage", ["02_generate", "03_judge"])
+def test_what_a_killed_run_left_and_was_damaged_changes_no_result(work, tmp_path, monkeypatch, stage):
+    whole = stages.run(stage, output=tmp_path / "whole", **work[stage])
+    left, output = tmp_path / "left", tmp_path / "out"
+    partial = tmp_path / "out.partial"
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(common, "close_output", lambda *_: 1 / 0)
+        stages.run(stage, output=output, **work[stage])
+    partial.rename(left)
+    names = sorted(path.name for path in left.iterdir() if path.suffix in (".json", ".jsonl"))
+    assert len(names) > 1
+    for number in range(max(1, FILES // 10)):
+        shutil.copytree(left, partial)
+        file = partial / names[number % len(names)]
+        content, _ = damaged(file.read_bytes(), number)
+        file.write_bytes(content)
+        with no_hang():
+            ran = stages.attempt(stage, output=output, **work[stage])
+        if told(stage, ran, partial):
+            assert stages.digest(output) == stages.digest(whole), (stage, number)
+            output.unlink()
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def test_a_damaged_record_of_an_output_or_a_model(work, world, tmp_path):
+    options = work["02_generate"]
+    output = stages.run("02_generate", output=tmp_path / "out", **options)
+    record, made = common.args_path(output), stages.digest(output)
+    good, model = record.read_bytes(), tmp_path / "model"
+    shutil.copytree(options["model"], model)
+    for number in range(max(1, FILES // 4)):
+        content, _ = damaged(good, number)
+        record.write_bytes(content)
+        told("02_generate", stages.attempt("02_generate", output=output, **options), output)
+        assert stages.digest(output) == made and record.read_bytes() == content
+        (model / "args.json").write_bytes(content)
+        with contextlib.suppress(common.InputError):
+            common.fingerprint(model)
