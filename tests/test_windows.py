@@ -177,6 +177,18 @@ def test_02_goes_on_in_a_window_and_between_two(sampling, responses, small, tmp_
     assert counts[0] == counts[1] == counts[2]
 
 
+def test_a_finished_window_that_was_changed_is_done_again(sampling, responses, small, tmp_path, monkeypatch):
+    calls = []
+    stop(monkeypatch, common, "sample", calls, 4)
+    with pytest.raises(MemoryError):
+        run("02_generate", **sampling, output=tmp_path / "out")
+    path = tmp_path / "out.partial" / "sampling 1 of 4.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:2] + [lines[2].replace(", ", ", 1", 3)] + lines[3:]))
+    assert digest(run("02_generate", **sampling, output=tmp_path / "out")) == digest(responses)
+    assert len(calls) == 7 + 1 + 2  # the two batches of the first window once more
+
+
 # 03: 14 batches of one row for each of two models
 @pytest.mark.parametrize("after", [8, 10, 14, 19])
 def test_03_goes_on_in_a_window_and_between_two(judging, small, tmp_path, monkeypatch, after):
