@@ -18,13 +18,16 @@ Writes a folder: seed.jsonl        {"id", "prompt", "chosen", "rejected"}: the o
 Departs from the paper: rows that repeat a prompt are dropped, so that no X_i shares a prompt with another set.
 """
 
+import hashlib
 import itertools
 import json
 import random
 import re
 import time
+from array import array
 from pathlib import Path
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
@@ -163,32 +166,63 @@ def write_base_model(words, args, folder):
 
 
 def read_table(source):
-    """[(row, where it stands)] of UltraFeedback or of a person's file."""
+    """The rows of UltraFeedback or of a person's file by number, read when asked for, and where(k): where the k-th stands.
+
+    Only a JSON array is held in memory.
+    """
     if source == "ultrafeedback":
         from datasets import load_dataset  # slow to import, and only needed here
         name = "argilla/ultrafeedback-binarized-preferences-cleaned"
         try:
-            return [(row, f"{name}, row {k}") for k, row in enumerate(load_dataset(name, split="train"))]
+            return load_dataset(name, split="train"), lambda k: f"{name}, row {k}"
         except Exception as error:
             raise common.InputError(f"{name}: cannot be loaded ({type(error).__name__}): get online, or download it "
                                     "and give its Parquet file as --source")
     try:
         if source.endswith(".parquet"):
             from datasets import Dataset
-            return [(row, f"{source}, row {k}") for k, row in enumerate(Dataset.from_parquet(source))]
-        text = Path(source).read_text(encoding="utf-8-sig")
-        if text.lstrip().startswith("["):
-            return [(row, f"{source}, row {k}") for k, row in enumerate(common.parse_json(text, source))]
+            return Dataset.from_parquet(source), lambda k: f"{source}, row {k}"
+        lines = Lines(source)
+        if lines.is_array():
+            rows = common.parse_json(Path(source).read_text(encoding="utf-8-sig"), source)
+            return rows, lambda k: f"{source}, row {k}"
     except common.InputError:
         raise
     except Exception as error:
         raise common.InputError(f"{source}: cannot be read ({type(error).__name__}): --source is ultrafeedback, world, "
                                 "or a JSON, JSON Lines or Parquet file")
-    rows = []
-    for number, line in enumerate(text.split("\n"), 1):
-        if line.strip():
-            rows.append((common.parse_json(line, f"{source}:{number}"), f"{source}:{number}"))
-    return rows
+    return lines, lines.where
+
+
+class Lines:
+    """The rows of a JSON Lines file by number. Held of each are its line's number and where in the file it begins."""
+
+    def __init__(self, path):
+        self.path, self.file, self.numbers, self.starts = path, open(path, "rb"), array("q"), array("q")
+        start = 0
+        for number, line in enumerate(self.file, 1):
+            if line.strip():
+                self.numbers.append(number)
+                self.starts.append(start)
+            start += len(line)
+
+    def __len__(self):
+        return len(self.starts)
+
+    def __getitem__(self, k):
+        self.file.seek(self.starts[k])
+        try:
+            return common.parse_json(self.file.readline().decode("utf-8-sig").strip(), self.where(k))
+        except UnicodeDecodeError:
+            raise common.InputError(f"{self.where(k)}: not in UTF-8: give JSON Lines in UTF-8")
+
+    def where(self, k):
+        return f"{self.path}:{self.numbers[k]}"
+
+    def is_array(self):
+        """Whether the file is one JSON array, not lines."""
+        self.file.seek(self.starts[0] if self.starts else 0)
+        return self.file.readline().decode("utf-8-sig", errors="replace").lstrip().startswith("[")
 
 
 def a_preference_text(value):
@@ -211,11 +245,22 @@ def split_prompt(prompt, answer, where):
     return [{"role": m["role"], "content": m["content"]} for m in common.as_messages(prompt)], answer
 
 
-def read_preferences(source):
-    """Rows {"id", "prompt": messages} and, where it is labelled, "chosen" and "rejected" as texts."""
-    checks = {"id": common.an_id, "prompt": common.a_prompt, "chosen": a_preference_text, "rejected": a_preference_text}
-    rows, where_of = [], {}
-    for k, (row, where) in enumerate(read_table(source)):
+class Preferences:
+    """The rows of a source by number, as {"id", "prompt": messages} and, where labelled, "chosen", "rejected" as texts.
+
+    Each is read from the source whenever it is asked for.
+    """
+
+    def __init__(self, source):
+        self.table, self.where = read_table(source)
+
+    def __len__(self):
+        return len(self.table)
+
+    def __getitem__(self, k):
+        row, where = self.table[k], self.where(k)
+        checks = {"id": common.an_id, "prompt": common.a_prompt, "chosen": a_preference_text,
+                  "rejected": a_preference_text}
         common.check_row(row, {}, where)
         row = {key: value for key, value in row.items() if value is not None}  # Parquet has None for "not there"
         labelled = "chosen" in row or "rejected" in row
@@ -227,39 +272,58 @@ def read_preferences(source):
             prompt, new["rejected"] = split_prompt(row.get("prompt"), row["rejected"], where)
             if prompt != new["prompt"]:
                 raise common.InputError(f"{where}: chosen and rejected answer different prompts: mend the row")
-        if new["id"] in where_of:
-            raise common.InputError(f"{where}: {where_of[new['id']]} has the id {new['id']!r} too: ids must differ")
-        where_of[new["id"]] = where
-        rows.append(new)
-    return rows
+        return new
+
+
+def check_ids_differ(rows):
+    """Raises InputError for the first id that is there twice. Holds all ids: for rows of which the hashes agree."""
+    first = {}
+    for k in range(len(rows)):
+        row_id = rows[k]["id"]
+        if first.setdefault(row_id, k) != k:
+            raise common.InputError(f"{rows.where(k)}: {rows.where(first[row_id])} has the id {row_id!r} too: "
+                                    "ids must differ")
 
 
 def drop_repeats(rows):
-    """The rows whose prompt, compared by content, was not there before."""
-    seen = {}
-    for row in rows:
-        seen.setdefault(json.dumps([[m["role"], m["content"].strip()] for m in row["prompt"]]), row)
-    return list(seen.values())
+    """(numbers of the rows whose prompt, compared by content, was not there before; of all rows, whether labelled)
+
+    The first time through all rows. 25 bytes of each are held: hashes of the prompt and the id, and the label's mark.
+    """
+    prompts, ids, labelled = bytearray(), array("q"), array("b")
+    for k in range(len(rows)):
+        row = rows[k]
+        content = json.dumps([[m["role"], m["content"].strip()] for m in row["prompt"]])
+        prompts += hashlib.blake2b(content.encode(), digest_size=16).digest()
+        ids.append(hash(row["id"]))
+        labelled.append("chosen" in row)
+    if len(np.unique(ids)) < len(ids):
+        check_ids_differ(rows)
+    _, first = np.unique(np.frombuffer(prompts, "S16"), return_index=True)
+    return np.sort(first), np.array(labelled, bool)
 
 
-def split(rows, args):
-    """(D_0, held-out rows, [X_1, ..., X_T]), disjoint.
+def split(numbers, labelled, args):
+    """Numbers of the rows of (D_0, held-out rows, [X_1, ..., X_T]), disjoint. labelled: of all rows, whether they are
 
     The prompt sets are taken from the front and the seed from the back of the shuffled rows, so that a larger seed
     leaves the prompt sets as they are, as in Table 3.
     """
-    labelled = [row for row in rows if "chosen" in row]
-    seed = labelled[len(labelled) - args.seed_size:] if 0 < args.seed_size <= len(labelled) else []
-    taken = {row["id"] for row in seed}
-    rest = iter([row for row in rows if row["id"] not in taken])
-    held_out = list(itertools.islice(rest, args.eval_size))
-    sets = [list(itertools.islice(rest, size)) for size in args.prompt_sizes]
+    pairs = numbers[labelled[numbers]]
+    seed = pairs[len(pairs) - args.seed_size:] if 0 < args.seed_size <= len(pairs) else pairs[:0]
+    rest = numbers[~np.isin(numbers, seed)]
+    held_out, *sets, _ = np.split(rest, np.cumsum([args.eval_size, *args.prompt_sizes]))
     if [len(seed), len(held_out), *map(len, sets)] != [args.seed_size, args.eval_size, *args.prompt_sizes]:
         raise common.InputError(
-            f"{args.source}: {len(rows)} different prompts, {len(labelled)} of them labelled, are not enough for "
+            f"{args.source}: {len(numbers)} different prompts, {len(pairs)} of them labelled, are not enough for "
             f"{args.seed_size} seed pairs, {args.eval_size} held-out prompts and sets of {args.prompt_sizes}: "
             "lower --seed-size, --eval-size or --prompt-sizes")
     return seed, held_out, sets
+
+
+def with_reference(row):
+    """A held-out row with a response to compare with: its own in the world, else the chosen one, where it is labelled."""
+    return {"reference": row["chosen"]} | row if "chosen" in row else row
 
 
 def judging_examples(seed):
@@ -296,26 +360,27 @@ def main():
     folder = partial / "data"
     folder.mkdir(exist_ok=True)
 
-    rows = read_world(args, folder) if args.source == "world" else read_preferences(args.source)
-    different = drop_repeats(rows)
+    rows = read_world(args, folder) if args.source == "world" else Preferences(args.source)
+    different, labelled = drop_repeats(rows)
     if args.source != "world":
         random.Random(args.seed).shuffle(different)
-    seed, held_out, sets = split(different, args)
+    seed, held_out, sets = split(different, labelled, args)
+
+    def at(numbers):
+        return (rows[k] for k in numbers.tolist())
 
     def write(name, rows, *keys):
         keys = ("id", "prompt", *keys)
         common.write_jsonl(folder / name, ({key: row[key] for key in keys if key in row} for row in rows))
 
-    write("seed.jsonl", seed, "chosen", "rejected")
-    common.write_jsonl(folder / "judge_sft.jsonl", judging_examples(seed))
+    write("seed.jsonl", at(seed), "chosen", "rejected")
+    common.write_jsonl(folder / "judge_sft.jsonl", judging_examples(at(seed)))
     for t, prompts in enumerate(sets, 1):
-        write(f"prompts_{t}.jsonl", prompts)
-    for row in held_out:
-        if "chosen" in row:  # of the world, a reference of its own
-            row.setdefault("reference", row["chosen"])
-    write("eval.jsonl", held_out, "reference")
+        write(f"prompts_{t}.jsonl", at(prompts))
+    write("eval.jsonl", map(with_reference, at(held_out)), "reference")
     if args.all_gold:
-        write("all_gold.jsonl", [row for row in seed + sum(sets, []) if "chosen" in row], "chosen", "rejected")
+        known = np.concatenate([seed, *sets])
+        write("all_gold.jsonl", at(known[labelled[known]]), "chosen", "rejected")
     counts = {"rows read": len(rows), "repeated prompts dropped": len(rows) - len(different), "seed pairs": len(seed),
               "prompts": "+".join(str(len(prompts)) for prompts in sets), "held out": len(held_out)}
     common.close_output(args, partial, folder, counts, started)

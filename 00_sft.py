@@ -13,6 +13,7 @@ Departs from the paper: none.
 """
 
 import time
+from array import array
 
 import common
 
@@ -44,16 +45,18 @@ def parse_args():
 
 def read_examples(args, tokenizer):
     """[{"id", "prompt", "response"}] with token ids in the place of texts, and what was dropped."""
-    rows = common.read_jsonl(args.input, {"id": common.an_id, "prompt": common.a_prompt, "response": common.a_text})
-    ends, examples = common.end_ids(args.model, tokenizer), []
-    for row in rows:
+    rows = common.stream_jsonl(args.input, {"id": common.an_id, "prompt": common.a_prompt, "response": common.a_text})
+    ends, examples, read = common.end_ids(args.model, tokenizer), [], 0
+    for read, row in enumerate(rows, 1):
         prompt = common.prompt_ids(tokenizer, row["prompt"], f"{args.input}, id {row['id']}")
         if len(prompt) <= min(args.max_prompt_length, args.max_length - 1):
             response = common.response_ids(tokenizer, row["prompt"], prompt, row["response"], ends)
-            examples.append({"id": row["id"], "prompt": prompt, "response": response[:args.max_length - len(prompt)]})
+            response = response[:args.max_length - len(prompt)]
+            # 4 bytes a token; in a list a token is an object, and takes 40
+            examples.append({"id": row["id"], "prompt": array("i", prompt), "response": array("i", response)})
     if not examples:
-        raise common.InputError(f"{args.input}: all {len(rows)} prompts are too long: raise --max-prompt-length")
-    return examples, {"rows read": len(rows), "prompt too long": len(rows) - len(examples)}
+        raise common.InputError(f"{args.input}: all {read} prompts are too long: raise --max-prompt-length")
+    return examples, {"rows read": read, "prompt too long": read - len(examples)}
 
 
 def example_length(example):

@@ -50,17 +50,16 @@ def parse_args():
 
 
 def read_prompts(args, tokenizer):
-    """Rows with their prompt_ids, and what was dropped."""
-    rows = common.read_jsonl(args.input, {"id": common.an_id, "prompt": common.a_prompt})
-    counts = {"prompts read": len(rows), "too long": 0}
-    for row in rows:
+    """The rows with their prompt_ids, less those that are too long, and how many there are."""
+    def prepare(row):
         row["prompt_ids"] = common.prompt_ids(tokenizer, row["prompt"], f"{args.input}, id {row['id']}")
-    kept = [row for row in rows if len(row["prompt_ids"]) <= args.max_prompt_length]
-    counts["too long"] = len(rows) - len(kept)
-    if not kept:
-        raise common.InputError(f"{args.input}: all {len(rows)} prompts are longer than --max-prompt-length "
+        return row if len(row["prompt_ids"]) <= args.max_prompt_length else None
+
+    rows = common.Rows(args.input, {"id": common.an_id, "prompt": common.a_prompt}, prepare)
+    if not len(rows):
+        raise common.InputError(f"{args.input}: all {rows.read} prompts are longer than --max-prompt-length "
                                 f"{args.max_prompt_length}: raise it")
-    return kept, counts
+    return rows, {"prompts read": rows.read, "too long": rows.read - len(rows)}
 
 
 def settle_cut(ids, finish, cut, eos):
@@ -70,13 +69,12 @@ def settle_cut(ids, finish, cut, eos):
     return ids + [eos] if cut == "eos" else None
 
 
-def write(args, partial, rows, sampled, tokenizer, ends, counts, started):
-    """The records, with the responses that hit the limit settled, and how many there were."""
-    kept = []
-    counts |= {"responses": 0, "tokens": 0, "cut at the limit": 0, "dropped for a cut response": 0}
-    for i, row in enumerate(rows):
+def records(args, rows, sampled, tokenizer, ends, counts):
+    """Yields the records, with the responses that hit the limit settled, and counts what becomes of them."""
+    counts |= {"responses": 0, "tokens": 0, "cut at the limit": 0, "dropped for a cut response": 0, "prompts kept": 0}
+    for row, samples in zip(rows, sampled, strict=True):
         responses = []
-        for ids, finish in sampled[i]:
+        for ids, finish in samples:
             counts["responses"] += 1
             counts["tokens"] += len(ids)
             counts["cut at the limit"] += finish == "length"
@@ -87,12 +85,15 @@ def write(args, partial, rows, sampled, tokenizer, ends, counts, started):
         if len(responses) < 2:
             counts["dropped for a cut response"] += 1
         else:
-            kept.append({key: row[key] for key in ("id", "prompt", "prompt_ids")} | {"responses": responses})
-    if not kept:
+            counts["prompts kept"] += 1
+            yield {key: row[key] for key in ("id", "prompt", "prompt_ids")} | {"responses": responses}
+
+
+def write(args, partial, rows, sampled, tokenizer, ends, counts, started):
+    common.write_jsonl(partial / "responses", records(args, rows, sampled, tokenizer, ends, counts))
+    if not counts["prompts kept"]:
         raise common.InputError(f"{args.model}: every response hit the limit of {args.max_new_tokens} tokens: "
                                 "raise --max-new-tokens or choose another --cut")
-    counts["prompts kept"] = len(kept)
-    common.write_jsonl(partial / "responses", kept)
     common.close_output(args, partial, partial / "responses", counts, started)
 
 
@@ -106,13 +107,15 @@ def main():
     model = common.load_model(args.model, ranks.device, common.scoring_dtype(ranks.device))
 
     def generate(batch):
-        u = np.array([[common.uniforms(args.seed, rows[i]["id"], k, args.max_new_tokens)
-                       for k in range(args.samples)] for i in batch])
-        return common.sample(model, [rows[i]["prompt_ids"] for i in batch], u, args.temperature,
+        u = np.array([[common.uniforms(args.seed, row["id"], k, args.max_new_tokens)
+                       for k in range(args.samples)] for row in batch])
+        return common.sample(model, [row["prompt_ids"] for row in batch], u, args.temperature,
                              args.max_new_tokens, ends)
 
-    batches = common.length_batches([len(row["prompt_ids"]) for row in rows], args.micro_batch_size)
-    sampled = common.map_batches(generate, batches, partial, ranks, "sampling")
+    def length(row):
+        return len(row["prompt_ids"])
+
+    sampled = common.map_rows(generate, rows, length, args.micro_batch_size, partial, ranks, "sampling")
     common.on_first_rank(lambda: write(args, partial, rows, sampled, tokenizer, ends, counts, started), ranks)
 
 

@@ -28,6 +28,7 @@ import argparse
 import itertools
 import math
 import time
+from array import array
 
 import numpy as np
 import torch
@@ -84,7 +85,8 @@ def balancing_penalty(rewards, lengths):
 
 
 # ---------------------------------------------------------------------------------------------
-# Ways to judge: for each row the reward of each of its responses, and what the record keeps of it.
+# Ways to judge: for each row the reward of each of its responses, and what the record keeps of it. The rows, and what
+# is returned, are read from the disk each time they are gone through.
 
 
 def judge_init(rows, args, partial, ranks):
@@ -101,14 +103,15 @@ def judge_against(name, label, rows, args, partial, ranks):
     common.check_same_vocabulary(args.model, name)
     logps_policy = score(args.model, rows, "scoring with pi_{t-1}", args, partial, ranks)
     logps_ref = score(name, rows, label, args, partial, ranks)
-    return [(implicit_rewards(policy, ref, args.beta), {"logps": {"policy": policy, "ref": ref}})
-            for policy, ref in zip(logps_policy, logps_ref)]
+    return common.Again(lambda: ((implicit_rewards(policy, ref, args.beta), {"logps": {"policy": policy, "ref": ref}})
+                                 for policy, ref in zip(logps_policy, logps_ref, strict=True)))
 
 
 def judge_none(rows, args, partial, ranks):
     """The likelihood under pi_{t-1} alone, without a reference (Table 7)."""
     logps_policy = score(args.model, rows, "scoring with pi_{t-1}", args, partial, ranks)
-    return [([args.beta * logp for logp in policy], {"logps": {"policy": policy}}) for policy in logps_policy]
+    return common.Again(lambda: (([args.beta * logp for logp in policy], {"logps": {"policy": policy}})
+                                 for policy in logps_policy))
 
 
 def judge_reward(rows, args, partial, ranks):
@@ -116,13 +119,13 @@ def judge_reward(rows, args, partial, ranks):
     model, tokenizer = load_reward_model(args.reward_model, ranks.device)
 
     @torch.no_grad()
-    def compute(indices):
-        encoded = [encode(tokenizer, rows[i]["prompt"], y["text"]) for i in indices for y in rows[i]["responses"]]
+    def compute(batch_rows):
+        encoded = [encode(tokenizer, row["prompt"], y["text"]) for row in batch_rows for y in row["responses"]]
         scores = iter(reward_scores(model, encoded))
-        return [[next(scores) for _ in rows[i]["responses"]] for i in indices]
+        return [[next(scores) for _ in row["responses"]] for row in batch_rows]
 
     scored = map_rows(compute, rows, "scoring with the reward model", args, partial, ranks)
-    return [(scores, {"scores": scores}) for scores in scored]
+    return common.Again(lambda: ((scores, {"scores": scores}) for scores in scored))
 
 
 def judge_llm(rows, args, partial, ranks):
@@ -142,15 +145,17 @@ def judge_llm(rows, args, partial, ranks):
         return common.prompt_ids(tokenizer, question, f"{args.input}, id {row['id']}")
 
     @torch.no_grad()
-    def compute(indices):
-        pairs = [(i, one, two) for i in indices for one, two in orders(range(len(rows[i]["responses"])), 2)]
-        batch = common.collate([(ask(rows[i], one, two), [[letter] for letter in letters]) for i, one, two in pairs],
-                               ranks.device, model.shared_span)
-        options = judge(batch).view(-1, 2).tolist()  # (pairs, 2)
-        return [[[one, two, *values] for (k, one, two), values in zip(pairs, options) if k == i] for i in indices]
+    def compute(batch_rows):
+        pairs = [list(orders(range(len(row["responses"])), 2)) for row in batch_rows]
+        asked = [(ask(row, one, two), [[letter] for letter in letters])
+                 for row, of_row in zip(batch_rows, pairs) for one, two in of_row]
+        batch = common.collate(asked, ranks.device, model.shared_span)
+        options = iter(judge(batch).view(-1, 2).tolist())  # (questions, 2)
+        return [[[one, two, *next(options)] for one, two in of_row] for of_row in pairs]
 
     asked = map_rows(compute, rows, f"asking the judge in {args.llm_order}", args, partial, ranks)
-    return [(llm_rewards(len(row["responses"]), options), {"options": options}) for row, options in zip(rows, asked)]
+    return common.Again(lambda: ((llm_rewards(len(row["responses"]), options), {"options": options})
+                                 for row, options in zip(rows, asked, strict=True)))
 
 
 def llm_rewards(count, options):
@@ -163,16 +168,20 @@ def judge_gold(rows, args, partial, ranks):
     """The small world's gold judge, or a file of labels: 1 for the better response, 0 for the other."""
     if not args.gold.endswith(".jsonl"):
         gold = common.read_gold(args.gold)
-        scored = [[common.gold_score(gold, row["prompt"], y["text"]) for y in row["responses"]] for row in rows]
+
+        def scores_of(row):
+            return [common.gold_score(gold, row["prompt"], y["text"]) for y in row["responses"]]
     else:
-        labelled = common.read_jsonl(args.gold, {"id": common.an_id, "label": a_label})
+        labelled = common.stream_jsonl(args.gold, {"id": common.an_id, "label": a_label})
         labels = {row["id"]: row["label"] for row in labelled}
         for row in rows:
             if row["id"] not in labels or len(row["responses"]) != 2:
                 raise common.InputError(f"{args.gold}: no label for id {row['id']} of {args.input} and its "
                                         f"{len(row['responses'])} responses: give each prompt with two responses a label")
-        scored = [[float(labels[row["id"]] == k) for k in (1, 2)] for row in rows]
-    return [(scores, {"scores": scores}) for scores in scored]
+
+        def scores_of(row):
+            return [float(labels[row["id"]] == k) for k in (1, 2)]
+    return common.Again(lambda: ((scores, {"scores": scores}) for scores in map(scores_of, rows)))
 
 
 JUDGES = {"init": judge_init, "previous": judge_previous, "none": judge_none, "reward": judge_reward, "llm": judge_llm,
@@ -187,15 +196,15 @@ TAKES = {"init": {"beta": 0.1}, "previous": {"beta": 0.1}, "none": {"beta": 0.1}
 
 
 def map_rows(compute, rows, label, args, partial, ranks):
-    """compute's result for each row; compute takes a list of indices of rows of like length."""
-    lengths = [len(row["prompt_ids"]) + max(len(y["ids"]) for y in row["responses"]) for row in rows]
-    batches = common.length_batches(lengths, args.micro_batch_size)
-    results = common.map_batches(compute, batches, partial, ranks, label)
-    return [results[i] for i in range(len(rows))]
+    """compute's result for each row; compute takes a list of rows of like length."""
+    def length(row):
+        return len(row["prompt_ids"]) + max(len(y["ids"]) for y in row["responses"])
+
+    return common.map_rows(compute, rows, length, args.micro_batch_size, partial, ranks, label)
 
 
 def score(name, rows, label, args, partial, ranks):
-    """log pi(y | x) of every response of every row, by the model in the folder `name`: a list of lists."""
+    """log pi(y | x) of every response of every row, by the model in the folder `name`: a list for each row."""
     model = common.load_model(name, ranks.device, common.scoring_dtype(ranks.device))
     for row in rows:
         for ids in [row["prompt_ids"]] + [y["ids"] for y in row["responses"]]:
@@ -203,8 +212,8 @@ def score(name, rows, label, args, partial, ranks):
     logps = common.ResponseLogps(model)
 
     @torch.no_grad()
-    def compute(indices):
-        answered = [(rows[i]["prompt_ids"], [y["ids"] for y in rows[i]["responses"]]) for i in indices]
+    def compute(batch_rows):
+        answered = [(row["prompt_ids"], [y["ids"] for y in row["responses"]]) for row in batch_rows]
         batch = common.collate(answered, ranks.device, model.shared_span)
         scores = iter(common.response_logps(logps(batch), batch.lengths).tolist())
         return [[next(scores) for _ in responses] for _, responses in answered]
@@ -316,23 +325,41 @@ def settle(args):
     return args
 
 
-def write(args, partial, rows, judged, counts, started):
-    """D_t: of each row the pair that Eq. 8 makes of it. judged: [(reward of each response, what the record keeps)]"""
-    for row, (rewards, _) in zip(rows, judged):
+def differing(row):
+    """The row, unless all its responses are the same."""
+    return row if any(y["ids"] != row["responses"][0]["ids"] for y in row["responses"]) else None
+
+
+def scored(args, rows, judged):
+    """Yields (row, reward of each response, what the record keeps of it). Raises InputError for a NaN."""
+    for row, (rewards, evidence) in zip(rows, judged, strict=True):
         if not all(map(math.isfinite, rewards)):
             raise common.InputError(f"{args.input}, id {row['id']}: a score is not finite ({rewards}): "
                                     "remove the row, or look at the models")
-    lengths = [[len(y["ids"]) for y in row["responses"]] for row in rows]
-    alpha = args.length_penalty or 0.0
-    if alpha == "auto":
-        if any(len(row["responses"]) != 2 for row in rows):
+        yield row, rewards, evidence
+
+
+def lengths_of(row):
+    return [len(y["ids"]) for y in row["responses"]]
+
+
+def automatic_penalty(args, rows, judged):
+    """balancing_penalty of all pairs, from four numbers of each: no row is held."""
+    numbers = array("d")
+    for row, rewards, _ in scored(args, rows, judged):
+        if len(rewards) != 2:
             raise common.InputError(f"{args.input}: --length-penalty auto takes two responses to each prompt: "
                                     "give the penalty as a number")
-        alpha = balancing_penalty([rewards for rewards, _ in judged], lengths)
-    if args.length_penalty is not None:
-        counts["length penalty"] = alpha
-    preferences, longer = [], 0
-    for row, (rewards, evidence), length in zip(rows, judged, lengths):
+        numbers.extend([*rewards, *lengths_of(row)])
+    numbers = np.reshape(numbers, (-1, 2, 2))
+    return balancing_penalty(numbers[:, 0], numbers[:, 1])
+
+
+def preferences(args, rows, judged, alpha, counts):
+    """Yields the records: of each row the pair that Eq. 8 makes of it. Counts them."""
+    counts |= {"pairs": 0, "first chosen": 0, "chosen longer by": 0}
+    for row, rewards, evidence in scored(args, rows, judged):
+        length = lengths_of(row)
         rewards = penalised(rewards, length, alpha)
         one, two = best_and_worst(rewards)
         p = preference(rewards[one], rewards[two])  # Eq. 7
@@ -340,18 +367,28 @@ def write(args, partial, rows, judged, counts, started):
             counts["ties"] += 1
             continue
         chosen, rejected = (one, two) if p > 0.5 else (two, one)  # Eq. 8
-        longer += length[chosen] - length[rejected]
-        preferences.append({"id": row["id"], "prompt": row["prompt"], "prompt_ids": row["prompt_ids"],
-                            "chosen": row["responses"][chosen], "rejected": row["responses"][rejected], "p": p,
-                            **evidence, "judge": args.judge})
-    if not preferences:
+        counts["pairs"] += 1
+        counts["first chosen"] += p > 0.5
+        counts["chosen longer by"] += length[chosen] - length[rejected]
+        yield {"id": row["id"], "prompt": row["prompt"], "prompt_ids": row["prompt_ids"],
+               "chosen": row["responses"][chosen], "rejected": row["responses"][rejected], "p": p,
+               **evidence, "judge": args.judge}
+
+
+def write(args, partial, rows, judged, counts, started):
+    """D_t. judged: (reward of each response, what the record keeps of it) for each row"""
+    alpha = args.length_penalty or 0.0
+    if alpha == "auto":
+        alpha = automatic_penalty(args, rows, judged)
+    if args.length_penalty is not None:
+        counts["length penalty"] = alpha
+    common.write_jsonl(partial / "preferences", preferences(args, rows, judged, alpha, counts))
+    if not counts["pairs"]:
         judges = " and ".join("--" + name.replace("_", "-") for name in NEEDS[args.judge])
-        raise common.InputError(f"{args.input}: no pair carries a preference ({counts}): {judges} cannot tell the "
+        told = {name: count for name, count in counts.items() if count}
+        raise common.InputError(f"{args.input}: no pair carries a preference ({told}): {judges} cannot tell the "
                                 "responses apart")
-    counts["pairs"] = len(preferences)
-    counts["first chosen"] = sum(row["p"] > 0.5 for row in preferences)
-    counts["chosen longer by"] = round(longer / len(preferences), 3)
-    common.write_jsonl(partial / "preferences", preferences)
+    counts["chosen longer by"] = round(counts["chosen longer by"] / counts["pairs"], 3)
     common.close_output(args, partial, partial / "preferences", counts, started)
 
 
@@ -360,14 +397,13 @@ def main():
     partial = common.open_output(args, "model", "init_model", "input", "ref_model", "reward_model", "judge_model",
                                  "gold")
     ranks = common.start_ranks()
-    rows = common.read_jsonl(args.input, {"id": common.an_id, "prompt": common.a_prompt,
-                                          "prompt_ids": common.token_ids, "responses": common.responses})
-    counts = {"prompts read": len(rows), "all responses the same": 0, "ties": 0}
-    kept = [row for row in rows if any(y["ids"] != row["responses"][0]["ids"] for y in row["responses"])]
-    counts["all responses the same"] = len(rows) - len(kept)
+    fields = {"id": common.an_id, "prompt": common.a_prompt, "prompt_ids": common.token_ids,
+              "responses": common.responses}
+    rows = common.Rows(args.input, fields, differing)
+    counts = {"prompts read": rows.read, "all responses the same": rows.read - len(rows), "ties": 0}
 
-    judged = JUDGES[args.judge](kept, args, partial, ranks)
-    common.on_first_rank(lambda: write(args, partial, kept, judged, counts, started), ranks)
+    judged = JUDGES[args.judge](rows, args, partial, ranks)
+    common.on_first_rank(lambda: write(args, partial, rows, judged, counts, started), ranks)
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ import threading
 import time
 import zlib
 from argparse import Namespace
-from collections import namedtuple
+from collections import Counter, namedtuple
 from pathlib import Path
 
 import huggingface_hub
@@ -624,8 +624,9 @@ def judge_missing(args, partial, rows, messages, complete, logprobs, max_tokens)
         failed = judge(jobs, record, logprobs, max_tokens) if jobs else {}
     if failed:
         reasons = [why for why in failed.values() if why != "not asked any more"] or ["stopped"]
-        raise common.InputError(f"{args.output}: {len(failed)} of {len(rows)} have no answer ({max(reasons, key=reasons.count)}"
-                                f"): the others are kept in {partial}: run this again to ask only for what is missing")
+        [(reason, _)] = Counter(reasons).most_common(1)
+        raise common.InputError(f"{args.output}: {len(failed)} of {len(rows)} have no answer ({reason}): the others are kept "
+                                f"in {partial}: run this again to ask only for what is missing")
     return {"judged now": len(jobs), "requests": getattr(judge, "asked", 0)}
 
 
@@ -790,9 +791,9 @@ def score_annotations(args, started):
 
 def judge_accuracy(path, gold):
     """Percent of the pairs that gold does not hold equal in which it agrees with the label."""
-    rows = common.read_jsonl(path, {"id": common.an_id, "prompt": common.a_prompt, "chosen": common.a_response,
-                                    "rejected": common.a_response})
-    scores = [[common.gold_score(gold, row["prompt"], row[y]["text"]) for y in ("chosen", "rejected")] for row in rows]
+    rows = common.stream_jsonl(path, {"id": common.an_id, "prompt": common.a_prompt, "chosen": common.a_response,
+                                      "rejected": common.a_response})
+    scores = ([common.gold_score(gold, row["prompt"], row[y]["text"]) for y in ("chosen", "rejected")] for row in rows)
     agrees = [chosen > rejected for chosen, rejected in scores if chosen != rejected]
     return 100 * sum(agrees) / len(agrees) if agrees else None
 

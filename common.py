@@ -1,8 +1,8 @@
 """What the stages share and what has one right answer.
 
-    errors and records   InputError, run, read_jsonl, write_jsonl
+    errors and records   InputError, run, read_jsonl, stream_jsonl, Rows, write_jsonl
     outputs              open_output, close_output: written aside, renamed when whole, args.json beside them
-    ranks                start_ranks, gather, map_batches
+    ranks                start_ranks, gather, map_batches, map_rows
     models and text      load_tokenizer, load_model, save_model, chat_ids, prompt_ids, response_ids
     log-probs            collate, ResponseLogps, token_logps, response_logps, shared_span
     sampling             uniforms, pick, sample
@@ -18,7 +18,9 @@ import contextlib
 import datetime
 import fcntl
 import functools
+import glob
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -29,6 +31,7 @@ import signal
 import sys
 import time
 import zlib
+from array import array
 from collections import namedtuple
 from pathlib import Path
 from types import SimpleNamespace
@@ -278,32 +281,79 @@ def depth(value):
     return levels
 
 
-def read_jsonl(path, fields):
-    """Rows of a JSON Lines file, each with the fields {name: check} and an id of its own.
-
-    Raises InputError with file and line.
-    """
-    rows, line_of = [], {}
+def json_lines(path):
+    """Yields (line number, value) of the lines of a file that are not blank. Raises InputError with file and line."""
     try:
-        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
+        with open(path, encoding="utf-8-sig") as file:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield number, parse_json(line.rstrip("\n"), f"{path}:{number}")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read ({reason(error)}): give a JSON Lines file in UTF-8")
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        where = f"{path}:{number}"
-        row = parse_json(line, where)
-        check_row(row, fields, where)
+
+
+def stream_jsonl(path, fields):
+    """Yields the rows of a JSON Lines file, each with the fields {name: check} and an id of its own.
+
+    Of a row that has been yielded 8 bytes are kept, the hash of its id. Raises InputError with file and line, of an id
+    that stands twice after the last row.
+    """
+    hashes = array("q")
+    for number, row in json_lines(path):
+        check_row(row, fields, f"{path}:{number}")
         row["id"] = str(row["id"])
-        if row["id"] in line_of:
-            raise InputError(f'{where}: the id "{row["id"]}" stands in line {line_of[row["id"]]} too: ids must differ')
-        line_of[row["id"]] = number
+        hashes.append(hash(row["id"]))
         if "prompt" in row:
             row["prompt"] = as_messages(row["prompt"])
-        rows.append(row)
-    if not rows:
+        yield row
+    if not hashes:
         raise InputError(f"{path}: holds no rows")
-    return rows
+    if len(np.unique(hashes)) < len(hashes):
+        check_ids_differ(path)
+
+
+def check_ids_differ(path):
+    """Raises InputError for the first id that stands twice. Holds all ids: for a file of which the hashes agree."""
+    line_of = {}
+    for number, row in json_lines(path):
+        first = line_of.setdefault(str(row["id"]), number)
+        if first != number:
+            raise InputError(f'{path}:{number}: the id "{row["id"]}" stands in line {first} too: ids must differ')
+
+
+def read_jsonl(path, fields):
+    """All rows of stream_jsonl, as a list."""
+    return list(stream_jsonl(path, fields))
+
+
+class Rows:
+    """The rows of a JSON Lines file, each as prepare(row) makes it, less those of which it makes None.
+
+    They are read anew each time they are gone through, so that a file of any length fits in memory. The first time is
+    here: a bad line is known before the work begins. read: rows in the file; len(): those that are left.
+    """
+
+    def __init__(self, path, fields, prepare):
+        self.path, self.fields, self.prepare, self.read, self.left = path, fields, prepare, 0, 0
+        for row in stream_jsonl(path, fields):
+            self.read += 1
+            self.left += prepare(row) is not None
+
+    def __len__(self):
+        return self.left
+
+    def __iter__(self):
+        return filter(None, map(self.prepare, stream_jsonl(self.path, self.fields)))
+
+
+class Again:
+    """What make() yields, made anew each time it is gone through."""
+
+    def __init__(self, make):
+        self.make = make
+
+    def __iter__(self):
+        return self.make()
 
 
 def reason(error):
@@ -312,11 +362,15 @@ def reason(error):
 
 
 def write_jsonl(path, rows):
-    """Write the rows to a temporary name beside `path`, then rename."""
+    write_lines(path, (json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def write_lines(path, lines):
+    """Write the lines to a temporary name beside `path`, then rename."""
     temporary = Path(f"{path}.tmp")
     with open(temporary, "w", encoding="utf-8") as file:
-        for row in rows:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        file.writelines(lines)
+    to_disk(temporary)
     os.replace(temporary, path)
 
 
@@ -337,7 +391,8 @@ def fingerprint(path):
         return [fingerprint(p) for p in path]
     path = Path(path)
     if path.is_file():
-        return hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()[:16]
     if (path / "args.json").is_file():
         try:
             made = json.loads((path / "args.json").read_text())["made_from"]
@@ -575,7 +630,7 @@ def map_batches(compute, batches, partial, ranks, label):
 
 
 def read_finished(partial, label):
-    return dict(pair for path in sorted(partial.glob(f"{label}.*.jsonl")) for pair in unsealed(path))
+    return dict(pair for path in sorted(partial.glob(f"{glob.escape(label)}.*.jsonl")) for pair in unsealed(path))
 
 
 def sealed(value):
@@ -590,6 +645,39 @@ def unsealed(path):
             checksum, value = json.loads(line)
             if checksum == zlib.crc32(json.dumps(value).encode()):
                 yield value
+
+
+WINDOW = 10_000  # rows that are in memory at a time
+
+
+def map_rows(compute, rows, length, size, partial, ranks, label):
+    """compute's result for each of `rows` (a Rows), in their order: an iterable that reads them from the disk.
+
+    compute: list of rows -> list of results (JSON). Batches are made as in `length_batches`, by length(row) and of
+    `size` rows, among WINDOW consecutive rows at a time. When the stage is started again, on any number of ranks,
+    finished windows and batches are not computed again.
+    """
+    count, stream = -(-len(rows) // WINDOW), iter(rows)
+    names = [f"{label} {k + 1} of {count}" for k in range(count)]
+    for name in names:
+        map_window(compute, list(itertools.islice(stream, WINDOW)), length, size, partial, ranks, name)
+    return Again(lambda: (result for name in names for result in unsealed(partial / f"{name}.jsonl")))
+
+
+def map_window(compute, window, length, size, partial, ranks, name):
+    """Write the results of a list of rows to partial/NAME.jsonl, whole or not at all; nothing if they are there."""
+    path = partial / f"{name}.jsonl"
+    if path.exists() and len(list(unsealed(path))) == len(window):
+        return
+    batches = length_batches([length(row) for row in window], size)
+    results = map_batches(lambda batch: compute([window[i] for i in batch]), batches, partial, ranks, name)
+
+    def write():
+        write_lines(path, (sealed(results[i]) for i in range(len(window))))
+        for log in partial.glob(f"{glob.escape(name)}.*.jsonl"):  # its batches, one by one
+            log.unlink()
+
+    on_first_rank(write, ranks)
 
 
 # ---------------------------------------------------------------------------------------------

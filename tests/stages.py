@@ -145,7 +145,8 @@ def run_ranks(folder, *runs):
     (folder / "job.json").write_text(json.dumps(job))
     with subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port",
                            str(free_port()), __file__, folder / "job.json"], text=True, stdout=subprocess.PIPE,
-                          stderr=subprocess.STDOUT, env=NO_RANKS | {"OMP_NUM_THREADS": "1"}) as torchrun:
+                          stderr=subprocess.STDOUT, env=NO_RANKS | {
+                              "OMP_NUM_THREADS": "1", "WINDOW": str(common.WINDOW)}) as torchrun:
         try:
             output, _ = torchrun.communicate(timeout=600)
         except subprocess.TimeoutExpired:
@@ -172,6 +173,7 @@ def stopped_after(steps):
 def be_a_rank(job):
     import torch
     torch.set_num_threads(1)
+    common.WINDOW = int(os.environ["WINDOW"])
     done = []
     for k, (name, options, port) in enumerate(json.loads(Path(job).read_text())):
         if k > 0:  # the first meets where torchrun says

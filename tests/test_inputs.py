@@ -131,9 +131,10 @@ def test_repeated_prompts_are_dropped_and_counted(tmp_path):
 
 
 def test_a_prompt_of_another_system_message_is_another_prompt():
-    one = {"prompt": TALK}
-    two = {"prompt": [{"role": "system", "content": "be long"}, *TALK[1:]]}
-    assert inputs.drop_repeats([one, two, {"prompt": list(TALK)}]) in ([one, two], ([one, two], 1))
+    others = [{"role": "system", "content": "be long"}, *TALK[1:]]
+    rows = [{"id": "1", "prompt": TALK}, {"id": "2", "prompt": others, "chosen": ""}, {"id": "3", "prompt": list(TALK)}]
+    different, labelled = inputs.drop_repeats(rows)
+    assert different.tolist() == [0, 1] and labelled.tolist() == [False, True, False]
 
 
 def test_a_larger_seed_leaves_the_prompt_sets_as_they_are(source, tmp_path):
@@ -163,6 +164,22 @@ def test_no_seed_data_needs_no_labels(tmp_path):
     source = write(tmp_path / "prompts.jsonl", [{"prompt": f"text {k}"} for k in range(9)])
     output = run("00_inputs", source=source, seed_size=0, prompt_sizes=[3, 4], eval_size=2, output=tmp_path / "out")
     assert [len(made(output, name)) for name in NAMES] == [0, 3, 4, 2]
+
+
+def test_blank_lines_windows_line_ends_and_a_byte_order_mark_change_nothing(source, tmp_path):
+    lines = source.read_text().splitlines()
+    (tmp_path / "other.jsonl").write_bytes(b"\xef\xbb\xbf" + "\r\n\r\n".join(lines).encode())
+    one, two = (run("00_inputs", source=path, **sizes(), output=tmp_path / path.stem)
+                for path in (source, tmp_path / "other.jsonl"))
+    for name in NAMES:
+        assert digest(one / f"{name}.jsonl") == digest(two / f"{name}.jsonl")
+
+
+def test_an_id_that_stands_twice_is_named_with_both_lines(tmp_path):
+    pairs = [{"id": k % 7, "prompt": f"text {k}"} for k in range(9)]
+    source = write(tmp_path / "mine.jsonl", pairs)
+    ran = attempt("00_inputs", source=source, seed_size=0, prompt_sizes=[1], eval_size=0, output=tmp_path / "out")
+    assert ran.status == 2 and f"{source}:8: {source}:1 has the id '0' too" in ran.err
 
 
 # ---------------------------------------------------------------------------------------------
@@ -221,7 +238,7 @@ def test_the_world_s_words_are_all_in_its_vocabulary(world, tokenizer):
     ({"prompt": "", "chosen": "y", "rejected": "z"}, ["mine.jsonl:2", '"prompt"']),
     ({"prompt": "x", "chosen": [user("x")], "rejected": "z"}, ["mine.jsonl:2", '"chosen"', "assistant"]),
     ({"chosen": [user("a"), assistant("y")], "rejected": [user("b"), assistant("z")]}, ["mine.jsonl:2", "different prompts"]),
-    ([1], ["mine.jsonl:2"])])
+    ([1], ["mine.jsonl:2"]), (3, ["mine.jsonl:2", "not a JSON object"])])
 def test_a_bad_row_is_named(tmp_path, row, words):
     source = write(tmp_path / "mine.jsonl", [PERSON[0], row])
     ran = attempt("00_inputs", source=source, seed_size=1, prompt_sizes=[1], eval_size=0, output=tmp_path / "out")

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import types
+from array import array
 
 import numpy as np
 import pytest
@@ -400,10 +401,11 @@ def test_04_trains_on_the_sampled_ids_as_they_are(pi_init, tmp_path):
     path = stages.write_rows(tmp_path / "in.jsonl", [row])
     args = stages.parsed("04_refined_dpo", ["--model", str(pi_init), "--input", str(path), "--output", "o"])
     [pair], _ = stages.load("04_refined_dpo").read_pairs(args)
-    assert pair == {"id": "1", "prompt": [9, 8], "chosen": [7, 7, 7], "rejected": [10], "logps_ref": None}
+    ids = {"prompt": array("i", [9, 8]), "chosen": array("i", [7, 7, 7]), "rejected": array("i", [10])}
+    assert pair == {"id": "1", **ids, "logps_ref": None}
     args.max_length = 4  # cut to fit, as text would be
     [pair], _ = stages.load("04_refined_dpo").read_pairs(args)
-    assert pair == {"id": "1", "prompt": [9, 8], "chosen": [7, 7], "rejected": [10], "logps_ref": None}
+    assert pair == {"id": "1", **ids, "chosen": array("i", [7, 7]), "logps_ref": None}
 
 
 @pytest.fixture(scope="module")
