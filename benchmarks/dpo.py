@@ -278,14 +278,14 @@ def main():
     report(done, rows, args)
 
 
-def run_in_turn(names, folder, args):
+def run_in_turn(names, folder, args, script=__file__):
     """{name: [what each of its steps reported]}, the first two left out."""
     env = os.environ | {"OMP_NUM_THREADS": str(args.threads), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
                         "TMPDIR": str(folder)}
     workers = {}
     for name in names:
         python = args.trl if "TRL" in name else sys.executable
-        workers[name] = subprocess.Popen([python, __file__, "--worker", name, str(folder)], text=True, env=env,
+        workers[name] = subprocess.Popen([python, script, "--worker", name, str(folder)], text=True, env=env,
                                          stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                          stderr=open(folder / f"{name}.log", "w"))
         if workers[name].stdout.readline() != "ready\n":
