@@ -386,7 +386,9 @@ def args_path(output):
 
 
 def fingerprint(path):
-    """A short hash of a file's content; of a folder, what its args.json says it was made from, else its config."""
+    """A short hash of a file's content; of a folder, what its args.json says it was made from, else its config and its
+    weights: their sizes and how they begin, since hashing tens of gigabytes takes minutes.
+    """
     if isinstance(path, list):
         return [fingerprint(p) for p in path]
     path = Path(path)
@@ -400,8 +402,11 @@ def fingerprint(path):
             raise InputError(f"{path / 'args.json'}: does not say how {path} was made: delete it, or make {path} again")
         return hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()[:16]
     if (path / "config.json").is_file():
-        weights = sorted((p.name, p.stat().st_size, p.stat().st_mtime_ns) for p in path.glob("*.safetensors"))
-        return hashlib.sha256(json.dumps([fingerprint(path / "config.json"), weights]).encode()).hexdigest()[:16]
+        found = [fingerprint(path / "config.json")]
+        for weights in sorted(path.glob("*.safetensors")):
+            with open(weights, "rb") as file:
+                found += [weights.name, weights.stat().st_size, hashlib.sha256(file.read(2 ** 24)).hexdigest()]
+        return hashlib.sha256(json.dumps(found).encode()).hexdigest()[:16]
     return str(path)  # a name on the hub
 
 
