@@ -10,7 +10,8 @@ are about equally likely, so a response ends with probability 1/100 a token, aft
     common.sample                 batches of 16 prompts in order of length, as in 02_generate.py
     generate                      the same batches, padded on the left; num_return_sequences=2
     generate, static cache        the same, with cache_implementation="static"
-    generate_batch                continuous batching: all prompts in one call, 32 sequences at a time
+    generate_batch                continuous batching: all prompts in one call, 32 sequences at a time (where
+                                  transformers is as old as 5.17 it needs psutil)
 
 First the greedy responses of common.sample and generate are compared token for token. Then the four run in turn,
 --repeats times. Tokens are counted to the end of each response; a ratio is of two runs of the same turn.

@@ -6,7 +6,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import transformers
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MistralConfig, Phi3Config, PhiConfig
+from transformers.utils import is_psutil_available
 
 import common
 import stages
@@ -160,13 +162,23 @@ def test_the_benchmark_takes_generates_responses_to_their_ends(benchmark, llama)
     assert benchmark.compare_greedy(llama, PROMPTS, ours, theirs) == (2 * sum(len(y) for [y] in theirs.values()), 0)
 
 
-def test_the_benchmark_gives_all_competitors_two_responses_that_end_as_they_must(benchmark, llama):
-    for done in (benchmark.by_common(llama, PROMPTS, [[1, 2], [3, 0]], 0),
-                 benchmark.by_generate(llama, PROMPTS, [[1, 2], [3, 0]], benchmark.drawn()),
-                 benchmark.by_generate_batch(llama, PROMPTS, benchmark.drawn())):
-        assert sorted(done) == [0, 1, 2, 3] and all(len(pair) == 2 for pair in done.values())
-        for ids in (ids for pair in done.values() for ids in pair):
-            assert all(i % 7 for i in ids[:-1]) and (ids[-1] % 7 == 0 or len(ids) == 12)
+def check_drawn(done):
+    assert sorted(done) == [0, 1, 2, 3] and all(len(pair) == 2 for pair in done.values())
+    for ids in (ids for pair in done.values() for ids in pair):
+        assert all(i % 7 for i in ids[:-1]) and (ids[-1] % 7 == 0 or len(ids) == 12)
+
+
+def test_the_benchmark_draws_two_responses_a_prompt_up_to_their_ends(benchmark, llama):
+    batches = [[1, 2], [3, 0]]
+    check_drawn(benchmark.by_common(llama, PROMPTS, batches, 0))
+    check_drawn(benchmark.by_generate(llama, PROMPTS, batches, benchmark.drawn()))
+    check_drawn(benchmark.by_generate(llama, PROMPTS, batches, benchmark.drawn(cache_implementation="static")))
+
+
+@pytest.mark.skipif(transformers.__version__.startswith("5.17") and not is_psutil_available(), reason="needs psutil")
+def test_the_benchmark_gets_all_responses_out_of_continuous_batching(benchmark):
+    model = AutoModelForCausalLM.from_config(FAMILIES["llama"]).eval()  # its own: its attention is replaced
+    check_drawn(benchmark.by_generate_batch(model, PROMPTS, benchmark.drawn()))
 
 
 def test_the_benchmark_stops_at_a_greedy_token_that_differs_and_passes_a_tie(benchmark, llama):
