@@ -1,11 +1,20 @@
 """The sampling loop, against transformers' greedy generate and against the distribution it must draw from."""
 
+import sys
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
+import transformers
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MistralConfig, Phi3Config, PhiConfig
+from transformers.utils import is_psutil_available
 
 import common
+import stages
+
+sys.path.append(str(stages.ROOT / "benchmarks"))
+import sampling
 
 SHAPE = dict(vocab_size=30, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
              num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.3, pad_token_id=0,
@@ -125,3 +134,62 @@ def test_uniforms_are_decided_by_seed_prompt_and_sample():
     many = np.concatenate([common.uniforms(0, str(k), 0, 100) for k in range(100)])
     assert 0 <= many.min() and many.max() < 1
     assert many.mean() == pytest.approx(0.5, abs=0.01)  # standard error 0.29 / 100
+
+
+# ---------------------------------------------------------------------------------------------
+# benchmarks/sampling.py
+
+
+@pytest.fixture
+def benchmark(monkeypatch):
+    """The benchmark with words, ends and limits for the models of this file."""
+    monkeypatch.setattr(sampling, "ENDS", range(0, 30, 7))
+    monkeypatch.setattr(sampling, "LIMIT", 12)
+    monkeypatch.setattr(sampling, "GREEDY_LIMIT", 12)
+    return sampling
+
+
+def test_the_benchmark_takes_generates_responses_to_their_ends(benchmark, llama):
+    batches = [[1, 2], [3, 0]]
+    theirs = benchmark.by_generate(llama, PROMPTS, batches, benchmark.greedy())
+    for prompt, [response] in zip(PROMPTS, [theirs[i] for i in range(4)], strict=True):
+        alone = llama.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)),
+                               generation_config=benchmark.greedy())
+        assert response == alone[0, len(prompt):].tolist()
+    assert len({len(response) for [response] in theirs.values()}) > 1
+    ours = benchmark.by_common(llama, PROMPTS, batches, 0, 0, 12)
+    assert ours == {i: [response] * 2 for i, [response] in theirs.items()}
+    assert benchmark.compare_greedy(llama, PROMPTS, ours, theirs) == (2 * sum(len(y) for [y] in theirs.values()), 0)
+
+
+def check_drawn(done):
+    assert sorted(done) == [0, 1, 2, 3] and all(len(pair) == 2 for pair in done.values())
+    for ids in (ids for pair in done.values() for ids in pair):
+        assert all(i % 7 for i in ids[:-1]) and (ids[-1] % 7 == 0 or len(ids) == 12)
+
+
+def test_the_benchmark_draws_two_responses_a_prompt_up_to_their_ends(benchmark, llama):
+    batches = [[1, 2], [3, 0]]
+    check_drawn(benchmark.by_common(llama, PROMPTS, batches, 0))
+    check_drawn(benchmark.by_generate(llama, PROMPTS, batches, benchmark.drawn()))
+    check_drawn(benchmark.by_generate(llama, PROMPTS, batches, benchmark.drawn(cache_implementation="static")))
+
+
+@pytest.mark.skipif(transformers.__version__.startswith("5.17") and not is_psutil_available(), reason="needs psutil")
+def test_the_benchmark_gets_all_responses_out_of_continuous_batching(benchmark):
+    model = AutoModelForCausalLM.from_config(FAMILIES["llama"]).eval()  # its own: its attention is replaced
+    check_drawn(benchmark.by_generate_batch(model, PROMPTS, benchmark.drawn()))
+
+
+def test_the_benchmark_stops_at_a_greedy_token_that_differs_and_passes_a_tie(benchmark, llama):
+    theirs = benchmark.by_generate(llama, PROMPTS, [[0]], benchmark.greedy())
+    [[response]] = theirs.values()
+    for other in ([*response[:2], (response[2] + 1) % 30, *response[3:]], response[:2]):
+        with pytest.raises(SystemExit, match="prompt 0: the greedy responses differ from token 2 on"):
+            benchmark.compare_greedy(llama, PROMPTS, {0: [response, other]}, theirs)
+
+    def tied(ids):
+        return SimpleNamespace(logits=torch.zeros(1, ids.shape[1], 30))
+
+    other = [*response[:2], (response[2] + 1) % 30]
+    assert benchmark.compare_greedy(tied, PROMPTS, {0: [response, other]}, theirs) == (len(response) + 2, 1)

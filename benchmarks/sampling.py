@@ -1,0 +1,167 @@
+"""How fast 02_generate.py samples (common.sample), beside transformers, on prompts and responses of mixed lengths.
+
+    python benchmarks/sampling.py
+
+A Llama of 24 million random weights in float32 on a CPU: vocabulary 32,000, width 256, 8 layers, 8 query heads and 2
+key-value heads of 32. 32 prompts of 20 to 600 tokens (log-normal, median 120), two samples each, temperature 0.7, at
+most 300 new tokens. One word in a hundred ends a response, the same words for all. With weights this small all words
+are about equally likely, so a response ends with probability 1/100 a token, after 95 tokens in the mean.
+
+    common.sample                 batches of 16 prompts in order of length, as in 02_generate.py
+    generate                      the same batches, padded on the left; num_return_sequences=2
+    generate, static cache        the same, with cache_implementation="static"
+    generate_batch                continuous batching: all prompts in one call, 32 sequences at a time (where
+                                  transformers is as old as 5.17 it needs psutil)
+
+First the greedy responses of common.sample and generate are compared token for token. Then the four run in turn,
+--repeats times. Tokens are counted to the end of each response; a ratio is of two runs of the same turn.
+"""
+
+import argparse
+import logging
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import ContinuousBatchingConfig, GenerationConfig, LlamaConfig, LlamaForCausalLM
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import common
+
+VOCABULARY, PROMPTS, BATCH, SAMPLES, TEMPERATURE, LIMIT, GREEDY_LIMIT = 32_000, 32, 16, 2, 0.7, 300, 100
+ENDS = range(0, VOCABULARY, 100)
+
+
+def make_model():
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=VOCABULARY, hidden_size=256, intermediate_size=1024, num_hidden_layers=8,
+                         num_attention_heads=8, num_key_value_heads=2, tie_word_embeddings=False, bos_token_id=None,
+                         eos_token_id=None)
+    return LlamaForCausalLM(config).eval()  # attention is sdpa
+
+
+def make_prompts(count):
+    rng = np.random.default_rng(0)
+    lengths = rng.lognormal(np.log(120), 0.9, count).clip(20, 600).astype(int)
+    return [rng.integers(VOCABULARY, size=length).tolist() for length in lengths]
+
+
+def drawn(**options):
+    """Nothing is left to a default: that of top_k is 50."""
+    return GenerationConfig(max_new_tokens=LIMIT, eos_token_id=list(ENDS), pad_token_id=0, use_cache=True,
+                            do_sample=True, temperature=TEMPERATURE, top_k=0, top_p=1.0,
+                            num_return_sequences=SAMPLES, **options)
+
+
+def greedy():
+    return GenerationConfig(max_new_tokens=GREEDY_LIMIT, eos_token_id=list(ENDS), pad_token_id=0, use_cache=True,
+                            do_sample=False)
+
+
+def by_common(model, prompts, batches, seed, temperature=TEMPERATURE, limit=LIMIT):
+    """{index of a prompt: its responses} by common.sample, called as 02_generate.py does."""
+    done = {}
+    for batch in batches:
+        u = np.array([[common.uniforms(seed, str(i), k, limit) for k in range(SAMPLES)] for i in batch])
+        sampled = common.sample(model, [prompts[i] for i in batch], u, temperature, limit, list(ENDS))
+        done |= {i: [ids for ids, _ in of_prompt] for i, of_prompt in zip(batch, sampled, strict=True)}
+    return done
+
+
+def to_its_end(ids):
+    """What generate returns goes on with padding to the end of the batch's longest response."""
+    last = next((k for k, i in enumerate(ids) if i in ENDS), len(ids))
+    return ids[:last + 1]
+
+
+def by_generate(model, prompts, batches, config):
+    """{index of a prompt: its responses} by generate."""
+    done = {}
+    for batch in batches:
+        width = max(len(prompts[i]) for i in batch)
+        ids = torch.tensor([[0] * (width - len(prompts[i])) + prompts[i] for i in batch])
+        mask = torch.tensor([[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in batch])
+        out = model.generate(ids, attention_mask=mask, generation_config=config)[:, width:].tolist()
+        n = config.num_return_sequences or 1
+        done |= {i: [to_its_end(ids) for ids in out[k * n:(k + 1) * n]] for k, i in enumerate(batch)}
+    return done
+
+
+def by_generate_batch(model, prompts, config):
+    """{index of a prompt: its responses} by continuous batching. It swallows errors, hence the assertion.
+
+    Left to itself it takes most of the machine's memory, and is slower for it. A prompt of 600 tokens and its response
+    fit into 4 blocks of 256.
+    """
+    requests = ContinuousBatchingConfig(max_requests_per_batch=BATCH * SAMPLES, num_blocks=4 * BATCH * SAMPLES,
+                                        max_batch_tokens=1024)
+    out = list(model.generate_batch(prompts, generation_config=config, continuous_batching_config=requests).values())
+    assert len(out) == len(prompts) * SAMPLES and all(result.is_finished() and not result.error for result in out)
+    return {i: [result.generated_tokens for result in out[i * SAMPLES:(i + 1) * SAMPLES]] for i in range(len(prompts))}
+
+
+@torch.no_grad()
+def compare_greedy(model, prompts, one, two):
+    """How many tokens of the greedy responses `one` and `two` are identical, and how many responses part at a tie.
+
+    one, two: {index of a prompt: its responses}; of two's only the first is used. Words whose logits lie within 1e-4
+    are a tie, which float32 may break either way in batches of different shapes; what follows cannot be compared.
+    Raises SystemExit where two responses part at anything else.
+    """
+    tokens = ties = 0
+    for i, (y, *_) in two.items():
+        for x in one[i]:
+            shorter = min(len(x), len(y))
+            k = next((k for k in range(shorter) if x[k] != y[k]), shorter)
+            tokens += k
+            if x == y:
+                continue
+            logits = model(torch.tensor([prompts[i] + y[:k]])).logits[0, -1]
+            if k == shorter or abs(logits[x[k]] - logits[y[k]]) > 1e-4:
+                sys.exit(f"prompt {i}: the greedy responses differ from token {k} on")
+            ties += 1
+    return tokens, ties
+
+
+def main():
+    parser = argparse.ArgumentParser(description="Tokens per second of common.sample and of transformers.")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    logging.disable()  # of continuous batching, which misses psutil
+    model, prompts = make_model(), make_prompts(PROMPTS)
+    batches = common.length_batches([len(prompt) for prompt in prompts], BATCH)
+
+    tokens, ties = compare_greedy(model, prompts, by_common(model, prompts, batches, 0, 0, GREEDY_LIMIT),
+                                  by_generate(model, prompts, batches, greedy()))
+    print(f"greedy: {tokens} tokens of {PROMPTS * SAMPLES} responses are identical; {ties} responses part at a tie\n")
+
+    competitors = {
+        "common.sample": lambda turn: by_common(model, prompts, batches, turn),
+        "generate": lambda turn: by_generate(model, prompts, batches, drawn()),
+        "generate, static cache": lambda turn: by_generate(model, prompts, batches,
+                                                           drawn(cache_implementation="static")),
+        "generate_batch": lambda turn: by_generate_batch(model, prompts, drawn())}
+    speeds = {name: [] for name in competitors}
+    for turn in range(args.repeats):
+        for name in list(competitors)[::(-1) ** turn]:
+            torch.manual_seed(turn)
+            started = time.perf_counter()
+            done = competitors[name](turn)
+            seconds = time.perf_counter() - started
+            speeds[name].append(sum(len(ids) for responses in done.values() for ids in responses) / seconds)
+
+    print("| | Tokens per second, median | common.sample is faster by, median (least to most) |\n|---|---|---|")
+    for name, speed in speeds.items():
+        ratios = [ours / theirs for ours, theirs in zip(speeds["common.sample"], speed)]
+        print(f"| {name} | {statistics.median(speed):.0f} | {statistics.median(ratios):.2f} "
+              f"({min(ratios):.2f} to {max(ratios):.2f}) |")
+
+
+if __name__ == "__main__":
+    main()
