@@ -3,10 +3,11 @@
     python benchmarks/crash.py                                                # 50 kills
     SFT_SIZE=64 PROMPT_SIZES=24 ITERATIONS=1 python benchmarks/crash.py --kills 11   # settings of run_all.sh
 
-Runs `bash run_all.sh world` twice in the same place: once undisturbed, which also tells how long each stage takes, then
-over and over, until it has been killed often enough: SIGKILL to all its processes, or, one time in five, SIGTERM to the
-script. The moment is drawn from the time that a stage takes, so it may fall into its start, its work, its saving, its
-renaming. Compared are all files: args.json without "seconds", every other file, weights as well, byte for byte.
+Runs `bash run_all.sh world` in the same place twice: undisturbed, which also tells how long each stage takes, and to the
+end of what kills have left. They strike each stage's command, as run_all.sh --dry-run prints it, until the stage is done or
+has had its share, then the next one's: SIGKILL, or, one time in five, SIGTERM. The moment is drawn from the time that the
+stage takes, so it may fall into its start, its work, its saving, its renaming. Compared are all files: args.json without
+"seconds", every other file, weights as well, byte for byte.
 """
 
 import argparse
@@ -27,38 +28,11 @@ HERE = Path(__file__).resolve().parent
 SCRIPT = ["bash", str(HERE.parent / "run_all.sh"), "world"]
 
 
-def start(environment, log):
-    return subprocess.Popen(SCRIPT, env=environment, stdout=subprocess.PIPE, stderr=log, text=True)
-
-
-def outputs(environment):
-    """What each stage makes, in order."""
+def commands(environment):
+    """{what a stage makes: its command}, in order."""
     listed = subprocess.run([*SCRIPT, "--dry-run"], env=environment, capture_output=True, text=True, check=True).stdout
-    commands = [shlex.split(line) for line in listed.splitlines()]
-    return [words[words.index("--output") + 1] for words in commands]
-
-
-def wait_for(process, output):
-    """Read what run_all.sh prints until a stage says that its output is there, made now or before; False at the end."""
-    return any(line.startswith(f"{output}: ") and "begun before" not in line for line in process.stdout)
-
-
-def kill_all(process):
-    """SIGKILL the script and all that it has started."""
-    process.send_signal(signal.SIGSTOP)  # it starts nothing more
-    listed = subprocess.run(["ps", "-A", "-o", "pid=,ppid="], capture_output=True, text=True, check=True).stdout
-    children = collections.defaultdict(list)
-    for line in listed.splitlines():
-        child, parent = map(int, line.split())
-        children[parent].append(child)
-    found = [process.pid]
-    for pid in found:  # grows as it goes
-        found += children[pid]
-    for pid in found:
-        try:
-            os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:  # has just ended
-            pass
+    lines = [shlex.split(line) for line in listed.splitlines()]
+    return {words[words.index("--output") + 1]: words for words in lines}
 
 
 def content(folder):
@@ -76,12 +50,13 @@ def content(folder):
 
 
 def undisturbed(environment, stages, log):
-    """Seconds of each stage."""
+    """Run run_all.sh to its end -> seconds of each stage."""
     seconds = []
-    with start(environment, log) as process:
+    with subprocess.Popen(SCRIPT, env=environment, stdout=subprocess.PIPE, stderr=log, text=True) as process:
         for output in stages:
             began = time.time()
-            wait_for(process, output)
+            # until the stage says that its output is there, made now or before
+            any(line.startswith(f"{output}: ") and "begun before" not in line for line in process.stdout)
             seconds.append(time.time() - began)
         process.stdout.read()
     if process.returncode != 0:
@@ -90,24 +65,20 @@ def undisturbed(environment, stages, log):
 
 
 def disturbed(environment, stages, seconds, kills, rng, log):
-    """{stage: number of kills in it}, in each stage about equally many."""
+    """{stage: number of kills in it}, in each stage about equally many, but in one that is done none."""
     hit = collections.Counter()
-    while hit.total() < kills:
-        target = hit.total() * len(stages) // kills  # or a later one, where that is done already
-        target = next((k for k in range(target, len(stages)) if not Path(stages[k]).exists()), None)
-        if target is None:
-            break
-        with start(environment, log) as process:
-            if target > 0 and not wait_for(process, stages[target - 1]):
-                sys.exit(f"crash.py: run_all.sh ended with status {process.wait()}: see {log.name}")
-            time.sleep(rng.uniform(0, 0.95 * seconds[target]))
-            stage = next((output for output in stages if not Path(output).exists()), "the end")
-            gently = rng.random() < 0.2
-            process.terminate() if gently else kill_all(process)
-            process.stdout.read()
-        hit[stage] += 1
-        name = "SIGTERM" if gently else "SIGKILL"
-        print(f"{hit.total():3} {name} in {stage}: status {process.returncode}", flush=True)
+    for k, (output, command) in enumerate(stages.items()):
+        while hit.total() < kills * (k + 1) // len(stages):
+            with subprocess.Popen(command, cwd=HERE.parent, env=environment, stdout=log, stderr=log) as process:
+                time.sleep(rng.uniform(0, 0.95 * seconds[k]))
+                number = signal.SIGTERM if rng.random() < 0.2 else signal.SIGKILL
+                process.send_signal(number)
+            if process.returncode == 0:  # it was quicker, and is done
+                break
+            hit[output] += 1
+            print(f"{hit.total():3} {number.name} in {output}: status {process.returncode}", flush=True)
+        if not Path(output).exists():
+            subprocess.run(command, cwd=HERE.parent, env=environment, stdout=log, stderr=log, check=True)
     return hit
 
 
@@ -120,9 +91,9 @@ def main():
     with tempfile.TemporaryDirectory() as temporary:
         runs = Path(args.runs or temporary).resolve()
         runs.mkdir(parents=True, exist_ok=True)
-        environment = {"OMP_NUM_THREADS": "1", "SAVE_EVERY": "10", "NPROC": "1"} | os.environ | {
+        environment = {"SAVE_EVERY": "10", "NPROC": "1"} | os.environ | {
             "PYTHON": sys.executable, "RUNS": str(runs), "NAME": "crash"}
-        stages = outputs(environment)
+        stages = commands(environment)
         with open(runs / "crash.log", "a") as log:
             seconds = undisturbed(environment, stages, log)
             plain = content(runs / "crash")
@@ -132,7 +103,7 @@ def main():
             undisturbed(environment, stages, log)
         found = content(runs / "crash")
     differing = [name for name in plain | found if plain.get(name) != found.get(name)]
-    print(f"kills: {hit.total()}; in the stage with the fewest: {min(hit[stage] for stage in stages)}")
+    print(f"kills: {hit.total()}, in {len(hit)} of {len(stages)} stages")
     print(f"files: {len(plain)}; differences: {len(differing)} {' '.join(differing)}")
     sys.exit(1 if differing else 0)
 
