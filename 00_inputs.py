@@ -166,7 +166,7 @@ def write_base_model(words, args, folder):
 
 
 def read_table(source):
-    """The rows of UltraFeedback or of a person's file by number, read when asked for, and where(k): where the k-th stands.
+    """The rows of UltraFeedback or of a file by number, read when asked for, and where(k): where the k-th stands.
 
     Only a JSON array is held in memory.
     """
@@ -322,7 +322,7 @@ def split(numbers, labelled, args):
 
 
 def with_reference(row):
-    """A held-out row with a response to compare with: its own in the world, else the chosen one, where it is labelled."""
+    """A held-out row with a response to compare with: its own in the world, else the chosen one, if it is labelled."""
     return {"reference": row["chosen"]} | row if "chosen" in row else row
 
 

@@ -55,8 +55,8 @@ def parse_args():
     # lengths, memory, safety
     add("--max-prompt-length", type=common.positive, default=1024, help="pairs with a longer prompt are dropped")
     add("--max-length", type=common.number(int, 2), default=2048, help="prompt and response; responses are cut to fit")
-    add("--micro-batch-size", type=common.positive, default=4, help="pairs of one forward pass of one rank, at most")
-    add("--micro-batch-tokens", type=common.positive, help="tokens of one, at most, where it has more than one pair")
+    add("--micro-batch-size", type=common.positive, default=4, help="pairs of one forward pass of a rank, at most")
+    add("--micro-batch-tokens", type=common.positive, help="tokens of one, at most, if it has several pairs")
     add("--activation-checkpointing", action="store_true", help="less memory for more compute")
     add("--fsdp", action="store_true", help="shard weights, gradients and optimizer over the ranks, for less memory")
     add("--save-every", type=common.positive, default=100, help="steps between states to go on from")

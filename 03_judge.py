@@ -177,7 +177,7 @@ def judge_gold(rows, args, partial, ranks):
         for row in rows:
             if row["id"] not in labels or len(row["responses"]) != 2:
                 raise common.InputError(f"{args.gold}: no label for id {row['id']} of {args.input} and its "
-                                        f"{len(row['responses'])} responses: give each prompt with two responses a label")
+                                        f"{len(row['responses'])} responses: give each prompt of two a label")
 
         def scores_of(row):
             return [float(labels[row["id"]] == k) for k in (1, 2)]

@@ -131,8 +131,8 @@ def parse_args():
     # lengths, memory, safety
     add("--max-prompt-length", type=common.positive, default=1024, help="pairs with a longer prompt are dropped")
     add("--max-length", type=common.number(int, 2), default=2048, help="prompt and response; responses are cut to fit")
-    add("--micro-batch-size", type=common.positive, default=4, help="pairs of one forward pass of one rank, at most")
-    add("--micro-batch-tokens", type=common.positive, help="tokens of one, at most, where it has more than one pair")
+    add("--micro-batch-size", type=common.positive, default=4, help="pairs of one forward pass of a rank, at most")
+    add("--micro-batch-tokens", type=common.positive, help="tokens of one, at most, if it has several pairs")
     add("--activation-checkpointing", action="store_true", help="less memory for more compute")
     add("--fsdp", action="store_true", help="shard weights, gradients and optimizer over the ranks, for less memory")
     add("--save-every", type=common.positive, default=100, help="steps between states to go on from")
@@ -234,8 +234,8 @@ def solve_now(step, steps, args):
 @torch.no_grad()
 def place_atoms(policy, span, pairs, args, ranks):
     """Give every pair of D_t its [moved, shift] of the worst distribution near the current model's confidences."""
-    batches = common.length_batches([pair_length(pair) for pair in pairs], args.micro_batch_size, args.micro_batch_tokens)
-    known = []
+    lengths, known = [pair_length(pair) for pair in pairs], []
+    batches = common.length_batches(lengths, args.micro_batch_size, args.micro_batch_tokens)
     for indices, weight in common.in_turn(batches, ranks):
         batch, logps_ref, atoms = on_device([pairs[i] for i in indices], span, ranks.device)
         _, logged = pair_losses(policy, None, batch, logps_ref, 0.0, atoms, args)
@@ -253,7 +253,7 @@ def on_device(micro, span, device):
 
 
 def logits_from(steps, args):
-    """The step from which Eq. 12 needs logits of pi_ref, not log-probs alone: tau is taken from the window before it."""
+    """The step from which Eq. 12 needs logits of pi_ref, not log-probs alone: tau is taken of a window before it."""
     if args.refine != "decoupled" or args.lam == 0:
         return len(steps)
     first = start = math.ceil(args.refine_after * len(steps))
@@ -306,8 +306,9 @@ def main():
         optimizer.zero_grad()
         for k, (micro, weight) in enumerate(micros):
             batch, logps_ref, atoms = on_device(micro, model.shared_span, ranks.device)
+            live = ref if step >= live_from else None
             with common.sync(policy, last=k == len(micros) - 1):
-                losses, logged = pair_losses(policy, ref if step >= live_from else None, batch, logps_ref, tau, atoms, args)
+                losses, logged = pair_losses(policy, live, batch, logps_ref, tau, atoms, args)
                 # the mean over the step's pairs, whatever the micro-batches; DDP divides by the ranks
                 (weight * losses.sum() / len(batch_pairs) * ranks.world).backward()
             if step < live_from < len(steps):

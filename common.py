@@ -44,7 +44,8 @@ import torch.nn.functional as F
 import transformers
 from torch import nn
 from torch.autograd.function import once_differentiable
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict, get_state_dict,
+                                                     set_state_dict)
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
@@ -978,8 +979,10 @@ class ResponseLogps(nn.Module):
         return values
 
     def forward(self, batch, other=None, mix=None):
-        """log pi(y_t | x, y_<t) of each response token, (N,). With another model and mix, a function of both models'
-        logits: also the other's and those of mix(logits, other logits), from the same chunk of logits, not to learn from.
+        """log pi(y_t | x, y_<t) of each response token, (N,).
+
+        With another ResponseLogps, and mix, a function of both models' logits: also the other's, and those of
+        mix(logits, other logits), from the same chunks of logits. No gradient flows through these two.
         """
         if other is None:
             return HeadLogps.apply(*self.hidden(batch), batch.labels, None, None)
@@ -1011,7 +1014,8 @@ class HeadLogps(torch.autograd.Function):
             logps.append([token_logps(logits, labels[chunk])])
             if other is not None:
                 other_logits = F.linear(other[0][chunk], *other[1:]).float()
-                logps[-1] += [token_logps(values, labels[chunk]) for values in (other_logits, mix(logits, other_logits))]
+                for values in (other_logits, mix(logits, other_logits)):
+                    logps[-1].append(token_logps(values, labels[chunk]))
             if len(ctx.chunks) == 1 and any(ctx.needs_input_grad):
                 ctx.kept = logits
         logps = [torch.cat(parts) for parts in zip(*logps)]
@@ -1203,7 +1207,7 @@ def load_policy(args, ranks):
 
 
 def load_reference(name, args, ranks):
-    """pi_ref, computed as the policy of these arguments is: from float32 weights, or with --fsdp from the policy's bf16."""
+    """pi_ref, as the policy is computed: from float32 weights, with --fsdp from the dtype in which that is sent."""
     dtype = scoring_dtype(ranks.device) if is_sharded(args, ranks) else torch.float32
     return ResponseLogps(load_model(name, ranks.device, dtype))
 

@@ -8,7 +8,6 @@ import math
 import numpy as np
 import pytest
 
-import common
 import stages
 
 stage = stages.load("05_eval")

@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
 import common
-import stages
 from conftest import save_tiny
 from stages import attempt, digest, rows, run, write_rows
 

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 import stages
-from stages import digest, farthest, metrics, rows, run
+from stages import digest, farthest, metrics, run
 
 
 @pytest.fixture(scope="module")
