@@ -169,9 +169,9 @@ def run_trl(folder, turns, **options):
             if "loss" in logs:
                 turns.after_step(float(logs["loss"]))
 
-    model = LlamaForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
+    model = LlamaForCausalLM.from_pretrained(folder / "model", dtype=torch.float32, trust_remote_code=False)
     DPOTrainer(model, args=config, train_dataset=rows, callbacks=[Steps()],
-               processing_class=AutoTokenizer.from_pretrained(folder / "model")).train()
+               processing_class=AutoTokenizer.from_pretrained(folder / "model", trust_remote_code=False)).train()
 
 
 def run_plain(folder, turns):
@@ -179,7 +179,7 @@ def run_plain(folder, turns):
     import torch.nn.functional as F
     from transformers import LlamaForCausalLM, get_cosine_schedule_with_warmup
     rows = [json.loads(line) for line in (folder / "preferences.jsonl").read_text().splitlines()]
-    policy, ref = (LlamaForCausalLM.from_pretrained(folder / "model", dtype=torch.float32) for _ in range(2))
+    policy, ref = (LlamaForCausalLM.from_pretrained(folder / "model", dtype=torch.float32, trust_remote_code=False) for _ in range(2))
     optimizer = torch.optim.AdamW(policy.parameters(), lr=LR, weight_decay=0.0)
     steps = len(rows) // PAIRS
     scheduler = get_cosine_schedule_with_warmup(optimizer, -(-steps // 10), steps)

@@ -31,12 +31,12 @@ def make_responses(folder):
     (folder / "responses.jsonl").write_text("".join(json.dumps(
         {"id": row["id"], "prompt": [{"role": "user", "content": "x"}], "prompt_ids": row["prompt_ids"],
          "responses": [row["chosen"], row["rejected"]]}) + "\n" for row in rows))
-    model = LlamaForCausalLM.from_pretrained(folder / "model")
+    model = LlamaForCausalLM.from_pretrained(folder / "model", trust_remote_code=False)
     with torch.no_grad():
         for weight in model.parameters():
             weight += 0.002 * torch.randn_like(weight)
     model.save_pretrained(folder / "pi")
-    AutoTokenizer.from_pretrained(folder / "model").save_pretrained(folder / "pi")
+    AutoTokenizer.from_pretrained(folder / "model", trust_remote_code=False).save_pretrained(folder / "pi")
 
 
 def run_03(folder, turns):
@@ -59,7 +59,7 @@ def run_plain(folder, turns):
 
     @torch.no_grad()
     def score(name):
-        model, scores = LlamaForCausalLM.from_pretrained(folder / name, dtype=torch.float32).eval(), []
+        model, scores = LlamaForCausalLM.from_pretrained(folder / name, dtype=torch.float32, trust_remote_code=False).eval(), []
         for at in range(0, len(rows), BATCH):
             answers = [(row["prompt_ids"], y["ids"]) for row in rows[at:at + BATCH] for y in row["responses"]]
             width = max(len(x) + len(y) for x, y in answers)
