@@ -19,7 +19,7 @@ from pathlib import Path
 
 import dpo
 
-PROMPTS, BATCH = 64, 8  # of a run, of a forward pass
+PROMPTS, BATCH = 32, 4  # of a run, of a forward pass
 
 
 def make_responses(folder):
