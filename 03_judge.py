@@ -198,7 +198,7 @@ TAKES = {"init": {"beta": 0.1}, "previous": {"beta": 0.1}, "none": {"beta": 0.1}
 def map_rows(compute, rows, label, args, partial, ranks):
     """compute's result for each row; compute takes a list of rows of like length."""
     def length(row):
-        return len(row["prompt_ids"]) + max(len(y["ids"]) for y in row["responses"])
+        return len(row["prompt_ids"]) + sum(lengths_of(row))
 
     return common.map_rows(compute, rows, length, args.micro_batch_size, partial, ranks, label)
 

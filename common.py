@@ -1010,31 +1010,33 @@ class HeadLogps(torch.autograd.Function):
         ctx.chunks = [slice(i, i + rows) for i in range(0, len(labels), rows)]
         ctx.kept, logps = None, []
         for chunk in ctx.chunks:
-            logits = F.linear(hidden[chunk], weight, bias).float()
-            logps.append([token_logps(logits, labels[chunk])])
+            logits = [F.linear(hidden[chunk], weight, bias).float()]
             if other is not None:
-                other_logits = F.linear(other[0][chunk], *other[1:]).float()
-                for values in (other_logits, mix(logits, other_logits)):
-                    logps[-1].append(token_logps(values, labels[chunk]))
+                logits.append(F.linear(other[0][chunk], *other[1:]).float())
+                logits.append(mix(*logits))
+            found = [token_logps_in_place(values, labels[chunk]) for values in logits]
+            logps.append([logp for logp, _ in found])
             if len(ctx.chunks) == 1 and any(ctx.needs_input_grad):
-                ctx.kept = logits
+                ctx.kept = logits[0], found[0][1]
         logps = [torch.cat(parts) for parts in zip(*logps)]
-        ctx.save_for_backward(hidden, weight, bias, labels, logps[0])
+        ctx.save_for_backward(hidden, weight, bias, labels)
         ctx.mark_non_differentiable(*logps[1:])
         return tuple(logps) if other is not None else logps[0]
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad, *_):
-        hidden, weight, bias, labels, logp = ctx.saved_tensors
+        hidden, weight, bias, labels = ctx.saved_tensors
         grad_hidden, grad_weight = torch.empty_like(hidden), torch.zeros_like(weight, dtype=torch.float32)
         grad_bias = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
         for chunk in ctx.chunks:
-            logits = F.linear(hidden[chunk], weight, bias).float() if ctx.kept is None else ctx.kept
-            label = labels[chunk, None]
-            # the gradient of a log-prob by the logits is the one-hot label less the softmax, exp(logits - logsumexp)
-            logsumexp = logits.gather(1, label) - logp[chunk, None]
-            logits.sub_(logsumexp).exp_().mul_(-grad[chunk, None]).scatter_add_(1, label, grad[chunk, None])
+            if ctx.kept is None:
+                logits = F.linear(hidden[chunk], weight, bias).float()
+                total = token_logps_in_place(logits, labels[chunk])[1]
+            else:
+                logits, total = ctx.kept
+            # the gradient of a log-prob by the logits is the one-hot label less the softmax
+            logits.mul_(-grad[chunk, None] / total).scatter_add_(1, labels[chunk, None], grad[chunk, None])
             grad_logits = logits.to(hidden.dtype)
             grad_hidden[chunk] = grad_logits @ weight
             grad_weight += grad_logits.T @ hidden[chunk]
@@ -1047,6 +1049,17 @@ class HeadLogps(torch.autograd.Function):
 def token_logps(logits, labels):
     """log pi(y_t | x, y_<t) of each response token. logits (N, V), labels (N,) -> (N,)"""
     return logits.gather(-1, labels[:, None])[:, 0] - logits.logsumexp(-1)
+
+
+def token_logps_in_place(logits, labels):
+    """(token_logps, the sums (N, 1) of exp(logits - their maximum), which the logits become: the softmax but for these)
+
+    To fill a second (N, V) takes longer than the arithmetic.
+    """
+    label_logits = logits.gather(1, labels[:, None])
+    highest = logits.amax(1, keepdim=True)
+    total = logits.sub_(highest).exp_().sum(1, keepdim=True)
+    return (label_logits - highest - total.log())[:, 0], total
 
 
 def response_logps(logp, lengths):
