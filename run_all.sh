@@ -86,8 +86,10 @@ launch() {  # how a stage is started; each meets at a port of its own, so that n
              --rdzv-backend c10d --rdzv-id "spa-$stages" --rdzv-endpoint "${RDZV_ENDPOINT%:*}:$(( ${RDZV_ENDPOINT##*:} + stages ))"
              --rdzv-conf join_timeout=86400,read_timeout=86400 --max-restarts "$MAX_RESTARTS")
   elif [ "$NPROC" -gt 1 ]; then
-    LAUNCH+=(-m torch.distributed.run --nproc-per-node "$NPROC" --max-restarts "$MAX_RESTARTS")
+    LAUNCH+=(-m torch.distributed.run --standalone --local-addr localhost --nproc-per-node "$NPROC" --max-restarts "$MAX_RESTARTS")
   fi
+  # processes that are started again must not meet at the old store: it names those that are gone
+  [ "$MAX_RESTARTS" = 0 ] || LAUNCH=(env TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 "${LAUNCH[@]}")
   stages=$(( stages + 1 ))
 }
 stages=0

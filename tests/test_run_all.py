@@ -87,23 +87,52 @@ def test_a_second_run_does_nothing_again(little):
     assert files(folder) == before
 
 
-def test_two_nodes_give_what_one_gives(little, tmp_path):
-    nodes = [dict(NNODES="2", NODE_RANK=str(rank), RDZV_ENDPOINT=f"127.0.0.1:{stages.free_port()}", RUNS=str(tmp_path),
-                  NAME="nodes", PYTHON=sys.executable) for rank in range(2)]
-    nodes[1]["RDZV_ENDPOINT"] = nodes[0]["RDZV_ENDPOINT"]
-    first, second = ([shlex.split(line) for line in bash("--dry-run", **LITTLE, **node).stdout.splitlines()]
-                     for node in nodes)
+def on_machines(count, folder, **settings):
+    """What run_all.sh prints on each of `count` machines: lists of commands, which are lists of words."""
+    settings = LITTLE | dict(NNODES=str(count), RUNS=str(folder), NAME="nodes", PYTHON=sys.executable) | settings
+    if count > 1:
+        settings["RDZV_ENDPOINT"] = f"127.0.0.1:{stages.free_port()}"
+    printed = [bash("--dry-run", **settings, NODE_RANK=str(rank)).stdout for rank in range(count)]
+    return [[shlex.split(line) for line in lines.splitlines()] for lines in printed]
+
+
+def start(words, log):
+    return subprocess.Popen(words, cwd=ROOT, env=stages.NO_RANKS | {"OMP_NUM_THREADS": "1"}, stdout=log, stderr=log)
+
+
+def test_two_machines_give_what_one_gives(little, tmp_path):
+    first, second = on_machines(2, tmp_path)
     assert [words[1] for words in first if words[1].endswith(".py")] == ["00_inputs.py", "05_eval.py"]  # and --report
     assert not any(words[1].endswith(".py") for words in second) and len(first) == len(second) + 2
-    # 00_inputs.py by the first node, then 00_sft.py by both, the second too early
-    environment = stages.NO_RANKS | {"OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(second[0], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as late:
+    # 00_inputs.py by the first machine, then 00_sft.py by both, the second too early
+    with open(tmp_path / "log", "w") as log, start(second[0], log) as late:
         for words in first[:2]:
-            subprocess.run(words, cwd=ROOT, env=environment, check=True, capture_output=True, timeout=300)
-        told, _ = late.communicate(timeout=300)
-    assert late.returncode == 0, told
+            assert start(words, log).wait(timeout=300) == 0, (tmp_path / "log").read_text()
+        assert late.wait(timeout=300) == 0, (tmp_path / "log").read_text()
     folder, _ = little
     assert stages.farthest(tmp_path / "nodes" / "pi_init", folder / "pi_init") < 2e-5
+
+
+@pytest.mark.parametrize("machines", [1, 2])
+def test_a_process_that_dies_is_started_again_and_goes_on(tmp_path, machines):
+    commands = on_machines(machines, tmp_path, NPROC=str(3 - machines), MAX_RESTARTS="1", SAVE_EVERY="4", SFT_EPOCHS="10",
+                           SFT_BATCH_SIZE="8")
+    with open(tmp_path / "log", "w") as log:
+        assert start(commands[0].pop(0), log).wait(timeout=300) == 0  # 00_inputs.py
+        agents = [start(of_machine[0], log) for of_machine in commands]
+        folder = tmp_path / "nodes"
+        while not list((folder / "pi_init.partial").glob("state-*.pt")) and agents[0].poll() is None:
+            time.sleep(0.05)
+        processes = f"/proc/{agents[-1].pid}/task/{agents[-1].pid}/children"
+        with open(processes) as file:  # of the last machine; the first of one machine, at whose store the others meet
+            os.kill(int(file.read().split()[0]), signal.SIGKILL)
+        statuses = [agent.wait(timeout=300) for agent in agents]
+    told = (tmp_path / "log").read_text()
+    assert set(statuses) == {0} and told.count("going on after step") == 1, told
+    alone = stages.run("00_sft", model=folder / "data/base", input=folder / "data/sft.jsonl", output=tmp_path / "alone",
+                       lr=3e-3, epochs=10, batch_size=8, micro_batch_size=8)
+    assert stages.farthest(folder / "pi_init", alone) < 1e-4
+    assert [line["step"] for line in stages.metrics(folder / "pi_init")] == list(range(1, 81))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -195,7 +224,7 @@ def test_several_gpus_share_the_stages_that_have_work_to_share():
     done = bash("mistral-7b", "--dry-run", NPROC="4")
     for line in done.stdout.splitlines():
         alone = "00_inputs.py" in line or "--report" in line
-        assert ("torch.distributed.run --nproc-per-node 4" in line) != alone, line
+        assert ("torch.distributed.run --standalone --local-addr localhost --nproc-per-node 4" in line) != alone, line
 
 
 @pytest.mark.parametrize("words", [["no-such-setting"], ["--no-such-option"], ["mistral-7b", "--no-such-option"]])
