@@ -13,6 +13,8 @@ rejected in one batch padded to the longest, whole logits of policy and referenc
     04 warm-up    04_refined_dpo.py before labels are refined
     04            04_refined_dpo.py with de-coupled noise detection, the reference live
     live          01's step with a live reference: what 04 is measured against
+    prompt twice  01 that computes a prompt for each of its two responses
+    logits twice  01 that makes the logits again on the way back, in chunks of 256 tokens
     TRL           DPOConfig() but for the settings above (its activation checkpointing is on)
     TRL best      precomputed reference log-probs, no activation checkpointing
     plain         the plain loop
@@ -46,8 +48,11 @@ TEMPLATE = "{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %}
 # Inputs
 
 
-def make_inputs(folder, pairs):
-    """A model and preferences as texts and as token ids, in the order in which they are trained on."""
+def make_inputs(folder, pairs, longest=(600, 300)):
+    """A model and preferences as texts and as token ids, in the order in which they are trained on -> its parameters.
+
+    longest: tokens of a prompt, of a response
+    """
     import numpy as np
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
@@ -58,20 +63,22 @@ def make_inputs(folder, pairs):
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>",
                             chat_template=TEMPLATE).save_pretrained(folder / "model")
     torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(**SHAPE)).save_pretrained(folder / "model")
+    model = LlamaForCausalLM(LlamaConfig(**SHAPE))
+    model.save_pretrained(folder / "model")
     rng = np.random.default_rng(0)
 
     def ids(count):
         return rng.integers(3, SHAPE["vocab_size"], int(count)).tolist()
 
-    rows = [{"id": str(k), "prompt": ids(np.exp(rng.uniform(*np.log([20, 600])))),
-             "chosen": ids(rng.integers(20, 300)), "rejected": ids(rng.integers(20, 300))} for k in range(pairs)]
+    rows = [{"id": str(k), "prompt": ids(np.exp(rng.uniform(*np.log([20, longest[0]])))),
+             "chosen": ids(rng.integers(20, longest[1])), "rejected": ids(rng.integers(20, longest[1]))} for k in range(pairs)]
     with open(folder / "seed.jsonl", "w") as texts, open(folder / "preferences.jsonl", "w") as tokens:
         for row in rows:
             said = {key: " ".join(f"w{i}" for i in row[key]) for key in ("prompt", "chosen", "rejected")}
             texts.write(json.dumps({"id": row["id"], **said}) + "\n")
             answers = {key: {"text": "", "ids": row[key] + [2], "finish": "eos"} for key in ("chosen", "rejected")}
             tokens.write(json.dumps({"id": row["id"], "prompt_ids": row["prompt"], **answers}) + "\n")
+    return model.num_parameters()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -143,6 +150,13 @@ def run_live(folder, turns):
             return policy(batch)
         return model, with_reference
     common.load_policy = load_policy
+    run_stage("01_seed_dpo", folder, turns, input=folder / "seed.jsonl")
+
+
+def run_without(folder, turns, **replaced):
+    """01 with something of common.py replaced."""
+    import common
+    vars(common).update(replaced)
     run_stage("01_seed_dpo", folder, turns, input=folder / "seed.jsonl")
 
 
@@ -226,12 +240,14 @@ def run_products(turns):
 
 
 COMPETITORS = {
-    "01": lambda folder, turns: run_stage("01_seed_dpo", folder, turns, input=folder / "seed.jsonl"),
+    "01": run_without,
     "04 warm-up": lambda folder, turns: run_stage("04_refined_dpo", folder, turns, input=folder / "preferences.jsonl",
                                                   refine_after=1, window=1),
     "04": lambda folder, turns: run_stage("04_refined_dpo", folder, turns, input=folder / "preferences.jsonl",
                                           refine_after=0, window=PAIRS),
     "live": run_live,
+    "prompt twice": lambda folder, turns: run_without(folder, turns, shared_span=lambda model: 0),
+    "logits twice": lambda folder, turns: run_without(folder, turns, chunk_rows=lambda weight: 256),
     "plain": run_plain,
     "products": lambda folder, turns: run_products(turns),
     "TRL": run_trl,

@@ -75,6 +75,11 @@ def test_token_logps_by_hand():
     logits = torch.tensor([[0.0, math.log(3)], [0.0, 0.0]])
     expected = torch.tensor([0.75, 0.5]).log()
     torch.testing.assert_close(common.token_logps(logits, torch.tensor([1, 0])), expected)
+    for shift in (0.0, 1e4, -1e4):  # exp(1e4) would overflow; 1e4 + ln 3 has 3 digits after the point
+        changed = logits + shift
+        logps, total = common.token_logps_in_place(changed, torch.tensor([1, 0]))
+        torch.testing.assert_close(logps, expected, rtol=0, atol=1e-3 if shift else 1e-6)
+        torch.testing.assert_close(changed / total, logits.softmax(-1), rtol=0, atol=1e-3 if shift else 1e-6)
     # one response of both tokens: ln 3/8; two of one token each: ln 3/4, ln 1/2
     torch.testing.assert_close(common.response_logps(expected, [2]), torch.tensor([math.log(3 / 8)]))
     torch.testing.assert_close(common.response_logps(expected, [1, 1]), expected)

@@ -1,0 +1,89 @@
+"""Memory that a training stage holds, in bytes a parameter: measured on a CPU, beside what the README's table computes.
+
+    python benchmarks/memory.py
+
+A Llama of 120 M parameters with random weights takes three steps of two short pairs, so that activations weigh little.
+Held is what a process has grown by since before it loaded a model, at the end of the last step, the gradients still
+there, after what the C library had kept of freed memory is given back. On a CPU pi_ref is float32 with --fsdp too, so
+04 has to hold 20 bytes a parameter, shared by the processes, not the table's 18.
+"""
+
+import argparse
+import ctypes
+import os
+import re
+import runpy
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import dpo
+
+# bytes a parameter, options
+STAGES = {"01_seed_dpo": (16, dict(input="seed.jsonl")),
+          "04_refined_dpo": (20, dict(input="preferences.jsonl", refine_after=0, window=1))}
+STEPS, PAIRS = 3, 2
+
+
+def resident():
+    """Bytes of memory of this process."""
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    return 1024 * int(re.search(r"VmRSS:\s+(\d+)", Path("/proc/self/status").read_text()).group(1))
+
+
+def be_a_process(stage, folder, output, fsdp):
+    """A stage as it is, that tells at its last step what it holds."""
+    import common
+    real_load, real_log, before = common.load_reference, common.log_step, []
+
+    def load_reference(*args):
+        before.append(resident())
+        return real_load(*args)
+
+    def log_step(partial, progress, step, rows, **more):
+        real_log(partial, progress, step, rows, **more)
+        if step == STEPS - 1:
+            print("held", resident() - before[0], flush=True)
+
+    common.load_reference, common.log_step = load_reference, log_step
+    options = STAGES[stage][1] | dict(model="model", output=output, batch_size=PAIRS, micro_batch_size=1, epochs=1)
+    words = [word for key, value in options.items() for word in (f"--{key.replace('_', '-')}", str(value))]
+    os.chdir(folder)
+    sys.argv = [stage, *words, *["--fsdp"] * fsdp]
+    runpy.run_path(str(dpo.ROOT / f"{stage}.py"), run_name="__main__")
+
+
+def measure(stage, folder, processes, fsdp):
+    """Bytes that rank 0 holds."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "localhost",
+               "--nproc-per-node", str(processes), __file__, "--work", stage, folder, f"{stage}-{processes}-{fsdp}",
+               *["--fsdp"] * fsdp]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    if "held" not in done.stdout:
+        sys.exit(f"{stage}: {done.stderr[-2000:]}")
+    return int(re.search(r"held (\d+)", done.stdout).group(1))
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--fsdp", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.work:
+        return be_a_process(*args.work, args.fsdp)
+
+    dpo.SHAPE |= dict(hidden_size=768, intermediate_size=2048, num_hidden_layers=10, num_attention_heads=12,
+                      num_key_value_heads=12)
+    with tempfile.TemporaryDirectory() as folder:
+        parameters = dpo.make_inputs(Path(folder), PAIRS * STEPS, longest=(40, 40))
+        print("| Stage | Processes | Bytes a parameter, computed | Held |\n" + "|---" * 4 + "|")
+        for stage, (size, _) in STAGES.items():
+            for processes, fsdp in ((1, False), (2, False), (2, True), (4, True)):
+                held = measure(stage, folder, processes, fsdp) / parameters
+                how, share = (f"{processes}, `--fsdp`", size / processes) if fsdp else (processes, size)
+                print(f"| {stage}.py | {how} | {share:.0f} | {held:.1f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
