@@ -664,7 +664,7 @@ def map_rows(compute, rows, length, size, partial, ranks, label):
     finished windows and batches are not computed again.
     """
     count, stream = -(-len(rows) // WINDOW), iter(rows)
-    names = [f"{label} {k + 1} of {count}" for k in range(count)]
+    names = [f"{label} {k + 1} of {count}" for k in range(count)] if count > 1 else [label]
     for name in names:
         map_window(compute, list(itertools.islice(stream, WINDOW)), length, size, partial, ranks, name)
     return Again(lambda: (result for name in names for result in unsealed(partial / f"{name}.jsonl")))
