@@ -188,7 +188,8 @@ def keep_recorded(pairs, ref, device):
     """
     known = [pair for pair in pairs if pair["logps_ref"]][:8]
     logps = common.pair_logps(ref, known, device) if known else []
-    if not np.allclose(logps, [pair["logps_ref"] for pair in known], rtol=1e-4, atol=1e-3):
+    same = np.allclose(logps, [pair["logps_ref"] for pair in known], rtol=1e-4, atol=1e-3)
+    if not all(common.gather([same])):  # on every rank, or they would not share the same batches
         for pair in pairs:
             pair["logps_ref"] = None
 
@@ -273,7 +274,9 @@ def load_reference(pairs, steps, args, partial, ranks):
     common.store_logps(ref, [pairs[i] for i in before if not pairs[i]["logps_ref"]], args, partial, ranks)
     if live_from == len(steps):
         return None, live_from
-    return common.shard(ref, ranks) if common.is_sharded(args, ranks) else ref, live_from
+    if common.is_sharded(args, ranks):
+        common.shard(ref, ranks, "hidden")  # which the policy's forward calls
+    return ref, live_from
 
 
 def main():

@@ -47,7 +47,11 @@ esac
 : "${JUDGE:=init}" "${REWARD_MODEL:=}" "${JUDGE_MODEL:=}" "${LENGTH_PENALTY:=}"  # what SPA is compared with
 : "${JUDGE_LR:=2e-5}" "${JUDGE_EPOCHS:=3}" "${JUDGE_BATCH_SIZE:=32}"                             # App. B.2
 : "${INIT_NAME:=SFT (pi_init)}" "${PI_0_NAME:=DPO on the seed (pi_0)}" "${INIT_TOKENIZER:=}"
-: "${GOLD_LABEL_SHARE:=$([ "$SEED_SIZE" = 0 ] && echo 0 || echo 3.3) %}" "${PYTHON:=}"
+: "${GOLD_LABEL_SHARE:=$(awk -v seed="$SEED_SIZE" -v sets="$PROMPT_SIZES" -v source="$SOURCE" 'BEGIN {
+  for (n = split(sets, size); n > 0; n--) all += size[n]
+  all = source == "ultrafeedback" ? 60000 : seed + all  # the paper counts all of UltraFeedback
+  printf seed ? "%.1f %%" : "0 %%", 100 * seed / (all ? all : 1) }')}"
+: "${PYTHON:=}"
 : "${NPROC:=}" "${NNODES:=1}" "${NODE_RANK:=0}" "${RDZV_ENDPOINT:=}" "${MAX_RESTARTS:=0}"  # processes a node, nodes: torchrun's
 : "${SAVE_EVERY:=100}"  # steps between the states that training goes on from
 for path in RUNS SOURCE INIT PI_0 INIT_TOKENIZER REWARD_MODEL JUDGE_MODEL; do
@@ -77,12 +81,12 @@ if [ -z "$PYTHON" ]; then
 fi
 if [ "$SETTING" = test ]; then exec "$PYTHON" -m pytest tests "$@"; fi
 if [ -z "$NPROC" ]; then
-  NPROC=$( (nvidia-smi --list-gpus 2>/dev/null || true) | wc -l)
+  NPROC=$(tr , '\n' <<< "${CUDA_VISIBLE_DEVICES-$(nvidia-smi --list-gpus 2>/dev/null)}" | grep -c . || true)
 fi
 launch() {  # how a stage is started; each meets at a port of its own, so that none meets the one before
   LAUNCH=("$PYTHON")
   if [ "$NNODES" -gt 1 ]; then
-    LAUNCH+=(-m torch.distributed.run --nnodes "$NNODES" --node-rank "$NODE_RANK" --nproc-per-node "$(( NPROC > 1 ? NPROC : 1 ))"
+    LAUNCH+=(-m torch.distributed.run --nnodes "$NNODES" --nproc-per-node "$(( NPROC > 1 ? NPROC : 1 ))"
              --rdzv-backend c10d --rdzv-id "spa-$stages" --rdzv-endpoint "${RDZV_ENDPOINT%:*}:$(( ${RDZV_ENDPOINT##*:} + stages ))"
              --rdzv-conf join_timeout=86400,read_timeout=86400 --max-restarts "$MAX_RESTARTS")
   elif [ "$NPROC" -gt 1 ]; then
@@ -93,6 +97,7 @@ launch() {  # how a stage is started; each meets at a port of its own, so that n
   stages=$(( stages + 1 ))
 }
 stages=0
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-3600}  # seconds for a stage to save when it is stopped
 
 child= signal=
 forward() { signal=$1; [ -n "$child" ] && kill -s "$1" "$child" 2>/dev/null || exit "$2"; }

@@ -71,7 +71,8 @@ def make_inputs(folder, pairs, longest=(600, 300)):
         return rng.integers(3, SHAPE["vocab_size"], int(count)).tolist()
 
     rows = [{"id": str(k), "prompt": ids(np.exp(rng.uniform(*np.log([20, longest[0]])))),
-             "chosen": ids(rng.integers(20, longest[1])), "rejected": ids(rng.integers(20, longest[1]))} for k in range(pairs)]
+             "chosen": ids(rng.integers(20, longest[1])), "rejected": ids(rng.integers(20, longest[1]))}
+            for k in range(pairs)]
     with open(folder / "seed.jsonl", "w") as texts, open(folder / "preferences.jsonl", "w") as tokens:
         for row in rows:
             said = {key: " ".join(f"w{i}" for i in row[key]) for key in ("prompt", "chosen", "rejected")}
@@ -134,7 +135,7 @@ def run_stage(name, folder, turns, **options):
 
 
 def run_live(folder, turns):
-    """01's step with a live reference: 04 whose every step takes pi_ref's log-probs, not its logits."""
+    """01's step that also runs pi_ref, as 04 has to."""
     import torch
 
     import common
@@ -188,34 +189,44 @@ def run_trl(folder, turns, **options):
                processing_class=AutoTokenizer.from_pretrained(folder / "model", trust_remote_code=False)).train()
 
 
+def load_plain(folder):
+    import torch
+    from transformers import LlamaForCausalLM
+    return LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False).eval()  # no dropout
+
+
+def whole_logps(model, answers):
+    """log pi of each of [(prompt ids, response ids)], padded to the longest, through whole logits and their log-softmax."""
+    import torch
+    width = max(len(x) + len(y) for x, y in answers)
+    ids, mask, labels = (torch.full((len(answers), width), fill) for fill in (0, 0, -100))
+    for k, (x, y) in enumerate(answers):
+        ids[k, :len(x) + len(y)], mask[k, :len(x) + len(y)] = torch.tensor(x + y), 1
+        labels[k, len(x):len(x) + len(y)] = torch.tensor(y)
+    logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1]
+    logp = logits.log_softmax(-1).gather(2, labels[:, 1:].clamp(min=0)[..., None])[..., 0]
+    return (logp * (labels[:, 1:] >= 0)).sum(-1)
+
+
 def run_plain(folder, turns):
     import torch
     import torch.nn.functional as F
-    from transformers import LlamaForCausalLM, get_cosine_schedule_with_warmup
+    from transformers import get_cosine_schedule_with_warmup
     rows = [json.loads(line) for line in (folder / "preferences.jsonl").read_text().splitlines()]
-    policy, ref = (LlamaForCausalLM.from_pretrained(folder / "model", dtype=torch.float32, trust_remote_code=False) for _ in range(2))
+    policy, ref = load_plain(folder / "model"), load_plain(folder / "model")
     optimizer = torch.optim.AdamW(policy.parameters(), lr=LR, weight_decay=0.0)
     steps = len(rows) // PAIRS
     scheduler = get_cosine_schedule_with_warmup(optimizer, -(-steps // 10), steps)
-
-    def logps(model, ids, mask, labels):
-        logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1]
-        logp = logits.log_softmax(-1).gather(2, labels[:, 1:].clamp(min=0)[..., None])[..., 0]
-        return (logp * (labels[:, 1:] >= 0)).sum(-1)
 
     turns.before_first_step()
     for step in range(steps):
         total = 0
         for at in range(step * PAIRS, (step + 1) * PAIRS, MICRO_BATCH):
-            answers = [(row["prompt_ids"], row[y]["ids"]) for y in ("chosen", "rejected") for row in rows[at:at + MICRO_BATCH]]
-            width = max(len(x) + len(y) for x, y in answers)
-            ids, mask, labels = (torch.full((len(answers), width), fill) for fill in (0, 0, -100))
-            for k, (x, y) in enumerate(answers):
-                ids[k, :len(x) + len(y)], mask[k, :len(x) + len(y)] = torch.tensor(x + y), 1
-                labels[k, len(x):len(x) + len(y)] = torch.tensor(y)
+            micro = rows[at:at + MICRO_BATCH]
+            answers = [(row["prompt_ids"], row[y]["ids"]) for y in ("chosen", "rejected") for row in micro]
             with torch.no_grad():
-                fixed = logps(ref, ids, mask, labels)
-            chosen, rejected = (logps(policy, ids, mask, labels) - fixed).chunk(2)
+                fixed = whole_logps(ref, answers)
+            chosen, rejected = (whole_logps(policy, answers) - fixed).chunk(2)
             loss = -F.logsigmoid(BETA * (chosen - rejected)).sum() / PAIRS
             loss.backward()
             total += loss.item()
@@ -261,8 +272,9 @@ def step_flops(rows):
     """What a step has to compute at the least: 6 N for each token (a prompt once for both responses), and as many of
     the head where a response token is predicted; attention, the softmax and the optimizer not counted.
     """
-    body = SHAPE["num_hidden_layers"] * (4 * SHAPE["hidden_size"] ** 2 + 3 * SHAPE["hidden_size"] * SHAPE["intermediate_size"])
-    head = SHAPE["hidden_size"] * SHAPE["vocab_size"]
+    width = SHAPE["hidden_size"]
+    body = SHAPE["num_hidden_layers"] * (4 * width ** 2 + 3 * width * SHAPE["intermediate_size"])
+    head = width * SHAPE["vocab_size"]
     answers = sum(len(row[y]["ids"]) for row in rows for y in ("chosen", "rejected"))
     return 6 * body * (answers + sum(len(row["prompt_ids"]) for row in rows)) + 6 * head * answers
 
@@ -322,15 +334,16 @@ def run_in_turn(names, folder, args, script=__file__):
 def report(done, rows, args):
     losses = {name: [step["loss"] for step in steps] for name, steps in done.items() if name != "products"}
     seconds = {name: [step["seconds"] for step in steps[2:]] for name, steps in done.items()}
-    print(f"| {PAIRS} pairs a step, {args.threads} threads | Seconds | Times as long as 01 | Peak memory (GB) | Losses differ by at most |")
-    print("|---|---|---|---|---|")
+    print(f"| {PAIRS} pairs a step, {args.threads} threads | Seconds | Times as long as 01 | Peak memory (GB) | "
+          "Losses differ by at most |\n|---|---|---|---|---|")
     for name in losses:
         ratio = spread([theirs / ours for theirs, ours in zip(seconds[name], seconds["01"])])
         print(f"| {name} | {statistics.median(seconds[name]):.2f} | {ratio} | {done[name][-1]['peak']:.2f} "
               f"| {max(abs(a - b) for a, b in zip(losses[name], losses['01'])):.0e} |")
     for one, other in (("04", "live"), ("04 warm-up", "01")):
         if one in seconds and other in seconds:
-            print(f"\n{one} takes {spread([a / b for a, b in zip(seconds[one], seconds[other])])} times as long as {other}")
+            ratio = spread([a / b for a, b in zip(seconds[one], seconds[other])])
+            print(f"\n{one} takes {ratio} times as long as {other}")
     if "products" in done:
         flops = [step_flops(rows[k:k + PAIRS]) for k in range(2 * PAIRS, len(rows) - PAIRS, PAIRS)]
         rates = [step["loss"] for step in done["products"][2:]]

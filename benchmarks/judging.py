@@ -54,23 +54,14 @@ def run_03(folder, turns):
 
 def run_plain(folder, turns):
     import torch
-    from transformers import LlamaForCausalLM
     rows = [json.loads(line) for line in (folder / "responses.jsonl").read_text().splitlines()]
 
     @torch.no_grad()
     def score(name):
-        model, scores = LlamaForCausalLM.from_pretrained(folder / name, dtype=torch.float32, trust_remote_code=False).eval(), []
-        for at in range(0, len(rows), BATCH):
-            answers = [(row["prompt_ids"], y["ids"]) for row in rows[at:at + BATCH] for y in row["responses"]]
-            width = max(len(x) + len(y) for x, y in answers)
-            ids, mask, labels = (torch.full((len(answers), width), fill) for fill in (0, 0, -100))
-            for k, (x, y) in enumerate(answers):
-                ids[k, :len(x) + len(y)], mask[k, :len(x) + len(y)] = torch.tensor(x + y), 1
-                labels[k, len(x):len(x) + len(y)] = torch.tensor(y)
-            logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1]
-            logp = logits.log_softmax(-1).gather(2, labels[:, 1:].clamp(min=0)[..., None])[..., 0]
-            scores.append((logp * (labels[:, 1:] >= 0)).sum(-1))
-        return torch.cat(scores).view(-1, 2)
+        model = dpo.load_plain(folder / name)
+        batches = [[(row["prompt_ids"], y["ids"]) for row in rows[at:at + BATCH] for y in row["responses"]]
+                   for at in range(0, len(rows), BATCH)]
+        return torch.cat([dpo.whole_logps(model, answers) for answers in batches]).view(-1, 2)
 
     turns.before_first_step()
     while True:
@@ -96,8 +87,8 @@ def main():
         make_responses(Path(folder))
         done = dpo.run_in_turn(list(COMPETITORS), Path(folder), args, __file__)
     seconds = {name: [run["seconds"] for run in runs[2:]] for name, runs in done.items()}
-    print(f"\n| {PROMPTS} prompts, {args.threads} threads | Seconds | Times as long as 03 | Peak memory (GB) | Sum of p |")
-    print("|---|---|---|---|---|")
+    print(f"\n| {PROMPTS} prompts, {args.threads} threads | Seconds | Times as long as 03 | Peak memory (GB) | Sum of p |\n"
+          "|---|---|---|---|---|")
     for name, runs in done.items():
         ratio = dpo.spread([theirs / ours for theirs, ours in zip(seconds[name], seconds["03"])])
         print(f"| {name} | {statistics.median(seconds[name]):.2f} | {ratio} | {runs[-1]['peak']:.2f} | "
