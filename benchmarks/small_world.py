@@ -1,6 +1,6 @@
 """The small world on several seeds: mean and standard deviation of every row of its table.
 
-    python benchmarks/small_world.py                      # the five seeds the README reports
+    python benchmarks/small_world.py --jobs 2             # the ten seeds the README reports: half an hour on two cores
     python benchmarks/small_world.py --seeds 100 101 --jobs 2
 
 Runs `bash run_all.sh world` once a seed (what is finished is not run again), then prints the table and what it claims.
@@ -8,6 +8,7 @@ Data, base model, order of the pairs and samples all follow the seed.
 """
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -17,6 +18,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+
+import common
+
 ROWS = ["sft", "dpo", "spa_1", "spa_2", "spa_3", "dpo_all_gold"]
 COLUMNS = {"win_rate": "Win rate (%)", "length_controlled_winrate": "LC win rate (%)",
            "avg_length": "Mean length (chars)", "judge_accuracy": "Judge accuracy (%)", "malformed": "Malformed (%)",
@@ -36,6 +41,16 @@ def run(seed, args):
     return {row: json.loads((evaluated / row / "metrics.json").read_text()) for row in ROWS}
 
 
+def one_manner(path):
+    """The correlation of two sentences' values in an answer of pi_init: 0 where it mixes the manners of the writers."""
+    gold, pairs = common.read_gold(path / "data" / "gold.json"), []
+    for line in (path / "eval" / "sft" / "responses.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        values = common.gold_values(gold, row["prompt"], row["response"])
+        pairs += itertools.permutations([value for value in values if value is not None], 2)
+    return statistics.correlation(*zip(*pairs))
+
+
 def cell(values):
     values = [value for value in values if value is not None]
     if not values:
@@ -45,7 +60,7 @@ def cell(values):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3, 4, 5], help="(it was tuned on 100 ...)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=range(1, 11), help="(it was tuned on 100 ...)")
     parser.add_argument("--runs", default=str(HERE.parent / "runs"), help="folder of the runs")
     parser.add_argument("--jobs", type=int, default=1, help="seeds at a time")
     args = parser.parse_args()
@@ -61,6 +76,8 @@ def main():
     print("\nWin rate by seed")
     for row in ROWS:
         print(f"  {row:13}", *(f"{value:5.1f}" for value in wins[row]))
+    manners = [one_manner(Path(args.runs) / f"world-seed{seed}") for seed in args.seeds]
+    print("Correlation of the sentences of an answer of pi_init\n" + " " * 15, *(f"{value:5.2f}" for value in manners))
     gains = [last - seed for last, seed in zip(wins["spa_3"], wins["dpo"])]
     accuracy = [seed[f"spa_{t}"]["judge_accuracy"] for seed in seeds for t in (1, 2, 3)]
     above = sum(spa > gold for spa, gold in zip(wins["spa_3"], wins["dpo_all_gold"]))
