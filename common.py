@@ -44,10 +44,6 @@ import torch.nn.functional as F
 import transformers
 from torch import nn
 from torch.autograd.function import once_differentiable
-from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict, get_state_dict,
-                                                     set_state_dict)
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers import get_cosine_schedule_with_warmup
@@ -1234,6 +1230,7 @@ def shard(module, ranks, method="forward"):
 
     method: what is called of the module from outside
     """
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method  # takes seconds
     mesh = dist.device_mesh.init_device_mesh(ranks.device.type, (ranks.world,))
     dtypes = MixedPrecisionPolicy(param_dtype=scoring_dtype(ranks.device), reduce_dtype=torch.float32)
     for layer in list(module.modules()):
@@ -1270,7 +1267,7 @@ def pair_logps(model, pairs, device):
 def clip_gradient(model):
     """The norm of the gradient, which is scaled down to 1.0 where it is larger."""
     norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+    return (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()  # a DTensor where it is sharded
 
 
 def make_optimizer(model, lr, steps):
@@ -1323,7 +1320,10 @@ def check_finite(step, rows, grad_norm, partial):
 
 def save_trained(args, partial, ranks, model, tokenizer, counts, started):
     """The trained model and the metrics of its steps, as the output."""
-    weights = get_model_state_dict(model, options=WHOLE) if is_sharded(args, ranks) else model.state_dict()
+    weights = model.state_dict()
+    if is_sharded(args, ranks):
+        states, whole = whole_states()
+        weights = states.get_model_state_dict(model, options=whole)
     on_first_rank(lambda: write_trained(args, partial, model, weights, tokenizer, counts, started), ranks)
 
 
@@ -1337,8 +1337,13 @@ def write_trained(args, partial, model, weights, tokenizer, counts, started):
     close_output(args, partial, partial / "model", counts, started)
 
 
-# a state as one process without sharding has it, on the CPU of rank 0
-WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+def whole_states():
+    """(torch's functions for states, their options for one as a single process has it, on the CPU of rank 0)
+
+    Imported where they are needed: it takes seconds, which most stages spare.
+    """
+    from torch.distributed.checkpoint import state_dict
+    return state_dict, state_dict.StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 def load_state(partial, ranks, model, optimizer, scheduler):
@@ -1350,8 +1355,9 @@ def load_state(partial, ranks, model, optimizer, scheduler):
     if len(set(gather([state["step"]]))) > 1:
         raise InputError(f"{partial}: the ranks find different states in it: put --output where all of them see it")
     if state["step"] > 0:
-        set_state_dict(model, optimizer, model_state_dict=state.pop("model"),  # they are put onto the device: not to stay
-                       optim_state_dict=state.pop("optimizer"), options=WHOLE)
+        states, whole = whole_states()
+        states.set_state_dict(model, optimizer, model_state_dict=state.pop("model"),  # put onto the device: not to stay
+                              optim_state_dict=state.pop("optimizer"), options=whole)
         scheduler.load_state_dict(state["scheduler"])
     if ranks.rank == 0:
         if state["step"] > 0:
@@ -1392,7 +1398,8 @@ def save_state(partial, ranks, step, model, optimizer, scheduler, **state):
     """All that `load_state` needs to go on after `step` steps. There is no random state: dropout is 0, and the order
     of the rows follows from --seed. Raises Stopped where that is what it was saved for.
     """
-    weights, moments = get_state_dict(model, optimizer, options=WHOLE)
+    states, whole = whole_states()
+    weights, moments = states.get_state_dict(model, optimizer, options=whole)
     state |= {"step": step, "model": weights, "optimizer": moments, "scheduler": scheduler.state_dict()}
     on_first_rank(lambda: write_state(partial, state), ranks)
     if this_run.agreed:
