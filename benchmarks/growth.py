@@ -1,7 +1,7 @@
 """How time and memory grow with the number of records: 1 K, 10 K, 100 K, 1 M.
 
     python benchmarks/growth.py                          # 100 K records and fewer: ten minutes
-    python benchmarks/growth.py --sizes 1000 1000000     # a million: 9 GB of disk while it runs
+    python benchmarks/growth.py --sizes 1000 1000000     # a million: an hour, 9 GB of disk while it runs
 
 What is measured is all that the stages do beside the models: reading and checking, tokenising, batches, what is kept for
 a restart, writing. The models' time is left out: where 02 samples, random token ids stand in (100 to 250 a response),
