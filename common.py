@@ -1074,7 +1074,7 @@ def shared_span(model):
         shared, alone = (ResponseLogps(model)(collate(rows, model.device, span)) for span in (4, 0))
     except Exception:  # a model that takes no such mask
         return 0
-    exact = torch.allclose(shared, alone, rtol=0, atol=1e-4 if model.dtype == torch.float32 else 0.5)
+    exact = torch.allclose(shared, alone, rtol=0, atol=1e-4 if model.dtype == torch.float32 else 0.1)
     return min((span for span in spans if span), default=math.inf) if exact else 0
 
 
