@@ -40,6 +40,7 @@ import huggingface_hub
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.distributed.nn  # before the ranks meet: its default arguments hold the group there is, and that for ever
 import torch.nn.functional as F
 import transformers
 from torch import nn
@@ -99,7 +100,7 @@ def run(main):
         raise
     else:
         if dist.is_initialized():  # not after an error: it may wait for ranks that are gone
-            dist.destroy_process_group()
+            dist.destroy_process_group()  # and gloo's threads: one that wants the GIL when Python ends aborts it
     finally:
         for number, handler in signals.items():
             signal.signal(number, handler)

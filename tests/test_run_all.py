@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -100,15 +101,25 @@ def start(words, log):
     return subprocess.Popen(words, cwd=ROOT, env=stages.NO_RANKS | {"OMP_NUM_THREADS": "1"}, stdout=log, stderr=log)
 
 
+def statuses(processes, log):
+    """How they ended; where one of them does not, all are stopped and the test fails with what they wrote."""
+    try:
+        return [process.wait(timeout=300) for process in processes]
+    except subprocess.TimeoutExpired:
+        for process in processes:
+            process.terminate()
+        pytest.fail(Path(log.name).read_text())
+
+
 def test_two_machines_give_what_one_gives(little, tmp_path):
     first, second = on_machines(2, tmp_path)
     assert [words[1] for words in first if words[1].endswith(".py")] == ["00_inputs.py", "05_eval.py"]  # and --report
     assert not any(words[1].endswith(".py") for words in second) and len(first) == len(second) + 2
     # 00_inputs.py by the first machine, then 00_sft.py by both, the second too early
-    with open(tmp_path / "log", "w") as log, start(second[0], log) as late:
-        for words in first[:2]:
-            assert start(words, log).wait(timeout=300) == 0, (tmp_path / "log").read_text()
-        assert late.wait(timeout=300) == 0, (tmp_path / "log").read_text()
+    with open(tmp_path / "log", "w") as log:
+        late = start(second[0], log)
+        assert statuses([start(first[0], log)], log) == [0]
+        assert statuses([start(first[1], log), late], log) == [0, 0], (tmp_path / "log").read_text()
     folder, _ = little
     assert stages.farthest(tmp_path / "nodes" / "pi_init", folder / "pi_init") < 2e-5
 
@@ -118,7 +129,7 @@ def test_a_process_that_dies_is_started_again_and_goes_on(tmp_path, machines):
     commands = on_machines(machines, tmp_path, NPROC=str(3 - machines), MAX_RESTARTS="1", SAVE_EVERY="4", SFT_EPOCHS="10",
                            SFT_BATCH_SIZE="8")
     with open(tmp_path / "log", "w") as log:
-        assert start(commands[0].pop(0), log).wait(timeout=300) == 0  # 00_inputs.py
+        assert statuses([start(commands[0].pop(0), log)], log) == [0]  # 00_inputs.py
         agents = [start(of_machine[0], log) for of_machine in commands]
         folder = tmp_path / "nodes"
         while not list((folder / "pi_init.partial").glob("state-*.pt")) and agents[0].poll() is None:
@@ -126,9 +137,9 @@ def test_a_process_that_dies_is_started_again_and_goes_on(tmp_path, machines):
         processes = f"/proc/{agents[-1].pid}/task/{agents[-1].pid}/children"
         with open(processes) as file:  # of the last machine; the first of one machine, at whose store the others meet
             os.kill(int(file.read().split()[0]), signal.SIGKILL)
-        statuses = [agent.wait(timeout=300) for agent in agents]
+        ended = statuses(agents, log)
     told = (tmp_path / "log").read_text()
-    assert set(statuses) == {0} and told.count("going on after step") == 1, told
+    assert set(ended) == {0} and told.count("going on after step") == 1, told
     alone = stages.run("00_sft", model=folder / "data/base", input=folder / "data/sft.jsonl", output=tmp_path / "alone",
                        lr=3e-3, epochs=10, batch_size=8, micro_batch_size=8)
     assert stages.farthest(folder / "pi_init", alone) < 1e-4
