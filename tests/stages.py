@@ -188,7 +188,7 @@ def be_a_rank(job):
             before = gloo_threads()
             done.append(attempt(name, **options))
             # one that is left may want the GIL when Python ends, which aborts the process
-            assert gloo_threads() == before or "fsdp" in options, name
+            assert gloo_threads() <= before or "fsdp" in options, name
     write_rows(f"{job}.{os.environ['RANK']}", done)
     os._exit(0)  # torch keeps FSDP's mesh, and with it those threads
 
