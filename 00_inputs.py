@@ -15,7 +15,8 @@ Writes a folder: seed.jsonl        {"id", "prompt", "chosen", "rejected"}: the o
     python 00_inputs.py --source ultrafeedback --output data
     python 00_inputs.py --source my.jsonl --seed-size 500 --prompt-sizes 1000 2000 --output data
 
-Departs from the paper: rows that repeat a prompt are dropped, so that no X_i shares a prompt with another set.
+Departs from the paper: rows that repeat a prompt are dropped, so that no X_i shares a prompt with another set, and so
+are rows of UltraFeedback with an empty answer.
 """
 
 import hashlib
@@ -174,7 +175,9 @@ def read_table(source):
         from datasets import load_dataset  # slow to import, and only needed here
         name = "argilla/ultrafeedback-binarized-preferences-cleaned"
         try:
-            return load_dataset(name, split="train"), lambda k: f"{name}, row {k}"
+            rows = load_dataset(name, split="train").filter(
+                lambda row: all(a_preference_text(row[key]) for key in ("chosen", "rejected")))
+            return rows, lambda k: f"{name}, row {k} of those with two answers"
         except Exception as error:
             raise common.InputError(f"{name}: cannot be loaded ({type(error).__name__}): get online, or download it "
                                     "and give its Parquet file as --source")

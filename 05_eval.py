@@ -959,8 +959,10 @@ def is_metrics(value):
     categories = value.get("mt_bench_categories", {})
     if not isinstance(categories, dict) or not isinstance(value.get("gold_labels", "-"), str):
         return False
-    known = [value.get(key) for key in (*COLUMNS, "standard_error", "lc_standard_error") if key != "gold_labels"]
-    return all(number is None or a_number(number) for number in [*known, *categories.values()])
+    errors = [value.get(key) for key in ("standard_error", "lc_standard_error")]
+    known = [value.get(key) for key in COLUMNS if key != "gold_labels"]
+    return (all(number is None or a_number(number) for number in [*known, *categories.values(), *errors])
+            and all(error is None or error >= 0 for error in errors))
 
 
 def report(args, started):

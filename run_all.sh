@@ -127,9 +127,10 @@ read -ra sizes <<< "$PROMPT_SIZES"
 read -ra lambdas <<< "$LAMBDAS"
 sampling=(--temperature "$TEMPERATURE" --max-new-tokens "$MAX_NEW_TOKENS" --seed "$SEED"
           --micro-batch-size "$SAMPLING_BATCH_SIZE")
+safety=(--save-every "$SAVE_EVERY")  # and memory
+[ "$SETTING" = world ] || safety+=(--activation-checkpointing --fsdp)  # with one GPU there is nothing to shard
 training=(--beta "$BETA" --lr "$LR" --batch-size "$BATCH_SIZE" --micro-batch-size "$MICRO_BATCH_SIZE" --seed "$SEED"
-          --save-every "$SAVE_EVERY")
-[ "$SETTING" = world ] || training+=(--activation-checkpointing --fsdp)  # with one GPU there is nothing to shard
+          "${safety[@]}")
 inputs=(--seed-size "$SEED_SIZE" --prompt-sizes "${sizes[@]}" --eval-size "$EVAL_SIZE" --seed "$SEED" --output "$R/data")
 
 # Input: pi_init, D_0, {X_t}
@@ -139,7 +140,7 @@ if [ "$SETTING" = world ]; then
   INIT=$R/pi_init
   stage 00_sft.py --model "$R/data/base" --input "$R/data/sft.jsonl" --output "$INIT" --lr "$SFT_LR" \
     --epochs "$SFT_EPOCHS" --batch-size "$SFT_BATCH_SIZE" --micro-batch-size "$SFT_BATCH_SIZE" --seed "$SEED" \
-    --save-every "$SAVE_EVERY"
+    "${safety[@]}"
 else
   alone 00_inputs.py --source "$SOURCE" "${inputs[@]}"
 fi
@@ -164,7 +165,7 @@ if [ "$JUDGE" = llm ] && [ -z "$JUDGE_MODEL" ]; then  # App. B.2
   JUDGE_MODEL=$R/judge
   stage 00_sft.py --model "$INIT" --input "$R/data/judge_sft.jsonl" --output "$JUDGE_MODEL" --lr "$JUDGE_LR" \
     --epochs "$JUDGE_EPOCHS" --batch-size "$JUDGE_BATCH_SIZE" --micro-batch-size "$MICRO_BATCH_SIZE" --seed "$SEED" \
-    --max-prompt-length 4096 --max-length 4100 --save-every "$SAVE_EVERY"
+    --max-prompt-length 4096 --max-length 4100 "${safety[@]}"
 fi
 
 # for t = 1 to T do

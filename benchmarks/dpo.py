@@ -9,7 +9,7 @@ machine slows them alike; a ratio is of two steps that stand next to each other.
 the process, with Python and its libraries. The plain loop is what the reference implementation of DPO does: chosen and
 rejected in one batch padded to the longest, whole logits of policy and reference.
 
-    01            01_seed_dpo.py, reference log-probs stored
+    01            01_seed_dpo.py, reference log-probs stored (before the first step, and not timed)
     04 warm-up    04_refined_dpo.py before labels are refined
     04            04_refined_dpo.py with de-coupled noise detection, the reference live
     live          01's step with a live reference: what 04 is measured against
@@ -300,7 +300,8 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         make_inputs(folder, PAIRS * (args.steps + 3))  # the last step, not taken, is what 04's window is filled in
-        names = [name for name in args.only or COMPETITORS if args.trl or "TRL" not in name]
+        wanted = {"01", *(args.only or COMPETITORS)}  # 01 is what the others are compared with
+        names = [name for name in COMPETITORS if name in wanted and (args.trl or "TRL" not in name)]
         done = run_in_turn(names, folder, args)
         rows = [json.loads(line) for line in (folder / "preferences.jsonl").read_text().splitlines()]
     report(done, rows, args)

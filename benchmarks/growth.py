@@ -13,6 +13,7 @@ line of the table.
 import argparse
 import itertools
 import json
+import os
 import random
 import resource
 import string
@@ -108,7 +109,7 @@ def fits(size):
 def measure(part, folder, size):
     """(seconds of CPU time without the imports', peak resident MB) of a process of its own."""
     done = subprocess.run([sys.executable, __file__, "--work", part, str(folder), str(size)], check=True,
-                          stdout=subprocess.PIPE, text=True)
+                          stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     return json.loads(done.stdout.splitlines()[-1])
 
 

@@ -76,6 +76,10 @@ def main():
     print("\nWin rate by seed")
     for row in ROWS:
         print(f"  {row:13}", *(f"{value:5.1f}" for value in wins[row]))
+    for key, name in (("judge_accuracy", "Judge accuracy by seed"), ("malformed", "Malformed sentences by seed")):
+        print(name)
+        for row in ("spa_1", "spa_2", "spa_3"):
+            print(f"  {row:13}", *(f"{seed[row][key]:5.1f}" for seed in seeds))
     manners = [one_manner(Path(args.runs) / f"world-seed{seed}") for seed in args.seeds]
     print("Correlation of the sentences of an answer of pi_init\n" + " " * 15, *(f"{value:5.2f}" for value in manners))
     gains = [last - seed for last, seed in zip(wins["spa_3"], wins["dpo"])]

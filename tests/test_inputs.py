@@ -84,6 +84,8 @@ def test_ultrafeedback_is_read_through_datasets(tmp_path, monkeypatch):
     pairs = [{"source": "flan", "prompt": f"text {k}", "chosen": [user(f"text {k}"), assistant("yes")], "chosen-rating": 5.0,
               "chosen-model": "a", "rejected": [user(f"text {k}"), assistant("no")], "rejected-rating": 1.0,
               "rejected-model": "b"} for k in range(9)]
+    pairs.insert(4, pairs[0] | {"prompt": "mute", "chosen": [user("mute"), assistant("yes")],
+                                "rejected": [user("mute"), assistant(" ")]})
     asked = []
 
     def load_dataset(name, split):

@@ -231,6 +231,13 @@ def test_variables_of_the_environment_come_first():
     assert all(args.seed == 7 for stage, args in printed if hasattr(args, "seed") and getattr(args, "report", None) is None)
 
 
+@pytest.mark.parametrize("setting", ["world", "mistral-7b"])
+def test_the_paper_s_models_are_trained_in_shards(setting):
+    trained = [args for stage, args in commands(setting, JUDGE="llm") if hasattr(args, "fsdp")]
+    assert len(trained) >= 5 and {args.save_every for args in trained} == {100}
+    assert {(args.fsdp, args.activation_checkpointing) for args in trained} == {(setting != "world",) * 2}
+
+
 def test_several_gpus_share_the_stages_that_have_work_to_share():
     done = bash("mistral-7b", "--dry-run", NPROC="4")
     for line in done.stdout.splitlines():
