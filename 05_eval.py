@@ -819,7 +819,7 @@ def evaluate(args, started):
     partial = common.open_output(args, "model", "input", "gold", "preferences")
     gold = common.read_gold(args.gold) if args.gold else None
     fields = {"id": common.an_id, "prompt": common.a_prompt} | ({"reference": common.a_text} if gold else {})
-    rows = common.read_jsonl(args.input, fields)
+    rows = list(common.stream_jsonl(args.input, fields))
     speaker = load_speaker(args, args.model)
     prompts = [common.prompt_ids(speaker.tokenizer, row["prompt"], f"{args.input}, id {row['id']}") for row in rows]
     kept = [i for i, ids in enumerate(prompts) if len(ids) <= args.max_prompt_length]
@@ -949,7 +949,8 @@ def read_metrics(path):
     responses = file.parent / "responses.jsonl"
     if file == Path(path) or not responses.exists():
         return metrics, None
-    return metrics, common.read_jsonl(responses, {"id": common.an_id, "prompt": common.a_prompt, "response": any_text})
+    return metrics, list(common.stream_jsonl(
+        responses, {"id": common.an_id, "prompt": common.a_prompt, "response": any_text}))
 
 
 def is_metrics(value):

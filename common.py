@@ -1,14 +1,15 @@
 """What the stages share and what has one right answer.
 
-    errors and records   InputError, run, read_jsonl, stream_jsonl, Rows, write_jsonl
+    errors and records   InputError, run, stream_jsonl, Rows, write_jsonl
     outputs              open_output, close_output: written aside, renamed when whole, args.json beside them
-    ranks                start_ranks, gather, map_batches, map_rows
+    ranks                start_ranks, on_first_rank, gather, map_batches, map_rows
     models and text      load_tokenizer, load_model, save_model, chat_ids, prompt_ids, response_ids
-    log-probs            collate, ResponseLogps, token_logps, response_logps, shared_span
+    log-probs            collate, ResponseLogps, response_logps, shared_span
     sampling             uniforms, pick, sample
     LLM-as-judge         judging_prompt, LETTERS
     the small world      read_gold, gold_values, gold_score
-    training             make_optimizer, epoch_batches, micro_batches, load_state, save_due, save_state
+    training             load_policy, load_reference, store_logps, make_optimizer, epoch_batches, micro_batches,
+                         load_state, save_due, save_state, save_trained
 
 "Eq. N" is the SPA paper's. Shapes: B sequences of T tokens, N response tokens in all of them, V words.
 """
@@ -40,7 +41,7 @@ import huggingface_hub
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.distributed.nn  # before the ranks meet: its default arguments hold the group there is, and that for ever
+import torch.distributed.nn  # before the ranks meet: its default arguments would keep their group, and its threads, alive
 import torch.nn.functional as F
 import transformers
 from torch import nn
@@ -319,11 +320,6 @@ def check_ids_differ(path):
             raise InputError(f'{path}:{number}: the id "{row["id"]}" stands in line {first} too: ids must differ')
 
 
-def read_jsonl(path, fields):
-    """All rows of stream_jsonl, as a list."""
-    return list(stream_jsonl(path, fields))
-
-
 class Rows:
     """The rows of a JSON Lines file, each as prepare(row) makes it, less those of which it makes None.
 
@@ -384,8 +380,8 @@ def args_path(output):
 
 
 def fingerprint(path):
-    """A short hash of a file's content; of a folder, what its args.json says it was made from, else its config and its
-    weights: their sizes and how they begin, since hashing tens of gigabytes takes minutes.
+    """A short hash of a file's content; of a folder, what its args.json says it was made from, else its config, tokenizer
+    and weights: their sizes and how they begin, since hashing tens of gigabytes takes minutes.
     """
     if isinstance(path, list):
         return [fingerprint(p) for p in path]
@@ -399,8 +395,8 @@ def fingerprint(path):
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             raise InputError(f"{path / 'args.json'}: does not say how {path} was made: delete it, or make {path} again")
         return hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()[:16]
-    if (path / "config.json").is_file():
-        found = [fingerprint(path / "config.json")]
+    if path.is_dir():
+        found = [fingerprint(file) for file in sorted([*path.glob("*.json"), *path.glob("*.jinja")])]
         for weights in sorted(path.glob("*.safetensors")):
             with open(weights, "rb") as file:
                 found += [weights.name, weights.stat().st_size, hashlib.sha256(file.read(2 ** 24)).hexdigest()]
@@ -416,13 +412,13 @@ def open_output(args, *inputs, free=("output", "save_every")):
     what comes out.
     """
     output = Path(args.output)
-    partial = output.with_name(output.name + ".partial")
+    partial = Path(f"{output}.partial")
     for link in (output, partial):
         if link.is_symlink() and (link == partial or not link.exists()):  # what is written would land somewhere else
             raise InputError(f"{link}: is a link: remove it or name another --output")
     options = {k: v for k, v in vars(args).items() if k not in free}
     made_from = {"stage": Path(sys.argv[0]).name, "args": options,
-                 "inputs": {k: fingerprint(options[k]) for k in inputs if options[k]}}
+                 "inputs": {k: fingerprint(options[k]) for k in (*inputs, "tokenizer", "chat_template") if options.get(k)}}
     made_from = json.loads(json.dumps(made_from))
     exit_if_there(output, partial, made_from)
     this_run.partial = partial
@@ -616,7 +612,6 @@ def map_batches(compute, batches, partial, ranks, label):
     the stage is started again, on any number of ranks, such batches are read instead of computed.
     """
     done = read_finished(partial, label)
-    barrier()
     mine = [k for k in range(ranks.rank, len(batches), ranks.world) if k not in done]
     with open(partial / f"{label}.{ranks.rank}.jsonl", "a", encoding="utf-8") as file:
         file.write("\n")  # ends a line that a kill left half-written
@@ -728,9 +723,10 @@ def load_config(name):
     except Exception as error:
         raise InputError(f"{name}: holds no model config that can be loaded ({type(error).__name__}): "
                          "give the folder of a model, or its name on the hub")
-    for key, value in config.to_dict().items():
-        if "drop" in key and isinstance(value, float):
-            setattr(config, key, 0.0)
+    for part in (config, config.get_text_config()):  # the second is the first, but for a multimodal model
+        for key, value in part.to_dict().items():
+            if "drop" in key and isinstance(value, float):
+                setattr(part, key, 0.0)
     return config
 
 
@@ -748,7 +744,8 @@ def load_model(name, device, dtype=torch.float32):
     probe = torch.arange(5) % config.get_text_config().vocab_size
     with torch.no_grad():
         ours = ResponseLogps(model)(collate([(probe[:1].tolist(), [probe[1:].tolist()])], device))
-        theirs = token_logps(model(input_ids=probe[None, :-1].to(device)).logits[0].float(), probe[1:].to(device))
+        logits = model(input_ids=probe[None, :-1].to(device)).logits[0].float()
+        theirs = -F.cross_entropy(logits, probe[1:].to(device), reduction="none")
     rounding = 1e-3 if dtype == torch.float32 else 0.5  # neighbours in bf16 are 0.125 apart from 16 on
     if not torch.allclose(ours, theirs, rtol=1e-3, atol=rounding):  # a model that caps or scales its logits
         raise InputError(f"{name}: its logits are not its head applied to its last hidden state: not supported")
@@ -793,8 +790,8 @@ def save_model(model, tokenizer, folder, weights=None):
         if "os error" not in str(error):
             raise
         raise InputError(f"{folder}: cannot be written ({error}): {kept()}")
-    for weights in folder.glob("*.safetensors"):  # made for the owner alone; config.json has the user's umask
-        weights.chmod((folder / "config.json").stat().st_mode)
+    for file in folder.glob("*.safetensors"):  # made for the owner alone; config.json has the user's umask
+        file.chmod((folder / "config.json").stat().st_mode)
 
 
 def end_ids(name, tokenizer):
@@ -949,9 +946,10 @@ def collate(rows, device, span=0):
     return Batch(ids.to(device), positions, mask, torch.tensor(at).to(device), labels.to(device), lengths)
 
 
-def padded(rows, fill=0):
-    """Lists of integers as a tensor (B, T), padded on the right."""
-    return nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=fill)
+def padded(rows, fill=0, side="right"):
+    """Lists of integers as a tensor (B, T), padded on that side."""
+    return nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=fill,
+                                     padding_side=side)
 
 
 class ResponseLogps(nn.Module):
@@ -962,7 +960,7 @@ class ResponseLogps(nn.Module):
         self.model = model
 
     def hidden(self, batch):
-        """(hidden states (N, d) from which the response tokens are predicted, the head's weight (V, d), its bias)"""
+        """[hidden states (N, d) from which the response tokens are predicted, the head's weight (V, d), its bias or None]"""
         states = self.model.base_model(input_ids=batch.ids, position_ids=batch.positions, attention_mask=batch.mask,
                                        use_cache=False).last_hidden_state  # (B, T, d)
         head = self.model.get_output_embeddings()
@@ -978,23 +976,21 @@ class ResponseLogps(nn.Module):
         With another ResponseLogps, and mix, a function of both models' logits: also the other's, and those of
         mix(logits, other logits), from the same chunks of logits. No gradient flows through these two.
         """
-        if other is None:
-            return HeadLogps.apply(*self.hidden(batch), batch.labels, None, None)
         with torch.no_grad():
-            others = other.hidden(batch)
+            others = None if other is None else other.hidden(batch)
         return HeadLogps.apply(*self.hidden(batch), batch.labels, others, mix)
 
 
 def chunk_rows(weight):
-    """Tokens whose logits are held at a time: 1 GB of them on a GPU, 128 MB on a CPU. weight: (V, d)"""
+    """Tokens whose logits are held at a time: 1 GB on a GPU, 128 MB on a CPU, of each model and of their mix. weight: (V, d)"""
     return max(1, (2 ** 28 if weight.is_cuda else 2 ** 25) // len(weight))
 
 
 class HeadLogps(torch.autograd.Function):
     """Log-probs of labels from hidden states, through the head in chunks: its logits (N, V) are never whole.
 
-    Going back they are made again, unless a single chunk was all. Log-probs are taken in float32 whatever the head's dtype:
-    those of a response in bf16 err by nats.
+    The backward pass makes them again, unless one chunk held them all. Log-probs are taken in float32 whatever the head's
+    dtype: those of a response in bf16 err by nats.
     """
 
     @staticmethod
@@ -1040,15 +1036,10 @@ class HeadLogps(torch.autograd.Function):
         return grad_hidden, grad_weight, grad_bias, None, None, None
 
 
-def token_logps(logits, labels):
-    """log pi(y_t | x, y_<t) of each response token. logits (N, V), labels (N,) -> (N,)"""
-    return logits.gather(-1, labels[:, None])[:, 0] - logits.logsumexp(-1)
-
-
 def token_logps_in_place(logits, labels):
-    """(token_logps, the sums (N, 1) of exp(logits - their maximum), which the logits become: the softmax but for these)
+    """log pi(y_t | x, y_<t) of N response tokens (N,), and the sums (N, 1) of exp(logits - their maximum).
 
-    To fill a second (N, V) takes longer than the arithmetic.
+    logits (N, V), which become that exp: the softmax, but for the sums; labels (N,). To fill a second (N, V) takes longer than the arithmetic.
     """
     label_logits = logits.gather(1, labels[:, None])
     highest = logits.amax(1, keepdim=True)
@@ -1105,13 +1096,9 @@ def sample(model, prompts, u, temperature, max_new_tokens, ends):
     response. One prefill serves the n samples, and rows that have ended leave the batch.
     """
     device, n = model.device, u.shape[1]
-    width = max(map(len, prompts))
-    ids = torch.zeros(len(prompts), width, dtype=torch.long)
-    mask = torch.zeros_like(ids)
-    for b, prompt in enumerate(prompts):  # padded on the left: every row's next token is in the last column
-        ids[b, width - len(prompt):] = torch.tensor(prompt)
-        mask[b, width - len(prompt):] = 1
-    ids, mask, u = ids.to(device), mask.to(device), torch.as_tensor(u, device=device).flatten(0, 1)
+    ids = padded(prompts, side="left").to(device)  # every row's next token is in the last column
+    mask = padded([[1] * len(prompt) for prompt in prompts], side="left").to(device)
+    u = torch.as_tensor(u, device=device).flatten(0, 1)
     ends = torch.tensor(ends, device=device)
     out = model(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
                 use_cache=True, logits_to_keep=1)
@@ -1180,8 +1167,7 @@ def gold_values(gold, prompt, text):
     """
     known = next((gold[word] for word in prompt[-1]["content"].split() if word in gold), {})
     sentences = [s.strip() for s in re.findall(r"[^.]*\.|[^.]+$", text) if s.strip()]  # the last may be unfinished
-    first = {s: k for k, s in reversed(list(enumerate(sentences)))}
-    return [known.get(s) if first[s] == k else None for k, s in enumerate(sentences)]
+    return [known.get(s) if sentences.index(s) == k else None for k, s in enumerate(sentences)]
 
 
 def gold_score(gold, prompt, text):
@@ -1216,7 +1202,7 @@ def load_policy(args, ranks):
 def load_reference(name, args, ranks):
     """pi_ref, as the policy is computed: from float32 weights, with --fsdp from the dtype in which that is sent.
 
-    Its weights are fixed also in name: autocast would else keep a bf16 copy of them.
+    Its weights require no gradient: autocast keeps a bf16 copy of those that do.
     """
     dtype = scoring_dtype(ranks.device) if is_sharded(args, ranks) else torch.float32
     return ResponseLogps(load_model(name, ranks.device, dtype).requires_grad_(False))

@@ -41,8 +41,8 @@ def parse_args():
 
 def read_pairs(args, tokenizer):
     """[(ids of prompt and chosen, ids of prompt and rejected)] as the chat template writes them."""
-    rows = common.read_jsonl(args.input, {"id": common.an_id, "prompt": common.a_prompt, "chosen": common.a_text,
-                                          "rejected": common.a_text})
+    rows = common.stream_jsonl(args.input, {"id": common.an_id, "prompt": common.a_prompt, "chosen": common.a_text,
+                                            "rejected": common.a_text})
     return [[tokenizer.apply_chat_template(row["prompt"] + [{"role": "assistant", "content": row[key]}],
                                            return_dict=False) for key in ("chosen", "rejected")] for row in rows]
 

@@ -253,6 +253,27 @@ def test_an_unfinished_output_made_with_other_arguments(good, tmp_path, monkeypa
     run("00_sft", output=output, **good["00_sft"])
 
 
+def test_an_output_made_with_another_content_of_a_template(good, world, tmp_path):
+    model, template, output = tmp_path / "model", tmp_path / "template", tmp_path / "out"
+    shutil.copytree(good["02_generate"]["model"], model)
+    shutil.copyfile(world / "base" / "chat_template.jinja", template)
+    options = good["02_generate"] | {"model": model, "chat_template": template}
+    run("02_generate", output=output, **options)
+    for path, option in ((template, "--chat-template"), (model / "chat_template.jinja", "--model")):
+        text = path.read_text()
+        path.write_text(text + " ")
+        refused("02_generate", f"another content of {option}", output=output, **options)
+        path.write_text(text)
+    assert attempt("02_generate", output=output, **options).status == 0
+
+
+@pytest.mark.parametrize("name", ["", "."])
+def test_an_output_without_a_name(good, tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    ran = attempt("02_generate", output=name, **good["02_generate"])
+    assert ran.status == 2 and ran.err.count("\n") == 1 and not list(tmp_path.iterdir()), ran
+
+
 def test_an_output_that_cannot_be_written(good, tmp_path):
     (tmp_path / "file").write_text("not a folder")
     for stage in ("00_sft", "02_generate"):
