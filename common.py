@@ -1039,7 +1039,8 @@ class HeadLogps(torch.autograd.Function):
 def token_logps_in_place(logits, labels):
     """log pi(y_t | x, y_<t) of N response tokens (N,), and the sums (N, 1) of exp(logits - their maximum).
 
-    logits (N, V), which become that exp: the softmax, but for the sums; labels (N,). To fill a second (N, V) takes longer than the arithmetic.
+    logits (N, V), which become that exp: the softmax, but for the sums; labels (N,). To fill a second (N, V) takes longer
+    than the arithmetic.
     """
     label_logits = logits.gather(1, labels[:, None])
     highest = logits.amax(1, keepdim=True)
@@ -1271,8 +1272,13 @@ def epoch_batches(count, batch_size, epochs, seed):
 
 
 def micro_batches(rows, args, ranks, length):
-    """This rank's (rows, weight) of one optimizer step, rows of like length together (see `length_batches`)."""
-    batches = length_batches([length(row) for row in rows], args.micro_batch_size, args.micro_batch_tokens)
+    """This rank's (rows, weight) of one optimizer step, rows of like length together (see `length_batches`).
+
+    They are as many on every rank: of 32 rows, 4 ranks have 8 each, also where a micro-batch could hold all 32.
+    """
+    share = math.ceil(len(rows) / ranks.world)
+    size = math.ceil(share / math.ceil(share / args.micro_batch_size))
+    batches = length_batches([length(row) for row in rows], size, args.micro_batch_tokens)
     return [([rows[i] for i in batch], weight) for batch, weight in in_turn(batches, ranks)]
 
 
