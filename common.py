@@ -21,6 +21,7 @@ import fcntl
 import functools
 import glob
 import hashlib
+import inspect
 import itertools
 import json
 import math
@@ -1103,7 +1104,8 @@ def sample(model, prompts, u, temperature, max_new_tokens, ends):
     ends = torch.tensor(ends, device=device)
     out = model(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
                 use_cache=True, logits_to_keep=1)
-    cache, logits = out.past_key_values, out.logits[:, -1].repeat_interleave(n, 0)
+    cache_name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
+    cache, logits = out[cache_name], out.logits[:, -1].repeat_interleave(n, 0)
     cache.batch_repeat_interleave(n)
     mask = mask.repeat_interleave(n, 0)
     tokens = torch.full((len(u), max_new_tokens), -1, device=device)
@@ -1119,7 +1121,7 @@ def sample(model, prompts, u, temperature, max_new_tokens, ends):
             rows, token, mask = rows[going], token[going], mask[going]
         mask = torch.cat([mask, mask.new_ones(len(rows), 1)], 1)
         logits = model(input_ids=token[:, None], attention_mask=mask, position_ids=mask.sum(-1, keepdim=True) - 1,
-                       past_key_values=cache, use_cache=True).logits[:, -1]
+                       use_cache=True, **{cache_name: cache}).logits[:, -1]
     sampled = [[i for i in row if i >= 0] for row in tokens.tolist()]
     finished = [(ids, "eos" if ids[-1] in ends.tolist() else "length") for ids in sampled]
     return [finished[b:b + n] for b in range(0, len(finished), n)]
