@@ -12,14 +12,14 @@ Writes a model folder with metrics.jsonl (one line a step) and args.json
 Departs from the paper: none.
 """
 
-import time
 from array import array
 
 import common
+import runs
 
 
 def parse_args():
-    parser = common.Parser(description="Supervised fine-tuning of a base model: the initial LLM pi_init.")
+    parser = runs.Parser(description="Supervised fine-tuning of a base model: the initial LLM pi_init.")
     add = parser.add_argument
     # what is read and written
     add("--model", required=True, help="the base model")
@@ -28,35 +28,34 @@ def parse_args():
     add("--tokenizer", help="folder or name of a tokenizer, where --model has none")
     add("--chat-template", help="file with a Jinja chat template, where the tokenizer has none")
     # App. B.1
-    add("--lr", type=common.nonnegative, default=2e-5, help="peak learning rate")
-    add("--epochs", type=common.positive, default=1)
-    add("--batch-size", type=common.positive, default=128, help="responses of one optimizer step, over all ranks")
-    add("--seed", type=common.natural, default=0, help="decides the order of the rows")
+    add("--lr", type=runs.nonnegative, default=2e-5, help="peak learning rate")
+    add("--epochs", type=runs.positive, default=1)
+    add("--batch-size", type=runs.positive, default=128, help="responses of one optimizer step, over all ranks")
+    add("--seed", type=runs.natural, default=0, help="decides the order of the rows")
     # lengths, memory, safety
-    add("--max-prompt-length", type=common.positive, default=1024, help="rows with a longer prompt are dropped")
-    add("--max-length", type=common.number(int, 2), default=2048, help="prompt and response; responses are cut to fit")
-    add("--micro-batch-size", type=common.positive, default=8, help="responses of one forward pass of a rank, at most")
-    add("--micro-batch-tokens", type=common.positive, help="tokens of one, at most, if it has several responses")
+    add("--max-prompt-length", type=runs.positive, default=1024, help="rows with a longer prompt are dropped")
+    add("--max-length", type=runs.number(int, 2), default=2048, help="prompt and response; responses are cut to fit")
+    add("--micro-batch-size", type=runs.positive, default=8, help="responses of one forward pass of a rank, at most")
+    add("--micro-batch-tokens", type=runs.positive, help="token budget of one (a single response may exceed it)")
     add("--activation-checkpointing", action="store_true", help="less memory for more compute")
     add("--fsdp", action="store_true", help="shard weights, gradients and optimizer over the ranks, for less memory")
-    add("--save-every", type=common.positive, default=100, help="steps between states to go on from")
+    add("--save-every", type=runs.positive, default=100, help="steps between the states to resume from")
     return parser.parse_args()
 
 
 def read_examples(args, tokenizer):
-    """[{"id", "prompt", "response"}] with token ids in the place of texts, and what was dropped."""
-    rows = common.stream_jsonl(args.input, {"id": common.an_id, "prompt": common.a_prompt, "response": common.a_text})
-    ends, examples, read = common.end_ids(args.model, tokenizer), [], 0
-    for read, row in enumerate(rows, 1):
+    """[{"id", "prompt", "response"}], token ids in place of the strings, and how many rows were read and dropped."""
+    rows = runs.read_jsonl(args.input, runs.EXAMPLES)
+    eos, examples = common.eos_ids(args.model, tokenizer), []
+    for row in rows:
         prompt = common.prompt_ids(tokenizer, row["prompt"], f"{args.input}, id {row['id']}")
         if len(prompt) <= min(args.max_prompt_length, args.max_length - 1):
-            response = common.response_ids(tokenizer, row["prompt"], prompt, row["response"], ends)
+            response = common.response_ids(tokenizer, row["prompt"], prompt, row["response"], eos)
             response = response[:args.max_length - len(prompt)]
-            # 4 bytes a token; in a list a token is an object, and takes 40
             examples.append({"id": row["id"], "prompt": array("i", prompt), "response": array("i", response)})
     if not examples:
-        raise common.InputError(f"{args.input}: all {read} prompts are too long: raise --max-prompt-length")
-    return examples, {"rows read": read, "prompt too long": read - len(examples)}
+        raise runs.InputError(f"{args.input}: all {len(rows)} prompts are too long: raise --max-prompt-length")
+    return examples, {"rows read": len(rows), "dropped as too long": len(rows) - len(examples)}
 
 
 def example_length(example):
@@ -64,47 +63,48 @@ def example_length(example):
 
 
 def main():
-    args, started = parse_args(), time.time()
-    partial = common.open_output(args, "model", "input")
+    args = parse_args()
+    partial = runs.open_output(args, "model", "input")
     ranks = common.start_ranks()
-    tokenizer = common.load_tokenizer(args)
+    tokenizer = common.load_tokenizer(args.model, args.tokenizer, args.chat_template)
     examples, counts = read_examples(args, tokenizer)
 
     model, policy = common.load_policy(args, ranks)
-    steps = common.epoch_batches(len(examples), args.batch_size, args.epochs, args.seed)
-    optimizer, scheduler = common.make_optimizer(model, args.lr, len(steps))
-    state = common.load_state(partial, ranks, model, optimizer, scheduler)
+    batches = common.epoch_batches(len(examples), args.batch_size, args.epochs, args.seed)
+    optimizer, scheduler = common.make_optimizer(model, args.lr, len(batches))
+    state = runs.load_state(partial, ranks, model, optimizer, scheduler)
 
-    progress = common.progress(range(state["step"], len(steps)), "SFT", ranks)
-    for step in progress:
-        batch_examples, rows = [examples[i] for i in steps[step]], []
-        tokens = sum(len(example["response"]) for example in batch_examples)
-        micros = common.micro_batches(batch_examples, args, ranks, example_length)
+    bar = common.progress(range(state["step"], len(batches)), "SFT", ranks)
+    for step in bar:
+        step_examples, logged_rows = [examples[i] for i in batches[step]], []
+        tokens = sum(len(example["response"]) for example in step_examples)
+        micros = common.micro_batches(step_examples, args, ranks, example_length)
         optimizer.zero_grad()
         for k, (micro, weight) in enumerate(micros):
             batch = common.collate([(example["prompt"], [example["response"]]) for example in micro], ranks.device)
-            with common.sync(policy, last=k == len(micros) - 1):
+            with common.grad_sync(policy, last=k == len(micros) - 1):
                 with common.autocast(ranks.device):
                     logp_theta = policy(batch)  # (N,)
                 losses = -common.response_logps(logp_theta, batch.lengths)  # (b,)
                 # the mean over the step's response tokens, whatever the micro-batches; DDP divides by the ranks
                 (weight * losses.sum() / tokens * ranks.world).backward()
-            rows += weight * common.pair_rows(micro, {"loss": losses / tokens * len(batch_examples)})
+            # scaled so that the mean over the step's rows, which log_step takes, is the mean over its tokens
+            logged_rows += common.per_row(micro, {"loss": losses / tokens * len(step_examples)}, weight)
 
         grad_norm = common.clip_gradient(model)
-        rows = common.gather(rows)
-        common.check_finite(step, rows, grad_norm, partial)
+        logged_rows = ranks.gather(logged_rows)
+        common.check_finite(step, logged_rows, grad_norm, partial)
         lr = scheduler.get_last_lr()[0]
         optimizer.step()
         scheduler.step()
         if ranks.rank == 0:
-            common.log_step(partial, progress, step, rows, grad_norm=grad_norm, lr=lr)
-        if common.save_due(step + 1, len(steps), args.save_every):
-            common.save_state(partial, ranks, step + 1, model, optimizer, scheduler)
+            common.log_step(partial, bar, step, logged_rows, grad_norm=grad_norm, lr=lr)
+        if runs.save_due(step + 1, len(batches), args.save_every, ranks):
+            runs.save_state(partial, ranks, step + 1, model, optimizer, scheduler)
 
-    counts["steps"] = len(steps)
-    common.save_trained(args, partial, ranks, model, tokenizer, counts, started)
+    counts["steps"] = len(batches)
+    common.save_trained(args, partial, ranks, model, tokenizer, counts)
 
 
 if __name__ == "__main__":
-    common.run(main)
+    runs.run(main)

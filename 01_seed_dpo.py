@@ -16,17 +16,14 @@ Writes a model folder with metrics.jsonl (one line a step) and args.json
 Departs from the paper: none.
 """
 
-import time
-from array import array
-
-import torch
 import torch.nn.functional as F
 
 import common
+import runs
 
 
 def dpo_margin(logps_theta, logps_ref, beta):
-    """What the sigmoid of Eq. 5 is taken of. Summed log-probs (b, 2) of y_w and y_l -> (b,)"""
+    """The argument of the sigmoid in Eq. 5. Summed log-probs (b, 2) of y_w and y_l -> (b,)"""
     chosen, rejected = (logps_theta - logps_ref).unbind(1)
     return beta * chosen - beta * rejected
 
@@ -37,7 +34,7 @@ def dpo_loss(margin):
 
 
 def parse_args():
-    parser = common.Parser(description="DPO on the seed preferences D_0: pi_init -> pi_0.")
+    parser = runs.Parser(description="DPO on the seed preferences D_0: pi_init -> pi_0.")
     add = parser.add_argument
     # what is read and written
     add("--model", required=True, help="pi_init: where pi_theta starts")
@@ -47,56 +44,49 @@ def parse_args():
     add("--tokenizer", help="folder or name of a tokenizer, where --model has none")
     add("--chat-template", help="file with a Jinja chat template, where the tokenizer has none")
     # Section 5.1
-    add("--beta", type=common.nonnegative, default=0.1, help="KL strength, beta in Eq. 5")
-    add("--lr", type=common.nonnegative, default=5e-7, help="peak learning rate, eta")
-    add("--epochs", type=common.positive, default=3)
-    add("--batch-size", type=common.positive, default=32, help="pairs of one optimizer step, over all ranks")
-    add("--seed", type=common.natural, default=0, help="decides the order of the pairs")
+    add("--beta", type=runs.nonnegative, default=0.1, help="KL strength, beta in Eq. 5")
+    add("--lr", type=runs.nonnegative, default=5e-7, help="peak learning rate, eta")
+    add("--epochs", type=runs.positive, default=3)
+    add("--batch-size", type=runs.positive, default=32, help="pairs of one optimizer step, over all ranks")
+    add("--seed", type=runs.natural, default=0, help="decides the order of the pairs")
     # lengths, memory, safety
-    add("--max-prompt-length", type=common.positive, default=1024, help="pairs with a longer prompt are dropped")
-    add("--max-length", type=common.number(int, 2), default=2048, help="prompt and response; responses are cut to fit")
-    add("--micro-batch-size", type=common.positive, default=4, help="pairs of one forward pass of a rank, at most")
-    add("--micro-batch-tokens", type=common.positive, help="tokens of one, at most, if it has several pairs")
+    add("--max-prompt-length", type=runs.positive, default=1024, help="pairs with a longer prompt are dropped")
+    add("--max-length", type=runs.number(int, 2), default=2048, help="prompt and response; responses are cut to fit")
+    add("--micro-batch-size", type=runs.positive, default=4, help="pairs of one forward pass of a rank, at most")
+    add("--micro-batch-tokens", type=runs.positive, help="token budget of one (a single pair may exceed it)")
     add("--activation-checkpointing", action="store_true", help="less memory for more compute")
     add("--fsdp", action="store_true", help="shard weights, gradients and optimizer over the ranks, for less memory")
-    add("--save-every", type=common.positive, default=100, help="steps between states to go on from")
+    add("--save-every", type=runs.positive, default=100, help="steps between the states to resume from")
     return parser.parse_args()
 
 
 def read_pairs(args, tokenizer):
-    """[{"id", "prompt", "chosen", "rejected"}] with token ids in the place of texts, and what was dropped."""
-    rows = common.stream_jsonl(args.input, {"id": common.an_id, "prompt": common.a_prompt,
-                                            "chosen": common.a_text, "rejected": common.a_text})
-    ends, pairs = common.end_ids(args.model, tokenizer), []
-    counts = {"pairs read": 0, "prompt too long": 0, "same after cutting": 0}
-    for row in rows:
+    """[{"id", "prompt", "chosen", "rejected"}], token ids in place of strings, and how many were read and dropped."""
+    eos, pairs = common.eos_ids(args.model, tokenizer), []
+    counts = {"pairs read": 0, "dropped as too long": 0, "dropped as equal after cutting": 0}
+    for row in runs.read_jsonl(args.input, runs.SEED):
         counts["pairs read"] += 1
         prompt = common.prompt_ids(tokenizer, row["prompt"], f"{args.input}, id {row['id']}")
         if len(prompt) > min(args.max_prompt_length, args.max_length - 1):
-            counts["prompt too long"] += 1
+            counts["dropped as too long"] += 1
             continue
-        chosen, rejected = (common.response_ids(tokenizer, row["prompt"], prompt, row[key], ends)
-                            [:args.max_length - len(prompt)] for key in ("chosen", "rejected"))
-        if chosen == rejected:
-            counts["same after cutting"] += 1
+        chosen, rejected = (common.response_ids(tokenizer, row["prompt"], prompt, row[key], eos)
+                            for key in ("chosen", "rejected"))
+        pair = {"id": row["id"]} | common.cut_pair(prompt, chosen, rejected, args.max_length)
+        if pair["chosen"] == pair["rejected"]:
+            counts["dropped as equal after cutting"] += 1
             continue
-        # 4 bytes a token; in a list a token is an object, and takes 40
-        pairs.append({"id": row["id"], "prompt": array("i", prompt), "chosen": array("i", chosen),
-                      "rejected": array("i", rejected)})
+        pairs.append(pair)
     if not pairs:
-        raise common.InputError(f"{args.input}: no pair is left ({counts}): raise --max-prompt-length or --max-length")
+        raise runs.InputError(f"{args.input}: no pair is left ({counts}): raise --max-prompt-length or --max-length")
     return pairs, counts
-
-
-def pair_length(pair):
-    return len(pair["prompt"]) + len(pair["chosen"]) + len(pair["rejected"])
 
 
 def pair_losses(policy, batch, logps_ref, args):
     """Eq. 6 of the b pairs in a batch: losses (b,), what is logged {name: (b,)}. logps_ref: (b, 2), y_w and y_l"""
     with common.autocast(batch.ids.device):
         logp_theta = policy(batch)  # (N,)
-    logps_theta = common.response_logps(logp_theta, batch.lengths).view(-1, 2)
+    logps_theta = common.response_logps(logp_theta, batch.lengths).view(-1, 2)  # of y_w and y_l in turn
     margin = dpo_margin(logps_theta, logps_ref, args.beta)  # (b,)
     losses = dpo_loss(margin)
     chosen, rejected = logps_theta.unbind(1)
@@ -105,51 +95,49 @@ def pair_losses(policy, batch, logps_ref, args):
 
 
 def main():
-    args, started = parse_args(), time.time()
-    partial = common.open_output(args, "model", "ref_model", "input")
+    args = parse_args()
+    partial = runs.open_output(args, "model", "ref_model", "input")
     ranks = common.start_ranks()
-    tokenizer = common.load_tokenizer(args)
+    tokenizer = common.load_tokenizer(args.model, args.tokenizer, args.chat_template)
     pairs, counts = read_pairs(args, tokenizer)
     if args.ref_model:
         common.check_same_vocabulary(args.model, args.ref_model)
 
+    batches = common.epoch_batches(len(pairs), args.batch_size, args.epochs, args.seed)
     ref = common.load_reference(args.ref_model or args.model, args, ranks)
-    common.store_logps(ref, pairs, args, partial, ranks)  # pi_ref does not change: once is enough
+    common.store_logps(ref, pairs, args, partial, ranks)
     del ref
     model, policy = common.load_policy(args, ranks)
-    steps = common.epoch_batches(len(pairs), args.batch_size, args.epochs, args.seed)
-    optimizer, scheduler = common.make_optimizer(model, args.lr, len(steps))
-    state = common.load_state(partial, ranks, model, optimizer, scheduler)
+    optimizer, scheduler = common.make_optimizer(model, args.lr, len(batches))
+    state = runs.load_state(partial, ranks, model, optimizer, scheduler)
 
-    progress = common.progress(range(state["step"], len(steps)), "seed DPO", ranks)
-    for step in progress:
-        batch_pairs, rows = [pairs[i] for i in steps[step]], []
-        micros = common.micro_batches(batch_pairs, args, ranks, pair_length)
+    bar = common.progress(range(state["step"], len(batches)), "seed DPO", ranks)
+    for step in bar:
+        step_pairs, logged_rows = [pairs[i] for i in batches[step]], []
+        micros = common.micro_batches(step_pairs, args, ranks, common.pair_length)
         optimizer.zero_grad()
         for k, (micro, weight) in enumerate(micros):
-            batch = common.collate([(pair["prompt"], [pair["chosen"], pair["rejected"]]) for pair in micro],
-                                   ranks.device, model.shared_span)
-            logps_ref = torch.tensor([pair["logps_ref"] for pair in micro], device=ranks.device)  # (b, 2)
-            with common.sync(policy, last=k == len(micros) - 1):
+            batch, logps_ref = common.collate_pairs(micro, model)
+            with common.grad_sync(policy, last=k == len(micros) - 1):
                 losses, logged = pair_losses(policy, batch, logps_ref, args)
                 # the mean over the step's pairs, whatever the micro-batches; DDP divides by the ranks
-                (weight * losses.sum() / len(batch_pairs) * ranks.world).backward()
-            rows += weight * common.pair_rows(micro, logged)
+                (weight * losses.sum() / len(step_pairs) * ranks.world).backward()
+            logged_rows += common.per_row(micro, logged, weight)
 
         grad_norm = common.clip_gradient(model)
-        rows = common.gather(rows)
-        common.check_finite(step, rows, grad_norm, partial)
+        logged_rows = ranks.gather(logged_rows)
+        common.check_finite(step, logged_rows, grad_norm, partial)
         lr = scheduler.get_last_lr()[0]
         optimizer.step()
         scheduler.step()
         if ranks.rank == 0:
-            common.log_step(partial, progress, step, rows, grad_norm=grad_norm, lr=lr)
-        if common.save_due(step + 1, len(steps), args.save_every):
-            common.save_state(partial, ranks, step + 1, model, optimizer, scheduler)
+            common.log_step(partial, bar, step, logged_rows, grad_norm=grad_norm, lr=lr)
+        if runs.save_due(step + 1, len(batches), args.save_every, ranks):
+            runs.save_state(partial, ranks, step + 1, model, optimizer, scheduler)
 
-    counts["steps"] = len(steps)
-    common.save_trained(args, partial, ranks, model, tokenizer, counts, started)
+    counts["steps"] = len(batches)
+    common.save_trained(args, partial, ranks, model, tokenizer, counts)
 
 
 if __name__ == "__main__":
-    common.run(main)
+    runs.run(main)

@@ -3,11 +3,11 @@
     python benchmarks/crash.py                                                # 50 kills
     SFT_SIZE=64 PROMPT_SIZES=24 ITERATIONS=1 python benchmarks/crash.py --kills 11   # settings of run_all.sh
 
-Runs `bash run_all.sh world` in the same place twice: undisturbed, which also tells how long each stage takes, and to the
-end of what kills have left. They strike each stage's command, as run_all.sh --dry-run prints it, until the stage is done or
-has had its share, then the next one's: SIGKILL, or, one time in five, SIGTERM. The moment is drawn from the time that the
-stage takes, so it may fall into its start, its work, its saving, its renaming. Compared are all files: args.json without
-"seconds", every other file, weights as well, byte for byte.
+Runs `bash run_all.sh world` in the same place twice: undisturbed, which also shows how long each stage takes, and once
+more to complete what kills have left. The kills hit each stage's command, as run_all.sh --dry-run prints it, until the
+stage is complete or has had its share: SIGKILL, or, one time in five, SIGTERM. The moment is drawn from the time that
+the stage takes, so it may fall into its start, its work, its saving, its renaming. All files are compared: args.json
+without "seconds", every other file, weights too, byte for byte.
 """
 
 import argparse
@@ -55,8 +55,8 @@ def undisturbed(environment, stages, log):
     with subprocess.Popen(SCRIPT, env=environment, stdout=subprocess.PIPE, stderr=log, text=True) as process:
         for output in stages:
             began = time.time()
-            # until the stage says that its output is there, made now or before
-            any(line.startswith(f"{output}: ") and "begun before" not in line for line in process.stdout)
+            # until the stage prints that its output is complete
+            any(line.startswith(f"{output}: ") and "resuming" not in line for line in process.stdout)
             seconds.append(time.time() - began)
         process.stdout.read()
     if process.returncode != 0:
@@ -65,7 +65,7 @@ def undisturbed(environment, stages, log):
 
 
 def disturbed(environment, stages, seconds, kills, rng, log):
-    """{stage: number of kills in it}, in each stage about equally many, but in one that is done none."""
+    """{stage: number of kills in it}, about equally many in each stage that is not complete."""
     hit = collections.Counter()
     for k, (output, command) in enumerate(stages.items()):
         while hit.total() < kills * (k + 1) // len(stages):
@@ -73,7 +73,7 @@ def disturbed(environment, stages, seconds, kills, rng, log):
                 time.sleep(rng.uniform(0, 0.95 * seconds[k]))
                 number = signal.SIGTERM if rng.random() < 0.2 else signal.SIGKILL
                 process.send_signal(number)
-            if process.returncode == 0:  # it was quicker, and is done
+            if process.returncode == 0:  # it was quicker, and is complete
                 break
             hit[output] += 1
             print(f"{hit.total():3} {number.name} in {output}: status {process.returncode}", flush=True)
@@ -85,7 +85,7 @@ def disturbed(environment, stages, seconds, kills, rng, log):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--kills", type=int, default=50)
-    parser.add_argument("--seed", type=int, default=0, help="of the moments; the world's is SEED in the environment")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments; the world's is SEED, a variable")
     parser.add_argument("--runs", help="folder to work in and to keep (default: a temporary one)")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:

@@ -7,119 +7,50 @@
 Each competitor is a process of its own that takes one optimizer step at a time, in turn with the others, so that a busy
 machine slows them alike; a ratio is of two steps that stand next to each other. Memory is the largest resident size of
 the process, with Python and its libraries. The plain loop is what the reference implementation of DPO does: chosen and
-rejected in one batch padded to the longest, whole logits of policy and reference.
+rejected in one batch padded to the longest, full logits of policy and reference.
 
-    01            01_seed_dpo.py, reference log-probs stored (before the first step, and not timed)
+    01            01_seed_dpo.py; reference log-probs are stored before the first step, which is not timed
     04 warm-up    04_refined_dpo.py before labels are refined
     04            04_refined_dpo.py with de-coupled noise detection, the reference live
-    live          01's step with a live reference: what 04 is measured against
+    live          01's step with a live reference: what 04 is compared with
     prompt twice  01 that computes a prompt for each of its two responses
-    logits twice  01 that makes the logits again on the way back, in chunks of 256 tokens
+    logits twice  01 that recomputes the logits in the backward pass, in chunks of 256 tokens
     TRL           DPOConfig() but for the settings above (its activation checkpointing is on)
     TRL best      precomputed reference log-probs, no activation checkpointing
     plain         the plain loop
 
-A Llama of 23 M parameters with random weights (8 layers, width 256, 32,000 words), prompts of 20 to 600 tokens
+A Llama of 23 M parameters with random weights (8 layers, width 256, 32,000 tokens), prompts of 20 to 600 tokens
 (log-uniform), responses of 20 to 300.
 """
 
 import argparse
-import json
 import os
-import re
-import runpy
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-SHAPE = dict(hidden_size=256, intermediate_size=688, num_hidden_layers=8, num_attention_heads=4, num_key_value_heads=4,
-             vocab_size=32000, max_position_embeddings=2048, tie_word_embeddings=False, bos_token_id=1, eos_token_id=2,
-             pad_token_id=0)
-PAIRS, MICRO_BATCH, LR, BETA = 8, 2, 1e-5, 0.1  # of an optimizer step, of a forward pass
-TEMPLATE = "{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %} </s>{% endif %}{% endfor %}"
+import torch
+import torch.nn.functional as F
+from shared import SHAPE, Turns, full_logps, load_plain, make_inputs, read_rows, run_stage, spread, take_turns
+from transformers import AutoTokenizer, LlamaForCausalLM, get_cosine_schedule_with_warmup
+
+PAIRS, MICRO_BATCH, LR, BETA = 8, 2, 1e-5, 0.1  # pairs of an optimizer step, of a forward pass
 
 
 # ---------------------------------------------------------------------------------------------
-# Inputs
+# Competitors. What only some have is imported in them: common.py is not for TRL's Python.
 
 
-def make_inputs(folder, pairs, longest=(600, 300)):
-    """A model and preferences as texts and as token ids, in the order in which they are trained on -> its parameters.
-
-    longest: tokens of a prompt, of a response
-    """
-    import numpy as np
-    import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-    words = ["<pad>", "<s>", "</s>", *(f"w{i}" for i in range(3, SHAPE["vocab_size"]))]
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="w3"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>",
-                            chat_template=TEMPLATE).save_pretrained(folder / "model")
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(**SHAPE))
-    model.save_pretrained(folder / "model")
-    rng = np.random.default_rng(0)
-
-    def ids(count):
-        return rng.integers(3, SHAPE["vocab_size"], int(count)).tolist()
-
-    rows = [{"id": str(k), "prompt": ids(np.exp(rng.uniform(*np.log([20, longest[0]])))),
-             "chosen": ids(rng.integers(20, longest[1])), "rejected": ids(rng.integers(20, longest[1]))}
-            for k in range(pairs)]
-    with open(folder / "seed.jsonl", "w") as texts, open(folder / "preferences.jsonl", "w") as tokens:
-        for row in rows:
-            said = {key: " ".join(f"w{i}" for i in row[key]) for key in ("prompt", "chosen", "rejected")}
-            texts.write(json.dumps({"id": row["id"], **said}) + "\n")
-            answers = {key: {"text": "", "ids": row[key] + [2], "finish": "eos"} for key in ("chosen", "rejected")}
-            tokens.write(json.dumps({"id": row["id"], "prompt_ids": row["prompt"], **answers}) + "\n")
-    return model.num_parameters()
-
-
-# ---------------------------------------------------------------------------------------------
-# Competitors: each calls `after_step(loss)` once a step, which waits until it is its turn again.
-
-
-def wait():
-    """Until the parent process asks for the next step."""
-    if not sys.stdin.readline():
-        os._exit(0)
-
-
-class Turns:
-    def __init__(self):
-        self.started = None
-
-    def before_first_step(self):
-        print("ready", file=self.out, flush=True)
-        wait()
-        self.started = time.perf_counter()
-
-    def after_step(self, loss):
-        seconds = time.perf_counter() - self.started
-        peak = int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text()).group(1))
-        print(json.dumps({"seconds": seconds, "loss": loss, "peak": peak / 2 ** 20}), file=self.out, flush=True)
-        wait()
-        self.started = time.perf_counter()
-
-    out = sys.stdout
-
-
-def run_stage(name, folder, turns, **options):
-    """A stage as it is, but that it waits at the end of each step, and takes the pairs in the order of the file."""
+def run_training(script, folder, turns, **options):
+    """A stage as it is, except that it waits for its turn after each step and takes the pairs in the file's order."""
     import common
-    real_steps, real_log = common.progress, common.log_step
+    real_progress, real_log = common.progress, common.log_step
 
     def progress(steps, label, ranks):
-        if isinstance(steps, range):
+        if isinstance(steps, range):  # the training loop's
             turns.before_first_step()
-        return real_steps(steps, label, ranks)
+        return real_progress(steps, label, ranks)
 
     def log_step(partial, bar, step, rows, **more):
         real_log(partial, bar, step, rows, **more)
@@ -127,17 +58,23 @@ def run_stage(name, folder, turns, **options):
 
     common.progress, common.log_step = progress, log_step
     common.epoch_batches = lambda count, size, epochs, seed: [list(range(i, i + size)) for i in range(0, count, size)]
-    options |= dict(model=folder / "model", output=tempfile.mkdtemp() + "/out", lr=LR, beta=BETA, batch_size=PAIRS,
-                    micro_batch_size=MICRO_BATCH, epochs=1)
-    words = [word for key, value in options.items() for word in (f"--{key.replace('_', '-')}", str(value))]
-    sys.argv = [name, *words]
-    runpy.run_path(str(ROOT / f"{name}.py"), run_name="__main__")
+    run_stage(script, model=folder / "model", output=tempfile.mkdtemp() + "/out", lr=LR, beta=BETA, batch_size=PAIRS,
+              micro_batch_size=MICRO_BATCH, epochs=1, **options)
+
+
+def run_01(folder, turns, **replaced):
+    """01, with functions of common.py replaced."""
+    import common
+    vars(common).update(replaced)
+    run_training("01_seed_dpo.py", folder, turns, input=folder / "seed.jsonl")
+
+
+def run_04(folder, turns, **options):
+    run_training("04_refined_dpo.py", folder, turns, input=folder / "preferences.jsonl", **options)
 
 
 def run_live(folder, turns):
     """01's step that also runs pi_ref, as 04 has to."""
-    import torch
-
     import common
     real = common.load_policy
 
@@ -150,31 +87,24 @@ def run_live(folder, turns):
                 ref(batch)
             return policy(batch)
         return model, with_reference
-    common.load_policy = load_policy
-    run_stage("01_seed_dpo", folder, turns, input=folder / "seed.jsonl")
 
-
-def run_without(folder, turns, **replaced):
-    """01 with something of common.py replaced."""
-    import common
-    vars(common).update(replaced)
-    run_stage("01_seed_dpo", folder, turns, input=folder / "seed.jsonl")
+    run_01(folder, turns, load_policy=load_policy)
 
 
 def run_trl(folder, turns, **options):
-    import torch
     from datasets import load_dataset
-    from transformers import AutoTokenizer, LlamaForCausalLM, TrainerCallback
+    from transformers import TrainerCallback
     from trl import DPOConfig, DPOTrainer
     rows = load_dataset("json", data_files=str(folder / "seed.jsonl"), split="train").remove_columns("id")
     # its tokenizer joins prompt and response as they are
     rows = rows.map(lambda row: {key: " " + row[key] for key in ("chosen", "rejected")})
     steps = len(rows) // PAIRS
-    config = DPOConfig(output_dir=tempfile.mkdtemp(), per_device_train_batch_size=MICRO_BATCH, max_length=2048,
-                       gradient_accumulation_steps=PAIRS // MICRO_BATCH, learning_rate=LR, beta=BETA, num_train_epochs=1,
-                       lr_scheduler_type="cosine", warmup_steps=-(-steps // 10), weight_decay=0.0, max_grad_norm=1.0,
-                       bf16=False, use_cpu=not torch.cuda.is_available(), train_sampling_strategy="sequential",
-                       logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True, **options)
+    config = DPOConfig(output_dir=tempfile.mkdtemp(), per_device_train_batch_size=MICRO_BATCH,
+                       gradient_accumulation_steps=PAIRS // MICRO_BATCH, max_length=2048, num_train_epochs=1,
+                       learning_rate=LR, beta=BETA, lr_scheduler_type="cosine", warmup_steps=-(-steps // 10),
+                       weight_decay=0.0, max_grad_norm=1.0, bf16=False, use_cpu=not torch.cuda.is_available(),
+                       train_sampling_strategy="sequential", logging_steps=1, save_strategy="no", report_to="none",
+                       disable_tqdm=True, **options)
 
     class Steps(TrainerCallback):
         def on_train_begin(self, *_, **__):
@@ -189,30 +119,8 @@ def run_trl(folder, turns, **options):
                processing_class=AutoTokenizer.from_pretrained(folder / "model", trust_remote_code=False)).train()
 
 
-def load_plain(folder):
-    import torch
-    from transformers import LlamaForCausalLM
-    return LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False).eval()  # no dropout
-
-
-def whole_logps(model, answers):
-    """log pi of each of [(prompt ids, response ids)], padded to the longest, through whole logits and their log-softmax."""
-    import torch
-    width = max(len(x) + len(y) for x, y in answers)
-    ids, mask, labels = (torch.full((len(answers), width), fill) for fill in (0, 0, -100))
-    for k, (x, y) in enumerate(answers):
-        ids[k, :len(x) + len(y)], mask[k, :len(x) + len(y)] = torch.tensor(x + y), 1
-        labels[k, len(x):len(x) + len(y)] = torch.tensor(y)
-    logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1]
-    logp = logits.log_softmax(-1).gather(2, labels[:, 1:].clamp(min=0)[..., None])[..., 0]
-    return (logp * (labels[:, 1:] >= 0)).sum(-1)
-
-
 def run_plain(folder, turns):
-    import torch
-    import torch.nn.functional as F
-    from transformers import get_cosine_schedule_with_warmup
-    rows = [json.loads(line) for line in (folder / "preferences.jsonl").read_text().splitlines()]
+    rows = read_rows(folder / "preferences.jsonl")
     policy, ref = load_plain(folder / "model"), load_plain(folder / "model")
     optimizer = torch.optim.AdamW(policy.parameters(), lr=LR, weight_decay=0.0)
     steps = len(rows) // PAIRS
@@ -221,12 +129,12 @@ def run_plain(folder, turns):
     turns.before_first_step()
     for step in range(steps):
         total = 0
-        for at in range(step * PAIRS, (step + 1) * PAIRS, MICRO_BATCH):
-            micro = rows[at:at + MICRO_BATCH]
+        for first in range(step * PAIRS, (step + 1) * PAIRS, MICRO_BATCH):
+            micro = rows[first:first + MICRO_BATCH]
             answers = [(row["prompt_ids"], row[y]["ids"]) for y in ("chosen", "rejected") for row in micro]
             with torch.no_grad():
-                fixed = whole_logps(ref, answers)
-            chosen, rejected = (whole_logps(policy, answers) - fixed).chunk(2)
+                logps_ref = full_logps(ref, answers)
+            chosen, rejected = (full_logps(policy, answers) - logps_ref).chunk(2)
             loss = -F.logsigmoid(BETA * (chosen - rejected)).sum() / PAIRS
             loss.backward()
             total += loss.item()
@@ -235,9 +143,8 @@ def run_plain(folder, turns):
         turns.after_step(total)
 
 
-def run_products(turns):
+def run_products(folder, turns):
     """The rate of matrix products, in GFLOP/s: the two largest of the step, the head's and the MLP's, by the clock."""
-    import torch
     hidden, head = torch.randn(320, SHAPE["hidden_size"]), torch.randn(SHAPE["vocab_size"], SHAPE["hidden_size"])
     states, mlp = torch.randn(640, SHAPE["hidden_size"]), torch.randn(SHAPE["intermediate_size"], SHAPE["hidden_size"])
     flops = 5 * 2 * (hidden.numel() * len(head) + 24 * states.numel() * len(mlp))
@@ -250,19 +157,17 @@ def run_products(turns):
         turns.after_step(flops / (time.perf_counter() - turns.started) / 1e9)
 
 
-COMPETITORS = {
-    "01": run_without,
-    "04 warm-up": lambda folder, turns: run_stage("04_refined_dpo", folder, turns, input=folder / "preferences.jsonl",
-                                                  refine_after=1, window=1),
-    "04": lambda folder, turns: run_stage("04_refined_dpo", folder, turns, input=folder / "preferences.jsonl",
-                                          refine_after=0, window=PAIRS),
-    "live": run_live,
-    "prompt twice": lambda folder, turns: run_without(folder, turns, shared_span=lambda model: 0),
-    "logits twice": lambda folder, turns: run_without(folder, turns, chunk_rows=lambda weight: 256),
-    "plain": run_plain,
-    "products": lambda folder, turns: run_products(turns),
-    "TRL": run_trl,
-    "TRL best": lambda folder, turns: run_trl(folder, turns, precompute_ref_log_probs=True, gradient_checkpointing=False)}
+COMPETITORS = {  # function, its options
+    "01": (run_01, {}),
+    "04 warm-up": (run_04, dict(refine_after=1, window=1)),
+    "04": (run_04, dict(refine_after=0, window=PAIRS)),
+    "live": (run_live, {}),
+    "prompt twice": (run_01, dict(max_shared_length=lambda model: 0)),
+    "logits twice": (run_01, dict(chunk_rows=lambda weight: 256)),
+    "plain": (run_plain, {}),
+    "products": (run_products, {}),
+    "TRL": (run_trl, {}),
+    "TRL best": (run_trl, dict(precompute_ref_log_probs=True, gradient_checkpointing=False))}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -279,11 +184,6 @@ def step_flops(rows):
     return 6 * body * (answers + sum(len(row["prompt_ids"]) for row in rows)) + 6 * head * answers
 
 
-def spread(values):
-    low, middle, high = statistics.quantiles(values, n=4)
-    return f"{middle:.2f} ({low:.2f} to {high:.2f})"
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--trl", help="a Python that has TRL (default: TRL is left out)")
@@ -293,43 +193,16 @@ def main():
     parser.add_argument("--worker", nargs=2, metavar=("NAME", "FOLDER"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
-        turns = Turns()
-        turns.out, sys.stdout = sys.stdout, sys.stderr
-        return COMPETITORS[args.worker[0]](Path(args.worker[1]), turns)
+        run, options = COMPETITORS[args.worker[0]]
+        return run(Path(args.worker[1]), Turns(), **options)
 
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        make_inputs(folder, PAIRS * (args.steps + 3))  # the last step, not taken, is what 04's window is filled in
+        make_inputs(folder, PAIRS * (args.steps + 3))  # the last step is not taken: 04's window is filled in it
         wanted = {"01", *(args.only or COMPETITORS)}  # 01 is what the others are compared with
         names = [name for name in COMPETITORS if name in wanted and (args.trl or "TRL" not in name)]
-        done = run_in_turn(names, folder, args)
-        rows = [json.loads(line) for line in (folder / "preferences.jsonl").read_text().splitlines()]
-    report(done, rows, args)
-
-
-def run_in_turn(names, folder, args, script=__file__):
-    """{name: [what each of its steps reported]}, the first two left out."""
-    env = os.environ | {"OMP_NUM_THREADS": str(args.threads), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
-                        "TMPDIR": str(folder)}
-    workers = {}
-    for name in names:
-        python = args.trl if "TRL" in name else sys.executable
-        workers[name] = subprocess.Popen([python, script, "--worker", name, str(folder)], text=True, env=env,
-                                         stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                         stderr=open(folder / f"{name}.log", "w"))
-        if workers[name].stdout.readline() != "ready\n":
-            sys.exit(f"{name}: " + (folder / f"{name}.log").read_text()[-2000:])
-    done = {name: [] for name in names}
-    for step in range(args.steps + 2):
-        for name, worker in workers.items():
-            worker.stdin.write("\n")
-            worker.stdin.flush()
-            done[name].append(json.loads(worker.stdout.readline()))
-            print(f"step {step + 1}, {name}: {done[name][-1]['seconds']:.2f} s", file=sys.stderr)
-    for worker in workers.values():
-        worker.kill()
-        worker.wait()
-    return done
+        done = take_turns(__file__, names, folder, args, {"TRL": args.trl, "TRL best": args.trl})
+        report(done, read_rows(folder / "preferences.jsonl"), args)
 
 
 def report(done, rows, args):

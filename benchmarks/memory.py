@@ -1,4 +1,4 @@
-"""Memory that a training stage holds, in bytes a parameter: measured on a CPU, beside what the README's table computes.
+"""Memory that a training stage holds, in bytes a parameter: measured on a CPU, and as README.md (here) computes it.
 
     python benchmarks/memory.py
 
@@ -12,17 +12,16 @@ import argparse
 import ctypes
 import os
 import re
-import runpy
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-import dpo
+from shared import make_inputs, run_stage
 
 # bytes a parameter, options
-STAGES = {"01_seed_dpo": (16, dict(input="seed.jsonl")),
-          "04_refined_dpo": (20, dict(input="preferences.jsonl", refine_after=0, window=1))}
+STAGES = {"01_seed_dpo.py": (16, dict(input="seed.jsonl")),
+          "04_refined_dpo.py": (20, dict(input="preferences.jsonl", refine_after=0, window=1))}
 STEPS, PAIRS = 3, 2
 
 
@@ -33,7 +32,7 @@ def resident():
 
 
 def be_a_process(stage, folder, output, fsdp):
-    """A stage as it is, that tells at its last step what it holds."""
+    """A stage as it is, except that it prints at its last step what it holds."""
     import common
     real_load, real_log, before = common.load_reference, common.log_step, []
 
@@ -41,17 +40,15 @@ def be_a_process(stage, folder, output, fsdp):
         before.append(resident())
         return real_load(*args)
 
-    def log_step(partial, progress, step, rows, **more):
-        real_log(partial, progress, step, rows, **more)
+    def log_step(partial, bar, step, rows, **more):
+        real_log(partial, bar, step, rows, **more)
         if step == STEPS - 1:
             print("held", resident() - before[0], flush=True)
 
     common.load_reference, common.log_step = load_reference, log_step
-    options = STAGES[stage][1] | dict(model="model", output=output, batch_size=PAIRS, micro_batch_size=1, epochs=1)
-    words = [word for key, value in options.items() for word in (f"--{key.replace('_', '-')}", str(value))]
     os.chdir(folder)
-    sys.argv = [stage, *words, *["--fsdp"] * fsdp]
-    runpy.run_path(str(dpo.ROOT / f"{stage}.py"), run_name="__main__")
+    run_stage(stage, model="model", output=output, batch_size=PAIRS, micro_batch_size=1, epochs=1, **STAGES[stage][1],
+              **{"fsdp": True} if fsdp else {})
 
 
 def measure(stage, folder, processes, fsdp):
@@ -73,16 +70,15 @@ def main():
     if args.work:
         return be_a_process(*args.work, args.fsdp)
 
-    dpo.SHAPE |= dict(hidden_size=768, intermediate_size=2048, num_hidden_layers=10, num_attention_heads=12,
-                      num_key_value_heads=12)
     with tempfile.TemporaryDirectory() as folder:
-        parameters = dpo.make_inputs(Path(folder), PAIRS * STEPS, longest=(40, 40))
+        parameters = make_inputs(Path(folder), PAIRS * STEPS, longest=(40, 40), hidden_size=768, intermediate_size=2048,
+                                 num_hidden_layers=10, num_attention_heads=12, num_key_value_heads=12)
         print("| Stage | Processes | Bytes a parameter, computed | Held |\n" + "|---" * 4 + "|")
         for stage, (size, _) in STAGES.items():
             for processes, fsdp in ((1, False), (2, False), (2, True), (4, True)):
                 held = measure(stage, folder, processes, fsdp) / parameters
                 how, share = (f"{processes}, `--fsdp`", size / processes) if fsdp else (processes, size)
-                print(f"| {stage}.py | {how} | {share:.0f} | {held:.1f} |", flush=True)
+                print(f"| {stage} | {how} | {share:.0f} | {held:.1f} |", flush=True)
 
 
 if __name__ == "__main__":

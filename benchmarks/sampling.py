@@ -1,19 +1,19 @@
-"""How fast 02_generate.py samples (common.sample), beside transformers, on prompts and responses of mixed lengths.
+"""How fast 02_generate.py samples, beside transformers, on prompts and responses of mixed lengths.
 
     python benchmarks/sampling.py
 
 A Llama of 24 million random weights in float32 on a CPU: vocabulary 32,000, width 256, 8 layers, 8 query heads and 2
 key-value heads of 32. 32 prompts of 20 to 600 tokens (log-normal, median 120), two samples each, temperature 0.7, at
-most 300 new tokens. One word in a hundred ends a response, the same words for all. With weights this small all words
-are about equally likely, so a response ends with probability 1/100 a token, after 95 tokens in the mean.
+most 300 new tokens. One token in a hundred ends a response, the same ones for all. With weights this small all tokens
+are about equally likely, so a response ends with probability 1/100 at each step, after 95 tokens in the mean.
 
-    common.sample                 batches of 16 prompts in order of length, as in 02_generate.py
+    sample_responses              that of common.py; batches of 16 prompts in order of length, as in 02_generate.py
     generate                      the same batches, padded on the left; num_return_sequences=2
     generate, static cache        the same, with cache_implementation="static"
     generate_batch                continuous batching: all prompts in one call, 32 sequences at a time (where
                                   transformers is as old as 5.17 it needs psutil)
 
-First the greedy responses of common.sample and generate are compared token for token. Then the four run in turn,
+First the greedy responses of sample_responses and generate are compared token for token. Then the four run in turn,
 --repeats times. Tokens are counted to the end of each response; a ratio is of two runs of the same turn.
 """
 
@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
 
 VOCABULARY, PROMPTS, BATCH, SAMPLES, TEMPERATURE, LIMIT, GREEDY_LIMIT = 32_000, 32, 16, 2, 0.7, 300, 100
-ENDS = range(0, VOCABULARY, 100)
+EOS = range(0, VOCABULARY, 100)
 
 
 def make_model():
@@ -51,30 +51,30 @@ def make_prompts(count):
 
 
 def drawn(**options):
-    """Nothing is left to a default: that of top_k is 50."""
-    return GenerationConfig(max_new_tokens=LIMIT, eos_token_id=list(ENDS), pad_token_id=0, use_cache=True,
+    """Nothing is left to a default: top_k would be 50."""
+    return GenerationConfig(max_new_tokens=LIMIT, eos_token_id=list(EOS), pad_token_id=0, use_cache=True,
                             do_sample=True, temperature=TEMPERATURE, top_k=0, top_p=1.0,
                             num_return_sequences=SAMPLES, **options)
 
 
 def greedy():
-    return GenerationConfig(max_new_tokens=GREEDY_LIMIT, eos_token_id=list(ENDS), pad_token_id=0, use_cache=True,
+    return GenerationConfig(max_new_tokens=GREEDY_LIMIT, eos_token_id=list(EOS), pad_token_id=0, use_cache=True,
                             do_sample=False)
 
 
 def by_common(model, prompts, batches, seed, temperature=TEMPERATURE, limit=LIMIT):
-    """{index of a prompt: its responses} by common.sample, called as 02_generate.py does."""
+    """{index of a prompt: its responses} by common.sample_responses, called as 02_generate.py does."""
     done = {}
     for batch in batches:
         u = np.array([[common.uniforms(seed, str(i), k, limit) for k in range(SAMPLES)] for i in batch])
-        sampled = common.sample(model, [prompts[i] for i in batch], u, temperature, limit, list(ENDS))
+        sampled = common.sample_responses(model, [prompts[i] for i in batch], u, temperature, limit, list(EOS))
         done |= {i: [ids for ids, _ in of_prompt] for i, of_prompt in zip(batch, sampled, strict=True)}
     return done
 
 
-def to_its_end(ids):
-    """What generate returns goes on with padding to the end of the batch's longest response."""
-    last = next((k for k, i in enumerate(ids) if i in ENDS), len(ids))
+def without_padding(ids):
+    """generate pads a response to the batch's longest."""
+    last = next((k for k, i in enumerate(ids) if i in EOS), len(ids))
     return ids[:last + 1]
 
 
@@ -87,7 +87,7 @@ def by_generate(model, prompts, batches, config):
         mask = torch.tensor([[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in batch])
         out = model.generate(ids, attention_mask=mask, generation_config=config)[:, width:].tolist()
         n = config.num_return_sequences or 1
-        done |= {i: [to_its_end(ids) for ids in out[k * n:(k + 1) * n]] for k, i in enumerate(batch)}
+        done |= {i: [without_padding(ids) for ids in out[k * n:(k + 1) * n]] for k, i in enumerate(batch)}
     return done
 
 
@@ -108,7 +108,7 @@ def by_generate_batch(model, prompts, config):
 def compare_greedy(model, prompts, one, two):
     """How many tokens of the greedy responses `one` and `two` are identical, and how many responses part at a tie.
 
-    one, two: {index of a prompt: its responses}; of two's only the first is used. Words whose logits lie within 1e-4
+    one, two: {index of a prompt: its responses}; of two's only the first is used. Tokens whose logits lie within 1e-4
     are a tie, which float32 may break either way in batches of different shapes; what follows cannot be compared.
     Raises SystemExit where two responses part at anything else.
     """
@@ -128,7 +128,7 @@ def compare_greedy(model, prompts, one, two):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Tokens per second of common.sample and of transformers.")
+    parser = argparse.ArgumentParser(description="Tokens per second of sample_responses and of transformers.")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
@@ -142,7 +142,7 @@ def main():
     print(f"greedy: {tokens} tokens of {PROMPTS * SAMPLES} responses are identical; {ties} responses part at a tie\n")
 
     competitors = {
-        "common.sample": lambda turn: by_common(model, prompts, batches, turn),
+        "sample_responses": lambda turn: by_common(model, prompts, batches, turn),
         "generate": lambda turn: by_generate(model, prompts, batches, drawn()),
         "generate, static cache": lambda turn: by_generate(model, prompts, batches,
                                                            drawn(cache_implementation="static")),
@@ -156,9 +156,9 @@ def main():
             seconds = time.perf_counter() - started
             speeds[name].append(sum(len(ids) for responses in done.values() for ids in responses) / seconds)
 
-    print("| | Tokens per second, median | common.sample is faster by, median (least to most) |\n|---|---|---|")
+    print("| | Tokens per second, median | sample_responses is faster by, median (least to most) |\n|---|---|---|")
     for name, speed in speeds.items():
-        ratios = [ours / theirs for ours, theirs in zip(speeds["common.sample"], speed)]
+        ratios = [ours / theirs for ours, theirs in zip(speeds["sample_responses"], speed)]
         print(f"| {name} | {statistics.median(speed):.0f} | {statistics.median(ratios):.2f} "
               f"({min(ratios):.2f} to {max(ratios):.2f}) |")
 

@@ -3,7 +3,7 @@
     python benchmarks/small_world.py --jobs 2             # the ten seeds the README reports: half an hour on two cores
     python benchmarks/small_world.py --seeds 100 101 --jobs 2
 
-Runs `bash run_all.sh world` once a seed (what is finished is not run again), then prints the table and what it claims.
+Runs `bash run_all.sh world` once a seed (what is complete is not run again), then prints the table and what it claims.
 Data, base model, order of the pairs and samples all follow the seed.
 """
 
@@ -20,7 +20,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-import common
+from extras.small_world import gold_values, read_gold
 
 ROWS = ["sft", "dpo", "spa_1", "spa_2", "spa_3", "dpo_all_gold"]
 COLUMNS = {"win_rate": "Win rate (%)", "length_controlled_winrate": "LC win rate (%)",
@@ -43,10 +43,10 @@ def run(seed, args):
 
 def one_manner(path):
     """The correlation of two sentences' values in an answer of pi_init: 0 where it mixes the manners of the writers."""
-    gold, pairs = common.read_gold(path / "data" / "gold.json"), []
+    gold, pairs = read_gold(path / "data" / "gold.json"), []
     for line in (path / "eval" / "sft" / "responses.jsonl").read_text().splitlines():
         row = json.loads(line)
-        values = common.gold_values(gold, row["prompt"], row["response"])
+        values = gold_values(gold, row["prompt"], row["response"])
         pairs += itertools.permutations([value for value in values if value is not None], 2)
     return statistics.correlation(*zip(*pairs))
 

@@ -19,7 +19,7 @@ import stages
 
 torch.set_num_threads(1)
 WORLD = dict(source="world", seed_size=20, prompt_sizes=[14, 10], eval_size=12, sft_size=48, all_gold=True,
-             judge_words=True)
+             llm_judge=True)
 
 
 @pytest.fixture(scope="session")

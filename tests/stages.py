@@ -24,6 +24,7 @@ sys.path.insert(0, str(ROOT))
 import torch.distributed as dist
 
 import common
+import runs
 
 Ran = namedtuple("Ran", "status out err")
 NO_RANKS = {key: value for key, value in os.environ.items()
@@ -48,13 +49,13 @@ def command_line(options):
     return words
 
 
-def attempt(name, /, **options):
+def attempt(name, /, *words, **options):
     """Run a stage -> its exit status and what it wrote to stdout and stderr."""
     main, argv, out, err = load(name).main, sys.argv, io.StringIO(), io.StringIO()
-    sys.argv = [f"{name}.py", *command_line(options)]
+    sys.argv = [f"{name}.py", *map(str, words), *command_line(options)]
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            common.run(main)
+            runs.run(main)
         status = 0
     except SystemExit as stop:
         status = stop.code or 0
@@ -65,11 +66,21 @@ def attempt(name, /, **options):
     return Ran(status, out.getvalue(), err.getvalue())
 
 
-def run(name, /, **options):
+def run(name, /, *words, **options):
     """Run a stage that must succeed -> its output, as a path."""
-    ran = attempt(name, **options)
+    ran = attempt(name, *words, **options)
     assert ran.status == 0, ran.err
     return Path(options["output"])
+
+
+def refused(name, /, *words, **options):
+    """Run a stage that must reject its input -> the one line it prints: status 2, and the output left as it was."""
+    output = Path(options["output"])
+    before = files(output) if output.is_dir() else output.exists() and digest(output)
+    ran = attempt(name, *words, **options)
+    assert ran.status == 2 and ran.err.count("\n") == 1 and "Traceback" not in ran.err, ran
+    assert before == (files(output) if output.is_dir() else output.exists() and digest(output))
+    return ran.err
 
 
 def parsed(name, words):
@@ -135,19 +146,19 @@ def free_port():
         return s.getsockname()[1]
 
 
-def run_ranks(folder, *runs):
-    """Each of runs, (stage, options), by two processes under torchrun -> for each run, the two ranks' Ran.
+def run_ranks(folder, *jobs):
+    """Each of jobs, (stage, options) or (stage, command, options), by two processes -> for each, the two ranks' Ran.
 
-    One torchrun serves all the runs, each with a port of its own to meet at: most of the time goes into imports.
+    One torchrun serves all the jobs, each with a port of its own to meet at: most of the time goes into imports.
     The option stop_after=N is not the stage's: it has SIGTERM once N steps are taken.
     """
-    job = [[name, {key: str(v) if isinstance(v, Path) else v for key, v in options.items()}, free_port()]
-           for name, options in runs]
+    job = [[words, {key: str(v) if isinstance(v, Path) else v for key, v in options.items()}, free_port()]
+           for *words, options in jobs]
     (folder / "job.json").write_text(json.dumps(job))
     with subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port",
                            str(free_port()), __file__, folder / "job.json"], text=True, stdout=subprocess.PIPE,
                           stderr=subprocess.STDOUT, env=NO_RANKS | {
-                              "OMP_NUM_THREADS": "1", "WINDOW": str(common.WINDOW)}) as torchrun:
+                              "OMP_NUM_THREADS": "1"}) as torchrun:
         try:
             output, _ = torchrun.communicate(timeout=600)
         except subprocess.TimeoutExpired:
@@ -179,16 +190,15 @@ def gloo_threads():
 def be_a_rank(job):
     import torch
     torch.set_num_threads(1)
-    common.WINDOW = int(os.environ["WINDOW"])
     done = []
-    for k, (name, options, port) in enumerate(json.loads(Path(job).read_text())):
+    for k, (words, options, port) in enumerate(json.loads(Path(job).read_text())):
         if k > 0:  # the first meets where torchrun says
             os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE="False")
         with stopped_after(options.pop("stop_after", None)):
             before = gloo_threads()
-            done.append(attempt(name, **options))
+            done.append(attempt(*words, **options))
             # one that is left may want the GIL when Python ends, which aborts the process
-            assert gloo_threads() <= before or "fsdp" in options, name
+            assert gloo_threads() <= before or "fsdp" in options, words
     write_rows(f"{job}.{os.environ['RANK']}", done)
     os._exit(0)  # torch keeps FSDP's mesh, and with it those threads
 

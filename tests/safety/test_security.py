@@ -3,31 +3,21 @@
 import ast
 import builtins
 import json
+import os
 import pickle
 import shutil
+import signal
 
 import huggingface_hub
 import pytest
 import torch
 
-import common
 import stages
 from chat_server import KEY, prefers_m, says, serving, top_logprobs
-from stages import attempt, write_rows
+from children import at_end, fork, kill, no_child_outlives_its_test, succeeded
+from stages import attempt, refused, write_rows
 
-SCRIPTS = sorted(stages.ROOT.glob("*.py")) + sorted((stages.ROOT / "benchmarks").glob("*.py"))
-
-
-def refused(stage, **options):
-    """The one line on stderr of a run that must refuse and write nothing."""
-    ran = attempt(stage, **options)
-    assert ran.status == 2 and ran.err.startswith(f"{stage}.py: ") and ran.err.count("\n") == 1, ran
-    assert not options["output"].exists()
-    return ran.err
-
-
-# ---------------------------------------------------------------------------------------------
-# The code itself
+SCRIPTS = sorted(path for folder in ("", "extras", "benchmarks") for path in (stages.ROOT / folder).glob("*.py"))
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
@@ -72,14 +62,10 @@ def hostile(folder, model, marker, model_type):
     shutil.copytree(model, folder)
     (folder / "evil.py").write_text(f"open({str(marker)!r}, 'w')\n")
     autos = ("AutoConfig", "AutoTokenizer", "AutoModelForCausalLM", "AutoModelForSequenceClassification", "AutoModel")
-    for name in ("config.json", "tokenizer_config.json"):
-        there = json.loads((folder / name).read_text())
-        there["auto_map"] = dict.fromkeys(autos, "evil.Evil") | {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}
-        if name == "config.json":
-            there["model_type"] = model_type
-        if model_type == "evil":
-            there["tokenizer_class"] = "Evil"
-        (folder / name).write_text(json.dumps(there))
+    own = {"auto_map": dict.fromkeys(autos, "evil.Evil") | {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}}
+    own |= {"tokenizer_class": "Evil"} if model_type == "evil" else {}
+    for name, more in (("config.json", {"model_type": model_type}), ("tokenizer_config.json", {})):
+        (folder / name).write_text(json.dumps(json.loads((folder / name).read_text()) | own | more))
     return folder
 
 
@@ -97,29 +83,25 @@ def test_a_model_s_own_code_does_not_run(world, pi_init, tmp_path, marker, monke
                "02_generate": dict(input=world / "prompts_1.jsonl", max_new_tokens=2)}[stage]
     options |= {"judge": "reward"} if option == "reward_model" else {"model": pi_init} if option == "init_model" else {}
     ran = attempt(stage, output=tmp_path / "out", **options | {option: model})
-    assert ran.status in (0, 2) and ran.err.count("\n") == (ran.status == 2), ran
-    assert ran.status == 2 or model_type == "llama"  # of a known kind, it is loaded by transformers' own code
+    assert not succeeded(ran) or model_type == "llama"  # of a known kind, it is loaded by transformers' own code
     assert not marker.exists()
 
 
 def test_pickled_weights_are_not_loaded(world, pi_init, tmp_path, marker):
-    model = tmp_path / "model"
-    shutil.copytree(pi_init, model)
-    (model / "model.safetensors").unlink()
+    model = shutil.copytree(pi_init, tmp_path / "model", ignore=shutil.ignore_patterns("*.safetensors"))
     with open(model / "pytorch_model.bin", "wb") as file:
         pickle.dump(Touch(marker), file)
-    error = refused("02_generate", model=model, input=world / "prompts_1.jsonl", output=tmp_path / "out")
-    assert "safetensors" in error and not marker.exists()
+    assert str(model) in refused("02_generate", model=model, input=world / "prompts_1.jsonl", output=tmp_path / "out")
+    assert not marker.exists()
 
 
-def test_a_pickle_in_the_place_of_a_saved_state_does_not_run(world, pi_init, tmp_path, marker, monkeypatch):
+def test_a_pickle_in_the_place_of_a_saved_state_does_not_run(world, pi_init, tmp_path, marker):
     options = dict(model=pi_init, input=world / "sft.jsonl", output=tmp_path / "out")
-    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
-        patch.setattr(common, "close_output", lambda *_: 1 / 0)
-        attempt("00_sft", **options)
+    assert fork("00_sft", options, lambda: at_end(kill, tmp_path / "out"))().status == -signal.SIGKILL
     state = tmp_path / "out.partial" / "state-1.pt"
     torch.save({"step": Touch(marker)}, state)
-    assert "passed over" in attempt("00_sft", **options).out
+    ran = attempt("00_sft", **options)
+    assert ran.status == 0 and f"{state}: " in ran.out
     assert not marker.exists()
     torch.save({"step": Touch(marker)}, tmp_path / "state.pt")
     torch.load(tmp_path / "state.pt", weights_only=False)
@@ -136,7 +118,7 @@ TEMPLATES = {
     "changes its input": "{{ messages.clear() }}",
     "long loop": "{% for i in range(10 ** 9) %}{% endfor %}",
     "refuses": "{{ raise_exception('no\nnever\u2028' * 100) }}",
-    "no template": "{% if %}{{",
+    "not a template": "{% if %}{{",
     "division": "{{ 1 / 0 }}",
     "recursion": "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}",
     "nothing": "{% set x = 1 %}"}
@@ -166,15 +148,14 @@ def test_a_name_makes_no_path_outside_of_the_output(pi_init, tmp_path, name):
     question = {"question_id": "../../q", "category": "../c", "turns": ["a", "b"]}
     questions = write_rows(home / "question.jsonl", [question])
     before = stages.files(tmp_path)
-    ran = attempt("05_eval", model=pi_init, mt_bench=questions, max_new_tokens=2, output=home / "bench",
+    ran = attempt("05_eval", "mt-sample", model=pi_init, questions=questions, max_new_tokens=2, output=home / "bench",
                   **{f"name={name}": True})
-    assert ran.status in (0, 2) and ran.err.count("\n") == (ran.status == 2), ran
     new = {path for path in stages.files(tmp_path) if path not in before}
     assert all(path.startswith(str(home / "bench" / "model_answer") + "/") for path in new), new
-    assert bool(new) == (ran.status == 0)
+    assert bool(new) == succeeded(ran)
 
 
-def test_an_id_is_no_path(world, pi_init, tmp_path):
+def test_an_id_is_not_a_path(pi_init, tmp_path):
     rows = [{"id": name, "prompt": "hello"} for name in NAMES if len(name) < 1000]
     given = write_rows(tmp_path / "prompts", rows)
     output = stages.run("02_generate", model=pi_init, input=given, max_new_tokens=2, output=tmp_path / "out")
@@ -182,27 +163,25 @@ def test_an_id_is_no_path(world, pi_init, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"prompts", "out", "out.args.json"}
 
 
-def test_an_option_that_is_no_text_is_refused(tmp_path):
+def test_an_option_that_is_not_text_is_refused(tmp_path):
     for word in ("a\0b", "caf\udce9"):
         for option in ("source", "output", "seed_size"):
-            ran = attempt("00_inputs", **{"source": "world", "output": tmp_path / "out", option: word})
-            assert ran.status == 2 and ran.err.count("\n") == 1 and "UTF-8" in ran.err
+            refused("00_inputs", **{"source": "world", "output": tmp_path / "out", option: word})
 
 
 def test_what_a_message_quotes_cannot_write_on_the_terminal(pi_init, tmp_path):
     given = write_rows(tmp_path / "in", [{"id": "a\nb\x1b[2J\u2028\u202e", "prompt": "x"}] * 2)
-    error = refused("02_generate", model=pi_init, input=given, output=tmp_path / "out")
-    assert r'"a\nb\x1b[2J\u2028\u202e" stands in line 1' in error
+    assert r'"a\nb\x1b[2J\u2028\u202e"' in refused("02_generate", model=pi_init, input=given, output=tmp_path / "out")
 
 
 @pytest.mark.parametrize("name", ["out.partial", "out"])
-def test_a_link_in_the_place_of_the_output_is_not_written_through(world, pi_init, tmp_path, name):
+def test_a_symlink_in_the_place_of_the_output_is_not_written_through(world, pi_init, tmp_path, name):
     elsewhere = tmp_path / "elsewhere"
     if name == "out.partial":
         elsewhere.mkdir()
     (tmp_path / name).symlink_to(elsewhere)
     error = refused("02_generate", model=pi_init, input=world / "prompts_1.jsonl", output=tmp_path / "out")
-    assert "is a link" in error and (name == "out" or not list(elsewhere.iterdir()))
+    assert f"{tmp_path / name}: " in error and not list(elsewhere.rglob("*")) and elsewhere.exists() == (name != "out")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -211,38 +190,44 @@ def test_a_link_in_the_place_of_the_output_is_not_written_through(world, pi_init
 
 @pytest.fixture
 def ask(tmp_path, monkeypatch):
-    """Run a judge at a server, or at a URL."""
+    """Have outputs judged at a URL -> the Ran. The key is neither printed nor written."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(stages.load("05_eval"), "PAUSE", 0.01)
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     for name in ("base", "ours"):
         rows = [{"instruction": f"say {k}", "output": f"{name} {k}"} for k in range(3)]
         (tmp_path / name).write_text(json.dumps(rows))
-    return lambda url: attempt("05_eval", judge=[tmp_path / "base", tmp_path / "ours"], judge_url=url, judge_model="j",
-                               judge_retries=1, output=tmp_path / "out")
+    (tmp_path / "template").write_text("{instruction} {output_1} {output_2}")
+
+    def judge(url):
+        ran = attempt("05_eval", "alpaca-judge", tmp_path / "ours", baseline=tmp_path / "base", judge_url=url,
+                      judge_model="j", judge_template=tmp_path / "template", judge_retries=0, output=tmp_path / "out")
+        assert (tmp_path / "out").exists() == succeeded(ran)
+        assert KEY not in ran.err + ran.out
+        assert not any(KEY.encode() in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+        return ran
+    return judge
 
 
 @pytest.mark.parametrize("key", ["sk-secret\nX-Evil: 1", "sk-secret\r\n\r\n", "sk-sécret", "sk secret",
                                  "sk-secret\x00"])
-def test_a_key_that_is_no_key_is_refused_and_not_shown(tmp_path, ask, monkeypatch, key):
+def test_a_key_that_is_not_a_key_is_refused_and_not_shown(ask, monkeypatch, key):
     # as the environment has it, so also where no system would take a NUL
-    monkeypatch.setattr(stages.load("05_eval").os, "environ", stages.os.environ | {"OPENAI_API_KEY": key})
+    monkeypatch.setattr(os, "environ", os.environ | {"OPENAI_API_KEY": key})
     with serving(lambda request, before: prefers_m(0.5)) as server:
         ran = ask(server.url)
     if key.strip() == "sk-secret":  # only blanks around it
         assert ran.status == 0
     else:
-        assert ran.status == 2 and ran.err.count("\n") == 1 and "OPENAI_API_KEY" in ran.err and not server.requests
+        assert ran.status == 2 and "OPENAI_API_KEY" in ran.err and not server.requests
     assert "cret" not in ran.err + ran.out
 
 
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
-def test_the_key_does_not_follow_a_redirect_to_another_host(tmp_path, ask, status):
+def test_the_key_does_not_follow_a_redirect_to_another_host(ask, status):
     with serving(lambda request, before: prefers_m(0.5)) as other:
         with serving(lambda request, before: (status, "", {"Location": other.url + "/chat/completions"})) as server:
-            ran = ask(server.url)
-    assert server.requests and KEY not in json.dumps(other.headers) + ran.err
-    assert ran.status in (0, 2) and ran.err.count("\n") == (ran.status == 2)
+            ask(server.url)
+    assert server.requests and KEY not in json.dumps(other.headers)
 
 
 def test_netrc_does_not_replace_the_key(tmp_path, ask, monkeypatch):
@@ -259,12 +244,12 @@ def test_netrc_does_not_replace_the_key(tmp_path, ask, monkeypatch):
     "file:///etc/passwd", "https://host/v1 KEY", "http://KEY@host"])
 def test_a_key_in_the_url_is_refused_and_not_shown(tmp_path, ask, url):
     ran = ask(url.replace("KEY", KEY))
-    assert ran.status == 2 and ran.err.count("\n") == 1 and KEY not in ran.err and not list(tmp_path.glob("out*"))
+    assert ran.status == 2 and "--judge-url" in ran.err and not list(tmp_path.glob("out*"))
 
 
 ANSWERS = {"a log-prob that is NaN": top_logprobs(("m", float("nan"))),
            "one that is infinite": top_logprobs(("m", float("inf"))),
-           "one too large": top_logprobs(("m", 1e4)), "a text as one": top_logprobs(("m", "high")),
+           "one too large": top_logprobs(("m", 1e4)), "a string as one": top_logprobs(("m", "high")),
            "a list as choice": (200, '{"choices": [[]]}', {}), "numbers": (200, '{"choices": 3}', {}),
            "deep": (200, "[" * 100_000, {}), "text": says("m"),
            "the key in an error": (500, f'{{"error": "{KEY}"}}', {}),
@@ -274,25 +259,20 @@ ANSWERS = {"a log-prob that is NaN": top_logprobs(("m", float("nan"))),
 
 
 @pytest.mark.parametrize("name", ANSWERS)
-def test_a_hostile_endpoint_gets_one_line(tmp_path, ask, name):
+def test_a_hostile_endpoint_gets_one_line(ask, name):
     with serving(lambda request, before: ANSWERS[name]) as server:
         ran = ask(server.url)
-    assert ran.status == 2 and ran.err.count("\n") == 1 and "3 of 3" in ran.err and KEY not in ran.err
-    assert not (tmp_path / "out").exists()
-    assert not any(KEY.encode() in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+    assert ran.status == 2 and "3 of 3" in ran.err
 
 
-def test_a_rating_is_read_in_no_time_and_is_a_number():
-    evaluation = stages.load("05_eval")
-    assert [evaluation.rating(text) for text in ("x [[8.5]] [[3]]", "Rating: [7]", "[[7.]]")] == [8.5, 7, 7]
+def test_a_rating_is_a_number_and_read_without_delay():
+    from extras.mt_bench import read_rating
+    assert [read_rating(text) for text in ("x [[8.5]] [[3]]", "Rating: [7]", "[[7.]]")] == [8.5, 7, 7]
     for text in ("[[" + "1" * 400 + "]]", "[[" + "1" * 200_000, "[" * 200_000, "[[1" * 50_000, "none"):
-        assert evaluation.rating(text) == -1
+        assert read_rating(text) == -1
 
 
-def test_a_judgment_that_cannot_be_written_is_no_answer(tmp_path, monkeypatch):
-    monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(stages.load("05_eval"), "PAUSE", 0.01)
+def test_a_judgment_that_cannot_be_written_is_not_an_answer(tmp_path, ask):
     questions = write_rows(tmp_path / "q.jsonl", [{"question_id": 1, "category": "writing", "turns": ["a", "b"]}])
     answers = write_rows(tmp_path / "m.jsonl", [{"question_id": 1, "choices": [{"index": 0, "turns": ["a", "b"]}]}])
     prompts = write_rows(tmp_path / "p.jsonl", [
@@ -300,6 +280,7 @@ def test_a_judgment_that_cannot_be_written_is_no_answer(tmp_path, monkeypatch):
         for turn in ("", "-multi-turn")])
     half = r'{"choices": [{"message": {"content": "\ud800 [[7]]"}}]}'  # of a surrogate pair
     with serving(lambda request, before: (200, half, {})) as server:
-        ran = attempt("05_eval", mt_bench=questions, judge=answers, judge_prompts=prompts, judge_url=server.url,
-                      judge_model="j", judge_retries=0, output=tmp_path / "bench")
+        ran = attempt("05_eval", "mt-judge", answers, questions=questions, judge_prompts=prompts,
+                      reference_answers=answers, judge_url=server.url, judge_model="j", judge_retries=0,
+                      output=tmp_path / "bench")
     assert ran.status == 2 and "2 of 2" in ran.err and ran.err.count("\n") == 1, ran

@@ -1,6 +1,6 @@
 """Thousands of damaged files: whatever a reader is given, it succeeds, or says in one line which file, and where.
 
-    FUZZ=5000 python -m pytest tests/test_fuzz.py -q      # so many files of each of 20 kinds; prints how many
+    FUZZ=5000 python -m pytest tests/safety/test_fuzz.py -q      # so many files of each of 20 kinds; prints how many
 
 A damaged file is decided by (kind, number): a failure shows both, and `damaged(good, number)` makes it again.
 """
@@ -8,7 +8,6 @@ A damaged file is decided by (kind, number): a failure shows both, and `damaged(
 import contextlib
 import gzip
 import io
-import itertools
 import json
 import os
 import random
@@ -20,7 +19,12 @@ from argparse import Namespace
 import pytest
 
 import common
+import runs
 import stages
+from children import STAGES, at_end, fork, good, kill, no_child_outlives_its_test, succeeded
+from extras import alpaca_eval, mt_bench
+from extras.answers import is_string, read_rows
+from extras.small_world import gold_score, read_gold
 
 FILES = int(os.environ.get("FUZZ", 150))  # damaged files of each kind
 KINDS = ["seed.jsonl", "sft.jsonl", "prompts_1.jsonl", "preferences.jsonl", "responses.jsonl", "labels.jsonl",
@@ -28,8 +32,6 @@ KINDS = ["seed.jsonl", "sft.jsonl", "prompts_1.jsonl", "preferences.jsonl", "res
          "judge.txt", "questions.jsonl", "model.jsonl", "judge_prompts.jsonl", "judgments.jsonl", "metrics.json",
          "chat.jinja"]
 TALK = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "my lid is broken ."}]
-OUTPUTS = itertools.count()  # each run has one of its own
-evaluation = stages.load("05_eval")
 DEEP, HUGE = "[" * 5000 + "]" * 5000, "9" * 400
 LONG = "x" * 3_000_000
 # what a value, as it stands in JSON, is replaced by
@@ -125,7 +127,7 @@ def files(world, tokenizer, tmp_path_factory):
     def as_json(name, value):
         (folder / f"{name}.json").write_text(json.dumps(value))
 
-    for name in ("seed", "sft", "prompts_1"):
+    for name in ("seed", "sft", "prompts_1", "eval"):
         lines(name, *stages.rows(world / f"{name}.jsonl")[:6])
     one, two = {"text": "we fix it .", "ids": [7, 0], "finish": "eos"}, {"text": "no .", "ids": [9], "finish": "length"}
     asked = {"prompt": TALK, "prompt_ids": [5, 6]}
@@ -145,31 +147,22 @@ def files(world, tokenizer, tmp_path_factory):
         f"{k},{k % 3 / 2},{k / 9},{k / 7}\n" for k in range(6)))
     (folder / "judge.txt").write_text("<|im_start|>user\n{instruction} {output_1} {output_2}<|im_end|>")
     (folder / "chat.jinja").write_text(tokenizer.chat_template)
-    lines("questions", *({"question_id": k, "category": category, "turns": ["a b", "c d"], "reference": ["e", "f"]}
+    lines("questions", *({"question_id": k, "category": category, "turns": ["a b", "c d"]}
                          for k, category in enumerate(["writing", "math", "stem"])))
     lines("model", *({"question_id": k, "choices": [{"index": 0, "turns": ["a", "b"]}]} for k in range(3)))
     lines("judge_prompts", *({"name": f"single{math}-v1{turn}", "system_prompt": "s", "prompt_template": "{answer_2}"}
                              for math in ("", "-math") for turn in ("", "-multi-turn")))
-    asked, _ = mt_bench(folder)
-    lines("judgments", *(row | {"judgment": "[[7]]", "score": 7, "tstamp": 0} for row in asked))
+    lines("judgments", *(row | {"judgment": "[[7]]", "score": 7, "tstamp": 0} for row in to_judge(folder)[0]))
     as_json("metrics", {"name": "SPA, iteration 1", "gold_labels": "3 %", "win_rate": 50.0, "standard_error": 2.0,
                         "mt_bench_categories": {"math": 3.0}, "avg_length": 12})
     return folder
 
 
-def mt_bench(folder, **changes):
-    """What 05_eval.py makes of the files of MT-Bench: rows to be judged, and the messages that ask for it."""
-    args = Namespace(**dict(mt_bench=str(folder / "questions.jsonl"), judge=[str(folder / "model.jsonl")],
-                            judge_model="j", judge_prompts=str(folder / "judge_prompts.jsonl"),
-                            reference_answers=None) | changes)
-    return evaluation.judgments(args, evaluation.read_rows(args.mt_bench, evaluation.QUESTIONS, "question_id"), "model")
-
-
-def reused(folder, path):
-    rows, messages = mt_bench(folder)
-    others = evaluation.reuse(path, "model", rows, messages)
-    judged = [row for row in rows if row["score"] is not None] + others
-    evaluation.mt_bench_figures(judged, {row["question_id"]: "math" for row in judged})
+def to_judge(folder, **changes):
+    """(rows to be judged, the messages that ask for it), of MT-Bench's files."""
+    given = dict(questions="questions", answers="model", reference_answers="model", judge_prompts="judge_prompts")
+    args = Namespace(judge_model="j", **{key: folder / f"{name}.jsonl" for key, name in given.items()} | changes)
+    return mt_bench.prepare_judgments(args, read_rows(args.questions, mt_bench.QUESTIONS, "question_id"), "model")
 
 
 def reader(name, function, model, *more):
@@ -181,33 +174,23 @@ def reader(name, function, model, *more):
 
 
 def stage(name, option, folder, **options):
-    """The whole stage, where it needs no model. --option names the file."""
+    """The whole stage, where it needs no model. The file is that option, or where it is None the last word."""
     def read(path):
-        ran = stages.attempt(name, output=folder / f"out_{next(OUTPUTS)}", **options | {option: path})
-        if not told(name, ran, folder, path):
-            raise common.InputError(ran.err)
+        words, given = ([path], {}) if option is None else ([], {option: path})
+        ran = stages.attempt(*name.split(), *words, output=folder / f"out_{random.random()}", **options | given)
+        if not succeeded(ran, folder, path):
+            raise runs.InputError(ran.err)
     return read
-
-
-def told(stage, ran, *paths):
-    """Whether it succeeded; else it has told so in one line, with one of the paths."""
-    if ran.status:
-        assert ran.status == 2 and ran.err.startswith(f"{stage}.py: ") and ran.err.count("\n") == 1, ran
-        assert any(str(path) in ran.err for path in paths), ran.err
-    return ran.status == 0
 
 
 @pytest.fixture(scope="module")
 def kinds(files, tokenizer, pi_0):
     """{kind: (a good file, read)}; read(path) is what a stage does with such a file."""
     def chat_template(path):
-        with_it = common.load_tokenizer(Namespace(model=str(pi_0), tokenizer=None, chat_template=str(path)))
-        return common.prompt_ids(with_it, TALK, path), common.end_ids(str(pi_0), with_it)
+        with_it = common.load_tokenizer(str(pi_0), chat_template=str(path))
+        return common.prompt_ids(with_it, TALK, path), common.eos_ids(str(pi_0), with_it)
 
-    def gold(path):
-        return common.gold_score(common.read_gold(path), TALK, "we fix it . no .")
-
-    source = dict(seed_size=1, prompt_sizes=[1], eval_size=0)
+    source = stage("00_inputs", "source", files, seed_size=1, prompt_sizes=[1], eval_size=0)
     readers = {
         "seed.jsonl": reader("01_seed_dpo", "read_pairs", pi_0, tokenizer),
         "sft.jsonl": reader("00_sft", "read_examples", pi_0, tokenizer),
@@ -215,16 +198,17 @@ def kinds(files, tokenizer, pi_0):
         "preferences.jsonl": reader("04_refined_dpo", "read_pairs", pi_0),
         "responses.jsonl": stage("03_judge", "input", files, judge="gold", gold=files / "labels.jsonl"),
         "labels.jsonl": stage("03_judge", "gold", files, judge="gold", input=files / "responses.jsonl"),
-        "gold.json": gold, "mine.jsonl": stage("00_inputs", "source", files, **source),
-        "mine.json": stage("00_inputs", "source", files, **source),
-        "base.json": lambda path: evaluation.read_pair([path, files / "ours.json"]),
-        "ours.json": lambda path: evaluation.read_pair([files / "base.json", path]),
-        "annotations.json": stage("05_eval", "annotations", files, df_gamed="none"),
-        "df_gamed.csv": stage("05_eval", "df_gamed", files, annotations=files / "annotations.json"),
-        "judge.txt": evaluation.read_template, "questions.jsonl": lambda path: mt_bench(files, mt_bench=str(path)),
-        "model.jsonl": lambda path: mt_bench(files, judge=[str(path)], reference_answers=str(path)),
-        "judge_prompts.jsonl": lambda path: mt_bench(files, judge_prompts=str(path)),
-        "judgments.jsonl": lambda path: reused(files, path), "metrics.json": stage("05_eval", "report", files),
+        "gold.json": lambda path: gold_score(read_gold(path), TALK, "we fix it . no ."),
+        "mine.jsonl": source, "mine.json": source,
+        "base.json": lambda path: alpaca_eval.read_pairs(path, files / "ours.json"),
+        "ours.json": lambda path: alpaca_eval.read_pairs(files / "base.json", path),
+        "annotations.json": stage("05_eval alpaca-score", None, files, df_gamed="none"),
+        "df_gamed.csv": stage(f"05_eval alpaca-score {files / 'annotations.json'}", "df_gamed", files),
+        "judge.txt": alpaca_eval.read_template, "questions.jsonl": lambda path: to_judge(files, questions=path),
+        "model.jsonl": lambda path: to_judge(files, answers=path, reference_answers=path),
+        "judge_prompts.jsonl": lambda path: to_judge(files, judge_prompts=path),
+        "judgments.jsonl": lambda path: read_rows(path, {"model": is_string}),
+        "metrics.json": stage("05_eval report", None, files),
         "chat.jinja": chat_template}
     assert list(readers) == KINDS
     return {kind: (files / kind, read) for kind, read in readers.items()}
@@ -256,11 +240,11 @@ def test_a_damaged_file_is_read_or_refused_in_one_line(kinds, tmp_path, kind, ca
         try:
             with no_hang(), contextlib.redirect_stdout(io.StringIO()):
                 read(path)
-        except common.InputError as error:
+        except runs.InputError as error:
             refused += 1
             assert str(path) in str(error), (number, error)
-            # its line, or the id, question or prompt that another file has or lacks
-            named = rf":{line}: |row {line}[ :]|line {line} | id |question |repeats |prompt single"
+            # its line, or the id, question, key or prompt that another file has or lacks
+            named = rf":{line}: |row {line}[ :]|line {line}\b| id |question |duplicate|prompt single"
             assert line is None or re.search(named, str(error)), (number, error)
         except Exception as error:
             raise AssertionError(f"{number}: {type(error).__name__}: {str(error)[:300]}") from error
@@ -274,23 +258,13 @@ def test_a_damaged_file_is_read_or_refused_in_one_line(kinds, tmp_path, kind, ca
 
 
 @pytest.fixture(scope="module")
-def work(world, pi_init, pi_0, tmp_path_factory):
+def work(files, good):
     """{stage: options that work, without --output}"""
-    folder = tmp_path_factory.mktemp("work")
-    for name in ("sft", "seed", "prompts_1", "eval"):
-        (folder / name).write_text("".join((world / f"{name}.jsonl").read_text().splitlines(keepends=True)[:5]))
-    sampling = dict(model=pi_0, max_new_tokens=4, micro_batch_size=2)
-    responses = stages.run("02_generate", **sampling, input=folder / "prompts_1", output=folder / "responses")
-    judging = dict(model=pi_0, init_model=pi_init, micro_batch_size=2)
-    preferences = stages.run("03_judge", **judging, input=responses, output=folder / "preferences")
-    return {"00_sft": dict(model=pi_init, input=folder / "sft"),
-            "01_seed_dpo": dict(model=pi_init, input=folder / "seed"),
-            "02_generate": sampling | {"input": folder / "prompts_1"}, "03_judge": judging | {"input": responses},
-            "04_refined_dpo": dict(model=pi_0, input=preferences),
-            "05_eval": sampling | {"input": folder / "eval", "gold": world / "gold.json"}}
+    names = zip(STAGES[1:], ("sft", "seed", "prompts_1", "responses", "preferences", "eval"))
+    return {stage: good[stage] | {"input": files / f"{name}.jsonl", "micro_batch_size": 2} for stage, name in names}
 
 
-@pytest.mark.parametrize("stage", ["00_sft", "01_seed_dpo", "02_generate", "03_judge", "04_refined_dpo", "05_eval"])
+@pytest.mark.parametrize("stage", STAGES[1:])
 def test_a_stage_with_a_damaged_file_succeeds_or_leaves_nothing(work, tmp_path, stage):
     good, path, output = work[stage]["input"], tmp_path / "damaged", tmp_path / "out"
     others = stages.files(good.parent)
@@ -298,8 +272,8 @@ def test_a_stage_with_a_damaged_file_succeeds_or_leaves_nothing(work, tmp_path, 
         content, _ = damaged(good.read_bytes(), number)
         path.write_bytes(content)
         with no_hang():
-            ran = stages.attempt(stage, output=output, **work[stage] | {"input": path})
-        assert told(stage, ran, path) == output.exists(), number
+            ran = stages.attempt(*stage.split(), output=output, **work[stage] | {"input": path})
+        assert succeeded(ran, path) == output.exists(), number
         assert not list(tmp_path.glob("*.tmp"))
         for made in tmp_path.glob("out*"):
             shutil.rmtree(made) if made.is_dir() else made.unlink()
@@ -307,13 +281,10 @@ def test_a_stage_with_a_damaged_file_succeeds_or_leaves_nothing(work, tmp_path, 
 
 
 @pytest.mark.parametrize("stage", ["02_generate", "03_judge"])
-def test_what_a_killed_run_left_and_was_damaged_changes_no_result(work, tmp_path, monkeypatch, stage):
+def test_what_a_killed_run_left_and_was_damaged_changes_no_result(work, tmp_path, stage):
     whole = stages.run(stage, output=tmp_path / "whole", **work[stage])
-    left, output = tmp_path / "left", tmp_path / "out"
-    partial = tmp_path / "out.partial"
-    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
-        patch.setattr(common, "close_output", lambda *_: 1 / 0)
-        stages.run(stage, output=output, **work[stage])
+    left, output, partial = tmp_path / "left", tmp_path / "out", tmp_path / "out.partial"
+    assert fork(stage, work[stage] | {"output": output}, lambda: at_end(kill, output))().status == -signal.SIGKILL
     partial.rename(left)
     names = sorted(path.name for path in left.iterdir() if path.suffix in (".json", ".jsonl"))
     assert len(names) > 1
@@ -324,23 +295,22 @@ def test_what_a_killed_run_left_and_was_damaged_changes_no_result(work, tmp_path
         file.write_bytes(content)
         with no_hang():
             ran = stages.attempt(stage, output=output, **work[stage])
-        if told(stage, ran, partial):
+        if succeeded(ran, partial):
             assert stages.digest(output) == stages.digest(whole), (stage, number)
             output.unlink()
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def test_a_damaged_record_of_an_output_or_a_model(work, world, tmp_path):
+def test_a_damaged_record_of_an_output_or_a_model(work, tmp_path):
     options = work["02_generate"]
     output = stages.run("02_generate", output=tmp_path / "out", **options)
-    record, made = common.args_path(output), stages.digest(output)
-    good, model = record.read_bytes(), tmp_path / "model"
-    shutil.copytree(options["model"], model)
+    record, made = runs.args_path(output), stages.digest(output)
+    good, model = record.read_bytes(), shutil.copytree(options["model"], tmp_path / "model")
     for number in range(max(1, FILES // 4)):
         content, _ = damaged(good, number)
         record.write_bytes(content)
-        told("02_generate", stages.attempt("02_generate", output=output, **options), output)
+        succeeded(stages.attempt("02_generate", output=output, **options), output)
         assert stages.digest(output) == made and record.read_bytes() == content
         (model / "args.json").write_bytes(content)
-        with contextlib.suppress(common.InputError):
-            common.fingerprint(model)
+        with contextlib.suppress(runs.InputError):
+            runs.fingerprint(model)

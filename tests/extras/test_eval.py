@@ -1,14 +1,13 @@
-"""05: win rates, the gold judge and what a run writes."""
+"""05_eval.py sample and its report: win rates, the gold judge, and what a run writes."""
 
 import json
-import math
 
 import numpy as np
 import pytest
-import torch
 
-import common
 import stages
+from extras.alpaca_eval import length_controlled
+from extras.small_world import gold_score
 from stages import rows, run, write_rows
 
 evaluation = stages.load("05_eval")
@@ -22,59 +21,19 @@ LAMP = [{"role": "user", "content": "my tent is fine ."}, {"role": "assistant", 
 # Win rates
 
 
-def test_win_rate_by_hand():
-    # 2 wins, 1 tie, 1 loss: (1 + 1 + 0.5 + 0) / 4 = 62.5 %; squared deviations 2 * 0.375^2 + 0.125^2 + 0.625^2 = 0.6875;
-    # standard error sqrt(0.6875 / 3 / 4) = 23.94 %
-    assert evaluation.win_rate(np.array([1, 1, 0.5, 0])) == pytest.approx((62.5, 23.9357), abs=1e-3)
-
-
-def logistic_regression(y, d, l1):
-    """Minimises the cross-entropy + l1 (|b| + |w|), both b and w above 0, by L-BFGS -> 100 sigmoid(b)."""
-    d, y = torch.tensor(d, dtype=torch.float64), torch.tensor(y, dtype=torch.float64)
-    w = torch.ones(2, dtype=torch.float64, requires_grad=True)
-    x = torch.tanh(d / d.std())
-    optimizer = torch.optim.LBFGS([w], max_iter=500, tolerance_grad=1e-12, tolerance_change=1e-15,
-                                  line_search_fn="strong_wolfe")
-
-    def loss():
-        optimizer.zero_grad()
-        value = torch.nn.functional.binary_cross_entropy_with_logits(w[0] + w[1] * x, y, reduction="sum") + l1 * w.abs().sum()
-        value.backward()
-        return value
-    optimizer.step(loss)
-    assert (w > 0.01).all()  # away from where |.| has no derivative
-    return 100 * torch.sigmoid(w[0]).item()
-
-
-@pytest.mark.parametrize("seed", [0, 1, 2])
-def test_the_length_controlled_win_rate_is_that_of_another_optimiser(seed):
-    rng = np.random.default_rng(seed)
-    d = rng.integers(20, 400, 150) - rng.integers(20, 300, 150)
-    y = (1 + np.sign(0.7 + 1.5 * np.tanh(d / 100) + rng.logistic(size=150))) / 2
-    y[:5] = 0.5
-    ours, _ = evaluation.length_controlled(y, d.astype(float))
-    assert ours == pytest.approx(logistic_regression(y, d, 0.1), abs=1e-4)
-    assert abs(ours - 100 * y.mean()) > 2  # longer responses win more often here, and are not rewarded for it
-
-
 def test_the_length_controlled_win_rate_of_equally_long_responses_is_the_win_rate():
     y = np.array([1.0] * 70 + [0] * 30)
     for d in (np.zeros(100), np.full(100, 40.0)):
-        assert evaluation.length_controlled(y, d)[0] == pytest.approx(69.9)  # the penalty: 100 s - 70 + 0.1 = 0
+        assert length_controlled(y, d)[0] == pytest.approx(69.9)  # the penalty: 100 s - 70 + 0.1 = 0
 
 
 def test_the_length_controlled_win_rate_is_symmetric():
     rng = np.random.default_rng(0)
     y, d = rng.integers(0, 2, 60).astype(float), rng.integers(5, 90, 60) - rng.integers(5, 90, 60) + 0.0
-    rate, _ = evaluation.length_controlled(y, d)
-    assert evaluation.length_controlled(1 - y, -d)[0] == pytest.approx(100 - rate)  # seen from the other model
-    # a win, and the same difference of lengths the other way round a loss: nobody is better
-    assert evaluation.length_controlled(np.concatenate([y, 1 - y]), np.concatenate([d, -d]))[0] == pytest.approx(50)
-
-
-def test_a_model_that_always_wins_has_a_finite_rate():
-    assert 95 < evaluation.length_controlled(np.ones(50), np.arange(50) * 2.0 - 49)[0] < 100
-    assert math.isfinite(evaluation.length_controlled(np.array([1.0]), np.array([-2.0]))[0])
+    rate, _ = length_controlled(y, d)
+    assert length_controlled(1 - y, -d)[0] == pytest.approx(100 - rate)  # seen from the other model
+    # for each win, a loss with the opposite difference in length: neither is better
+    assert length_controlled(np.concatenate([y, 1 - y]), np.concatenate([d, -d]))[0] == pytest.approx(50)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -87,11 +46,11 @@ def test_a_model_that_always_wins_has_a_finite_rate():
     ("the bulb is new . a lamp is a lamp .", 1 / 2),
     ("the bulb is new . a lamp is a lamp . the bulb is new .", 0),           # said twice: (1 + 0 - 1) / 3
     ("the bulb is new . the new bulb .", 0),                                 # malformed: (1 - 1) / 2
-    ("the pole is new .", -1),                                               # of the tent, which is not asked about
+    ("the pole is new .", -1),                                               # about the tent
     ("the bulb is new . a lamp is", 0),                                      # cut: (1 - 1) / 2
     ("", -1)])
 def test_the_gold_score_by_hand(text, score):
-    assert common.gold_score(GOLD, LAMP, text) == pytest.approx(score)
+    assert gold_score(GOLD, LAMP, text) == pytest.approx(score)
 
 
 def test_the_judge_accuracy_by_hand(tmp_path):
@@ -99,7 +58,7 @@ def test_the_judge_accuracy_by_hand(tmp_path):
         return {"text": text, "ids": [1], "finish": "eos"}
 
     good, fair, bad = map(response, ("the bulb is new .", "a lamp is a lamp .", "throw the lamp away ."))
-    pairs = [(good, bad), (fair, bad), (bad, fair), (good, good)]  # right, right, wrong, and one gold has no view of
+    pairs = [(good, bad), (fair, bad), (bad, fair), (good, good)]  # right, right, wrong, equal
     path = write_rows(tmp_path / "preferences.jsonl", [{"id": k, "prompt": LAMP, "chosen": w, "rejected": l}
                                                        for k, (w, l) in enumerate(pairs)])
     assert evaluation.judge_accuracy(path, GOLD) == pytest.approx(200 / 3)
@@ -112,8 +71,8 @@ def test_the_judge_accuracy_by_hand(tmp_path):
 
 @pytest.fixture(scope="module")
 def evaluated(world, pi_0, tmp_path_factory):
-    return run("05_eval", model=pi_0, input=world / "eval.jsonl", gold=world / "gold.json", name="a model", gold_labels="3 %",
-               max_new_tokens=12, output=tmp_path_factory.mktemp("eval") / "out")
+    return run("05_eval", "sample", model=pi_0, input=world / "eval.jsonl", gold=world / "gold.json", name="a model",
+               label_share="3 %", max_new_tokens=12, output=tmp_path_factory.mktemp("eval") / "out")
 
 
 def test_05_scores_its_responses_against_the_references(evaluated, world):
@@ -121,7 +80,7 @@ def test_05_scores_its_responses_against_the_references(evaluated, world):
     metrics = json.loads((evaluated / "metrics.json").read_text())
     for row, given in zip(written, rows(world / "eval.jsonl"), strict=True):
         assert (row["id"], row["prompt"], row["reference"]) == (given["id"], given["prompt"], given["reference"])
-        ours, theirs = (common.gold_score(gold, row["prompt"], row[key]) for key in ("response", "reference"))
+        ours, theirs = (gold_score(gold, row["prompt"], row[key]) for key in ("response", "reference"))
         assert row["preference"] == (1 if ours > theirs else 0.5 if ours == theirs else 0)
     assert metrics["n"] == len(written)
     assert metrics["win_rate"] == pytest.approx(100 * np.mean([row["preference"] for row in written]))
@@ -133,13 +92,13 @@ def test_05_scores_its_responses_against_the_references(evaluated, world):
 def test_05_finds_the_references_as_good_as_themselves(world):
     gold = json.loads((world / "gold.json").read_text())
     given = [{**row, "response": row["reference"]} for row in rows(world / "eval.jsonl")]
-    metrics = evaluation.score(given, gold)
+    metrics, _ = evaluation.score(given, gold, "model")
     assert (metrics["win_rate"], metrics["malformed"]) == (50, 0)
     assert metrics["length_controlled_winrate"] == pytest.approx(50)
 
 
 def test_05_reports_models_side_by_side(evaluated, tmp_path):
-    output = run("05_eval", report=[evaluated, evaluated], output=tmp_path / "report")
+    output = run("05_eval", "report", evaluated, evaluated, output=tmp_path / "report")
     table, samples = ((output / name).read_text() for name in ("table.md", "samples.md"))
     lines = table.splitlines()
     assert len(lines) == 4 and lines[2] == lines[3]

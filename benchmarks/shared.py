@@ -1,0 +1,158 @@
+"""What several benchmarks share: the inputs, running stages in this process, a plain loop, taking turns."""
+
+import json
+import os
+import re
+import runpy
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+SHAPE = dict(hidden_size=256, intermediate_size=688, num_hidden_layers=8, num_attention_heads=4, num_key_value_heads=4,
+             vocab_size=32000, max_position_embeddings=2048, tie_word_embeddings=False, bos_token_id=1, eos_token_id=2,
+             pad_token_id=0)
+TEMPLATE = "{% for m in messages %}{{ m.content }}{% if m.role == 'assistant' %} </s>{% endif %}{% endfor %}"
+
+
+def command_line(options):
+    """{"lr": 1, "all_gold": True, "prompt_sizes": [2, 3]} -> --lr 1 --all-gold --prompt-sizes 2 3"""
+    words = []
+    for key, value in options.items():
+        values = [] if value is True else value if isinstance(value, list) else [value]
+        words += ["--" + key.replace("_", "-"), *map(str, values)]
+    return words
+
+
+def run_stage(script, **options):
+    """Run a stage in this process, where parts of common.py may be replaced. Returns the names in its module."""
+    sys.argv = [script, *command_line(options)]
+    return runpy.run_path(str(ROOT / script), run_name="__main__")
+
+
+# ---------------------------------------------------------------------------------------------
+# A model and preferences with random weights and tokens
+
+
+def make_inputs(folder, pairs, longest=(600, 300), **shape):
+    """Write model, seed.jsonl (strings) and preferences.jsonl (the same as token ids). Returns the model's parameters.
+
+    longest: tokens of a prompt, of a response
+    """
+    words = ["<pad>", "<s>", "</s>", *(f"w{i}" for i in range(3, SHAPE["vocab_size"]))]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="w3"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>",
+                            chat_template=TEMPLATE).save_pretrained(folder / "model")
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**SHAPE | shape))
+    model.save_pretrained(folder / "model")
+    rng = np.random.default_rng(0)
+
+    def ids(count):
+        return rng.integers(3, SHAPE["vocab_size"], int(count)).tolist()
+
+    rows = [{"id": str(k), "prompt": ids(np.exp(rng.uniform(*np.log([20, longest[0]])))),
+             "chosen": ids(rng.integers(20, longest[1])), "rejected": ids(rng.integers(20, longest[1]))}
+            for k in range(pairs)]
+    with open(folder / "seed.jsonl", "w") as strings, open(folder / "preferences.jsonl", "w") as tokens:
+        for row in rows:
+            texts = {key: " ".join(f"w{i}" for i in row[key]) for key in ("prompt", "chosen", "rejected")}
+            strings.write(json.dumps({"id": row["id"], **texts}) + "\n")
+            answers = {key: {"text": "", "ids": row[key] + [2], "finish": "eos"} for key in ("chosen", "rejected")}
+            tokens.write(json.dumps({"id": row["id"], "prompt_ids": row["prompt"], **answers}) + "\n")
+    return model.num_parameters()
+
+
+def read_rows(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+# ---------------------------------------------------------------------------------------------
+# A plain loop, as the reference implementation of DPO computes log-probs
+
+
+def load_plain(folder):
+    return LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False).eval()  # no dropout
+
+
+def full_logps(model, answers):
+    """log pi of each of [(prompt ids, response ids)], padded to the longest, by the log-softmax of the full logits."""
+    width = max(len(x) + len(y) for x, y in answers)
+    ids, mask, labels = (torch.full((len(answers), width), fill) for fill in (0, 0, -100))
+    for k, (x, y) in enumerate(answers):
+        ids[k, :len(x) + len(y)], mask[k, :len(x) + len(y)] = torch.tensor(x + y), 1
+        labels[k, len(x):len(x) + len(y)] = torch.tensor(y)
+    logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1]
+    logp = logits.log_softmax(-1).gather(2, labels[:, 1:].clamp(min=0)[..., None])[..., 0]
+    return (logp * (labels[:, 1:] >= 0)).sum(-1)
+
+
+# ---------------------------------------------------------------------------------------------
+# Taking turns
+
+
+class Turns:
+    """What a competitor, a process of its own, calls so that it takes one step when the parent asks for it."""
+
+    def __init__(self):
+        self.out, sys.stdout = sys.stdout, sys.stderr  # what a competitor prints must not reach the parent
+        self.started = None
+
+    def before_first_step(self):
+        self.report("ready")
+
+    def after_step(self, loss):
+        seconds = time.perf_counter() - self.started
+        peak = int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text()).group(1))
+        self.report(json.dumps({"seconds": seconds, "loss": loss, "peak": peak / 2 ** 20}))
+
+    def report(self, line):
+        print(line, file=self.out, flush=True)
+        if not sys.stdin.readline():  # the parent is gone
+            os._exit(0)
+        self.started = time.perf_counter()
+
+
+def take_turns(script, names, folder, args, pythons={}):
+    """{name: [what each step reported]}: args.steps + 2 steps, of which the first two are warm-up.
+
+    Each competitor is `script --worker NAME FOLDER`, run by the Python of that name in `pythons`, else by this one.
+    """
+    env = os.environ | {"OMP_NUM_THREADS": str(args.threads), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false",
+                        "TMPDIR": str(folder)}
+    workers = {}
+    for name in names:
+        workers[name] = subprocess.Popen([pythons.get(name, sys.executable), script, "--worker", name, str(folder)],
+                                         text=True, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                                         stderr=open(folder / f"{name}.log", "w"))
+        read_report(workers[name], folder / f"{name}.log")
+    done = {name: [] for name in names}
+    for step in range(args.steps + 2):
+        for name, worker in workers.items():
+            worker.stdin.write("\n")
+            worker.stdin.flush()
+            done[name].append(json.loads(read_report(worker, folder / f"{name}.log")))
+            print(f"step {step + 1}, {name}: {done[name][-1]['seconds']:.2f} s", file=sys.stderr)
+    for worker in workers.values():
+        worker.kill()
+        worker.wait()
+    return done
+
+
+def read_report(worker, log):
+    line = worker.stdout.readline()
+    return line or sys.exit(f"{log}: {log.read_text()[-2000:]}")  # nothing where it has ended
+
+
+def spread(values):
+    low, middle, high = statistics.quantiles(values, n=4)
+    return f"{middle:.2f} ({low:.2f} to {high:.2f})"

@@ -1,0 +1,238 @@
+"""AlpacaEval 2.0 (Section 5.1), in the official tool's own files: each can come from that tool and go to it.
+
+    hf download --repo-type dataset --local-dir . tatsu-lab/alpaca_eval alpaca_eval_gpt4_baseline.json df_gamed.csv
+    python 05_eval.py alpaca-sample --model pi_3 --instructions alpaca_eval_gpt4_baseline.json --name spa_3 \\
+        --output spa_3/model_outputs.json
+    python 05_eval.py alpaca-judge spa_3/model_outputs.json --baseline alpaca_eval_gpt4_baseline.json \\
+        --judge-template alpaca_eval_clf.txt --judge-url https://api.openai.com/v1 --judge-model gpt-4-1106-preview \\
+        --output spa_3/annotations.json
+    python 05_eval.py alpaca-score spa_3/annotations.json --df-gamed df_gamed.csv --name "SPA, iteration 3" \\
+        --output spa_3/metrics.json
+
+model_outputs.json  [{"dataset", "instruction", "output", "generator"}]
+annotations.json    [{"dataset", "instruction", "output_1", "generator_1" (the baseline's), "output_2", "generator_2"
+                    (the model's), "annotator", "preference": 1 the baseline, 2 the model, null missing}]; also gzipped
+
+alpaca_eval_clf.txt is in the alpaca_eval package. The judge is an OpenAI-compatible endpoint that gives log-probs, or a
+model on this machine (no --judge-url). The key is read from OPENAI_API_KEY and written nowhere. Answers are kept as
+they come: after a stop, failed requests or --max-requests the same command resumes.
+
+Departs from the official tool: the L1 penalty of the LC win rate is fixed at 1/10, not cross-validated (on eight models
+of the leaderboard it differs by up to 0.08 points, all else by 1e-6); the order of the two outputs is drawn otherwise;
+mean lengths are over the file's own rows, not 805.
+"""
+
+import csv
+import math
+import re
+
+import numpy as np
+
+import common
+import runs
+from extras.answers import Sampler, file_name, fill, is_string, read_rows, read_text
+from extras.endpoint import FREE, ask_judge
+
+
+
+def is_preference(value):
+    "a number in [1, 2], 0 for a tie, or null"
+    return value is None or type(value) in (int, float) and (value != value or value == 0 or 1 <= value <= 2)
+
+
+OUTPUTS = {"instruction": is_string, "output": is_string}
+ANNOTATIONS = {"instruction": is_string, "output_1": is_string, "output_2": is_string, "preference": is_preference}
+
+
+def sigmoid(x):
+    return 1 / (1 + np.exp(-np.clip(x, -500, 500)))
+
+
+def win_rate(y):
+    """(win rate, its standard error or None for one row) in percent. y: (n,), 1 win, 0.5 tie, 0 loss"""
+    error = 100 * float(y.std(ddof=1)) / len(y) ** 0.5 if len(y) > 1 else None
+    return 100 * float(y.mean()), error
+
+
+def fit(features, target, weight, l1=0.1):
+    """argmin_w  sum_i weight_i CE(target_i, sigmoid(features_i w)) + l1 |w|_1   by proximal Newton, to convergence.
+
+    features (n, k), target (n,) in [0, 1], weight (n,) -> w (k,). The penalty keeps w finite where all targets are 1.
+    """
+    def loss(w):
+        z = features @ w
+        return weight @ (np.logaddexp(0, z) - target * z) + l1 * abs(w).sum()
+
+    w = np.zeros(features.shape[1])
+    for _ in range(100):
+        p = sigmoid(features @ w)
+        gradient = features.T @ (weight * (p - target))
+        hessian = (features * (weight * p * (1 - p))[:, None]).T @ features + 1e-9 * np.eye(len(w))
+        v = w.copy()
+        for j in list(range(len(w))) * 100:  # coordinate descent on the quadratic model with its penalty
+            rest = gradient[j] + hessian[j] @ (v - w) - hessian[j, j] * v[j]
+            v[j] = -np.sign(rest) * max(abs(rest) - l1, 0) / hessian[j, j]
+        step, before = v - w, loss(w)
+        while loss(w + step) > before + 1e-10 and abs(step).max() > 1e-12:
+            step /= 2
+        w = w + step
+        if abs(step).max() < 1e-11:
+            break
+    return w
+
+
+def length_controlled(y, d, difficulty=None, gamed=None):
+    """(LC win rate, its standard error) in percent: 100 mean_i sigmoid(w_difficulty difficulty_i + w_intercept).
+
+    The win rate, had both outputs been equally long: a logistic regression of y on the difference in length t, the
+    instruction's difficulty and an intercept, evaluated without its length term (Dubois et al., 2024).
+    y (n,) in [0, 1], NaN where missing: not in the fit, but in the mean; d (n,) characters of output_1 minus output_2;
+    difficulty (n,) of the instructions, by row position as in the official tool; gamed (m, 3) of y, t, difficulty: the
+    baseline against its own verbose and concise variants, fitted with weight 0.1 and without an intercept. Without
+    difficulty all terms of the mean are equal, and there is no standard error.
+    """
+    spread = d.std(ddof=1) if len(d) > 1 else 0.0
+    t = np.tanh(d / spread) if spread > 0 else np.zeros(len(d))
+    known, gamed = ~np.isnan(y), np.zeros((0, 3)) if gamed is None else gamed
+    level = np.zeros(len(d)) if difficulty is None else difficulty
+    features = np.concatenate([np.stack([t, level, np.ones(len(d))], 1)[known],
+                               np.stack([gamed[:, 1], gamed[:, 2], np.zeros(len(gamed))], 1)])
+    weight = np.concatenate([np.ones(known.sum()), np.full(len(gamed), 0.1)])
+    _, w_difficulty, w_intercept = fit(features, np.concatenate([y[known], gamed[:, 0]]), weight)
+    rate, error = win_rate(sigmoid(w_difficulty * level + w_intercept))
+    return rate, None if difficulty is None else error
+
+
+def alpaca_eval_metrics(rows, difficulty=None, gamed=None):
+    """The official metrics of annotations. A legacy preference 0 is a tie; missing ones are not in the win rate."""
+    y = np.array([np.nan if row["preference"] is None else row["preference"] or 1.5 for row in rows], float) - 1
+    known = y[~np.isnan(y)]
+    rate, error = win_rate(known)
+    wins, losses, ties = (int(n) for n in ((known > 0.5).sum(), (known < 0.5).sum(), (known == 0.5).sum()))
+    lengths = np.array([[len(row["output_1"]), len(row["output_2"])] for row in rows], float)
+    if all(row["output_1"] == row["output_2"] for row in rows):  # the baseline itself: by construction
+        lc, lc_error = 50.0, 0.0
+    else:
+        lc, lc_error = length_controlled(y, lengths[:, 0] - lengths[:, 1], difficulty, gamed)
+    return {"win_rate": rate, "standard_error": error, "n_wins": wins, "n_wins_base": losses, "n_draws": ties,
+            "n_total": len(known), "discrete_win_rate": 100 * (wins + 0.5 * ties) / len(known),
+            "avg_length": int(lengths[:, 1].mean()), "length_controlled_winrate": lc, "lc_standard_error": lc_error}
+
+
+def read_gamed(path):
+    """(difficulty of each instruction by position, rows (m, 3) of y, t, difficulty) of df_gamed.csv."""
+    names = ("index", "preference", "std_delta_len", "instruction_difficulty")
+    try:
+        table = csv.DictReader(read_text(path, "df_gamed.csv").splitlines())
+        rows = np.array([[float(row[name]) for name in names] for row in table])
+        index, y, delta, level = rows.T
+        level_at = dict(zip(index, level))
+        difficulty = np.array([level_at[i] for i in range(len(level_at))])
+        if not np.isfinite(rows).all() or y.min() < 0 or y.max() > 1:
+            raise ValueError("a number is out of range")
+    except (ValueError, KeyError, TypeError, csv.Error) as error:
+        raise runs.InputError(f"{path}: cannot be used ({type(error).__name__}: {error}): --df-gamed takes a CSV file "
+                              f"of {', '.join(names)}, index counting from 0, preference in [0, 1]")
+    return difficulty, np.stack([y, np.tanh(delta), level], 1)
+
+
+def read_template(path):
+    """The messages of a judging prompt: the blocks of a ChatML file, as AlpacaEval's is, else one of the user."""
+    text = read_text(path, "AlpacaEval's judging prompt")
+    for name in ("{instruction}", "{output_1}", "{output_2}"):
+        if name not in text:
+            raise runs.InputError(f"{path}: has no {name}: give AlpacaEval's prompt, which asks for m or M")
+    blocks = re.findall(r"<\|im_start\|>(\w+)\n(.*?)<\|im_end\|>", text, re.DOTALL)
+    return [{"role": role, "content": content.strip()} for role, content in blocks or [("user", text)]]
+
+
+def read_pairs(baseline, outputs):
+    """[(row of the baseline's outputs, row of the model's)], joined by instruction, in the baseline's order."""
+    first, second = (read_rows(path, OUTPUTS, "instruction") for path in (baseline, outputs))
+    answered = {row["instruction"]: row for row in second}
+    differing = sorted(answered.keys() ^ {row["instruction"] for row in first})
+    if differing:
+        raise runs.InputError(f"{outputs}: has other instructions than {baseline}: only one of them has "
+                              f"{differing[0][:60]!r} ({len(differing)} in all): both must answer the same")
+    return [(row, answered[row["instruction"]]) for row in first]
+
+
+def annotation(row, outputs, generators, annotator, preference):
+    """A row in AlpacaEval's format. row: has the instruction and perhaps its dataset"""
+    return {"dataset": row.get("dataset", ""), "instruction": row["instruction"], "output_1": outputs[0],
+            "generator_1": generators[0], "output_2": outputs[1], "generator_2": generators[1],
+            "annotator": annotator, "preference": preference}
+
+
+def sample(args):
+    """Write model_outputs.json: one answer to each of the benchmark's instructions, in their order."""
+    asked = read_rows(args.instructions, {"instruction": runs.is_text}, "instruction")
+    partial = runs.open_output(args, "model", "instructions")
+    sampler = Sampler(args, args.model)
+    prompts = sampler.prompt_ids([runs.as_messages(row["instruction"]) for row in asked], args.instructions)
+    answers = sampler.generate_answers(partial, prompts, [row["instruction"] for row in asked],
+                                       [args.temperature] * len(asked))
+
+    def write():
+        rows = [{"dataset": row.get("dataset", ""), "instruction": row["instruction"], "output": text,
+                 "generator": args.name or file_name(args.model)} for row, (text, _) in zip(asked, answers)]
+        runs.write_json(partial / "outputs.json", rows)
+        counts = {"answers": len(rows), "cut at the limit": sum(finish == "length" for _, finish in answers)}
+        runs.close_output(args, partial, partial / "outputs.json", counts)
+
+    sampler.ranks.on_first(write)
+
+
+def judge(args):
+    """Write annotations.json: the judge's preference for each pair of outputs, in the baseline's order."""
+    pairs, template = read_pairs(args.baseline, args.outputs), read_template(args.judge_template)
+    partial = runs.open_output(args, "outputs", "baseline", "judge_template", free=FREE)
+    # which pairs the judge sees in the other order, the model's output first: drawn for each instruction
+    swapped = [common.uniforms(args.seed, base["instruction"], 0, 1)[0] < 0.5 for base, _ in pairs]
+    rows, jobs = [], {}
+    for k, (base, ours) in enumerate(pairs):
+        outputs = [base["output"], ours["output"]]
+        generators = [base.get("generator", "reference"), ours.get("generator", "model")]
+        rows.append(annotation(base, outputs, generators, args.judge_model, preference=1.5))
+        if outputs[0] != outputs[1]:  # otherwise a tie, which need not be asked for
+            m, big_m = outputs[::-1] if swapped[k] else outputs
+            fields = {"instruction": base["instruction"], "output_1": m, "output_2": big_m}
+            jobs[k] = [part | {"content": fill(part["content"], fields)} for part in template]
+    for k, most_likely in ask_judge(args, partial, jobs, logprobs=True).items():
+        rows[k]["preference"] = preference_of(most_likely, swapped[k])
+    runs.write_json(partial / "annotations.json", rows)
+    counts = {"annotations": len(rows), "missing preferences": sum(row["preference"] is None for row in rows)}
+    runs.close_output(args, partial, partial / "annotations.json", counts)
+
+
+def preference_of(most_likely, swapped):
+    """2 - p in [1, 2], with p the probability of m, that output_1 is better; 3 minus that where m was output_2.
+
+    most_likely: [(token, log-prob)]. None where neither m nor M is among them: a missing preference, not a guess.
+    """
+    m, big_m = (sum(math.exp(logp) for token, logp in most_likely if token.strip() == name) for name in "mM")
+    if m + big_m == 0:
+        return None
+    preference = 2 - m / (m + big_m)
+    return 3 - preference if swapped else preference
+
+
+def score(args):
+    """Write metrics.json of annotations, the official tool's or ours."""
+    rows = read_rows(args.annotations, ANNOTATIONS, "instruction", "output_1", "output_2")
+    if all(row["preference"] is None or row["preference"] != row["preference"] for row in rows):  # null or NaN
+        raise runs.InputError(f"{args.annotations}: none of its {len(rows)} rows has a preference: judge them again")
+    difficulty, gamed = read_gamed(args.df_gamed) if args.df_gamed != "none" else (None, None)
+    counts = {"rows": len(rows)}
+    if difficulty is not None:
+        if len(rows) > len(difficulty):
+            raise runs.InputError(f"{args.annotations}: has {len(rows)} rows, {args.df_gamed} the difficulties of "
+                                  f"{len(difficulty)}: --df-gamed none leaves them out of the fit")
+        counts["rows"] = f"{len(rows)} of {len(difficulty)}"
+        difficulty = difficulty[:len(rows)]  # by position, as in the official tool
+    partial = runs.open_output(args, "annotations", "df_gamed")
+    metrics = alpaca_eval_metrics(rows, difficulty, gamed)
+    name = args.name or str(rows[0].get("generator_2") or args.annotations)
+    runs.write_json(partial / "metrics.json", {"name": name, "gold_labels": args.label_share} | metrics)
+    counts |= {"win rate": round(metrics["win_rate"], 2), "LC win rate": round(metrics["length_controlled_winrate"], 2)}
+    runs.close_output(args, partial, partial / "metrics.json", counts)

@@ -1,0 +1,105 @@
+"""A model's answers to a benchmark, and the readers that AlpacaEval 2.0 and MT-Bench share."""
+
+import gzip
+import re
+import zlib
+from pathlib import Path
+
+import numpy as np
+import torch.nn.functional as F
+
+import common
+import runs
+
+
+class Sampler:
+    """The model `name` and what sampling from it takes: its tokenizer, the ids that end a response, the ranks."""
+
+    def __init__(self, args, name):
+        self.args, self.ranks = args, common.start_ranks()
+        self.tokenizer = common.load_tokenizer(name, args.tokenizer, args.chat_template)
+        self.eos = common.eos_ids(name, self.tokenizer)
+        self.model = common.load_model(name, self.ranks.device, common.scoring_dtype(self.ranks.device))
+
+    def prompt_ids(self, conversations, where):
+        """The token ids of each conversation (a list of messages). where: the file, for errors"""
+        return [common.prompt_ids(self.tokenizer, messages, f"{where}, row {k}")
+                for k, messages in enumerate(conversations, 1)]
+
+    def sample(self, prompts, u, temperature):
+        """[(text, "eos" or "length")] for B prompts (lists of ids). u: (B, 1, tokens), see common.uniforms"""
+        sampled = common.sample_responses(self.model, prompts, u, temperature, u.shape[2], self.eos)
+        return [(self.tokenizer.decode(list(ids), skip_special_tokens=True).strip(), finish)
+                for [(ids, finish)] in sampled]
+
+    def generate_answers(self, partial, prompts, keys, temperatures, label="sampling"):
+        """[(text, "eos" or "length")] for prompts (lists of ids), each at its temperature.
+
+        keys: what decides the samples, with --seed; label: of the journal of finished batches
+        """
+        args, batches = self.args, []
+        for temperature in sorted(set(temperatures)):  # a batch has one temperature
+            rows = [i for i in range(len(prompts)) if temperatures[i] == temperature]
+            lengths = [len(prompts[i]) for i in rows]
+            batches += [[rows[j] for j in batch] for batch in common.length_batches(lengths, args.micro_batch_size)]
+
+        def generate(batch):
+            u = np.array([[common.uniforms(args.seed, keys[i], 0, args.max_new_tokens)] for i in batch])
+            return self.sample([prompts[i] for i in batch], u, temperatures[batch[0]])
+
+        answers = common.map_batches(generate, batches, partial, self.ranks, label)
+        return [answers[i] for i in range(len(prompts))]
+
+    def most_likely(self, prompts, count):
+        """For each prompt (a list of ids) the `count` most likely first tokens of an answer: [(token, log-prob)]."""
+        batch = common.collate([(ids, [[0]]) for ids in prompts], self.model.device)
+        hidden, *head = common.ResponseLogps(self.model).hidden(batch)
+        logits = F.linear(hidden, *head).float()  # (B, V), after the prompt: the response [0] only marks the position
+        logps, tokens = logits.log_softmax(-1).topk(count)
+        return [[(self.tokenizer.decode([i]), logp) for i, logp in zip(*row)]
+                for row in zip(tokens.tolist(), logps.tolist())]
+
+
+def is_string(value):
+    "a string"
+    return isinstance(value, str)
+
+
+def read_text(path, expected):
+    """A text file in UTF-8, plain or gzip. expected: what the user should give, for errors"""
+    try:
+        data = Path(path).read_bytes()
+        return (gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data).decode("utf-8-sig")
+    except (OSError, EOFError, zlib.error, ValueError) as error:
+        raise runs.InputError(f"{path}: cannot be read ({runs.reason(error)}): give {expected}")
+
+
+def read_rows(path, fields, *key):
+    """The rows of a JSON list or JSON Lines file, plain or gzip, each with fields {name: check}.
+
+    No two rows may have the same `key` (names of fields). Raises InputError with the row's number.
+    """
+    text = read_text(path, "a JSON list or JSON Lines")
+    if text.lstrip()[:1] == "[":
+        rows = runs.parse_json(text, path, nan=True)  # the official tool writes NaN for a missing preference
+    else:
+        rows = [runs.parse_json(line, f"{path}:{line_number}", nan=True)
+                for line_number, line in enumerate(text.split("\n"), 1) if line.strip()]
+    first = {}
+    for k, row in enumerate(rows, 1):
+        runs.check_row(row, fields, f"{path}, row {k}")
+        if key and first.setdefault(tuple(row[name] for name in key), k) != k:
+            raise runs.InputError(f"{path}, row {k}: duplicate {key[0]} {str(row[key[0]])[:60]!r}: they must differ")
+    if not rows:
+        raise runs.InputError(f"{path}: has no rows")
+    return rows
+
+
+def fill(text, fields):
+    """Replace each {name} by that field, in one pass: braces inside an answer stay as they are."""
+    return re.sub(r"\{(\w+)\}", lambda found: fields.get(found[1], found[0]), text)
+
+
+def file_name(name):
+    """A model's name, without what cannot be part of a file name."""
+    return re.sub(r"[^\w.-]+", "_", Path(name).name)

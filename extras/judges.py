@@ -1,0 +1,184 @@
+"""What the paper compares SPA's direct preference judgment with: --judge and --length-penalty auto of 03_judge.py.
+
+Each judge is a function of (rows, args, partial, ranks) that returns (rewards, extra): for each row the reward of each
+response, and the fields to store with its label.
+"""
+
+import itertools
+
+import numpy as np
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+import common
+import runs
+from extras.small_world import gold_score, read_gold
+
+
+def judge_reward(rows, args, partial, ranks):
+    """An external reward model: its one output for (x, y), each response by itself (in Tables 2 and 7 it is PairRM)."""
+    model, tokenizer = load_reward_model(args.reward_model, ranks.device)
+
+    @torch.no_grad()
+    def compute(batch_rows):
+        encoded = [encode(tokenizer, row["prompt"], y["text"]) for row in batch_rows for y in row["responses"]]
+        scores = iter(reward_scores(model, encoded))
+        return [[next(scores) for _ in row["responses"]] for row in batch_rows]
+
+    scores = common.map_rows(compute, rows, args.micro_batch_size, partial, ranks, "scoring with the reward model")
+    return scores, [{"scores": of_row} for of_row in scores]
+
+
+def load_reward_model(name, device):
+    """(a sequence classifier with one output, its tokenizer). float32 everywhere: bf16 rounding would create ties."""
+    config = common.load_config(name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            name, config=config, dtype=torch.float32, use_safetensors=True, trust_remote_code=False,
+            output_loading_info=True)
+    except Exception as error:  # transformers raises many kinds
+        raise runs.InputError(f"{name}: cannot load a sequence classifier in safetensors, with a tokenizer, from it "
+                              f"({type(error).__name__}: {str(error)[:100]}): give a reward model")
+    if config.num_labels != 1 or info["missing_keys"]:  # transformers would make up weights that are missing
+        raise runs.InputError(f"{name}: is not a reward model (labels: {config.num_labels}, missing weights: "
+                              f"{sorted(info['missing_keys'])[:3]}): give a sequence classifier with one label")
+    return model.to(device).eval(), tokenizer
+
+
+def encode(tokenizer, messages, text):
+    """A prompt and a response as the reward model reads them: by its chat template, else as a pair of texts."""
+    if tokenizer.chat_template:
+        ids = common.chat_ids(tokenizer, messages + [{"role": "assistant", "content": text}])
+        return {"input_ids": ids, "attention_mask": [1] * len(ids)}
+    return dict(tokenizer(as_text(messages), text, truncation=True, split_special_tokens=True))
+
+
+def reward_scores(model, encoded):
+    """The model's output for each encoded text, padded on the right; one by one where it has no padding token."""
+    pad, scores = model.config.pad_token_id, []
+    fill = {"input_ids": pad or 0}  # mask and token types are filled with 0
+    for batch in [encoded] if pad is not None else [[one] for one in encoded]:
+        inputs = {key: common.padded([one[key] for one in batch], fill.get(key, 0)) for key in batch[0]}
+        scores += model(**{key: ids.to(model.device) for key, ids in inputs.items()}).logits[:, 0].tolist()
+    return scores
+
+
+LETTERS = ("A", "B")  # the options of LLM-as-judge, in the order of its prompt
+
+
+def as_text(messages):
+    """A conversation as plain text: one user turn is its content; of more turns each begins with its role."""
+    if len(messages) == 1:
+        return messages[0]["content"]
+    return "\n\n".join(f"{message['role']}: {message['content']}" for message in messages)
+
+
+def judging_prompt(messages, one, two):
+    """Listing 1, as messages. The answer is the letter of the better response."""
+    return runs.as_messages("Consider the following conversation between a human and an assistant:\n"
+                            f"{as_text(messages)}\n"
+                            "Please choose the response that is the most helpful, honest, and harmless.\n"
+                            f"Options:\n(A) {one}\n(B) {two}\n"
+                            "The answer is:")
+
+
+# the words that a judge's vocabulary needs besides those of prompts and responses
+JUDGING_WORDS = " ".join([judging_prompt(runs.as_messages(""), "", "")[0]["content"], *LETTERS])
+
+
+def judging_examples(seed):
+    """Listing 2, as rows for 00_sft.py: Listing 1 about each seed pair in both orders, and the chosen one's letter."""
+    for row in seed:
+        for letter, one, two in zip(LETTERS, ("chosen", "rejected"), ("rejected", "chosen")):
+            yield {"id": f"{row['id']}-{letter}", "prompt": judging_prompt(row["prompt"], row[one], row[two]),
+                   "response": letter}
+
+
+def judge_llm(rows, args, partial, ranks):
+    """LLM-as-judge (App. B.2): the log-prob of the letter of each response as the answer to Listing 1.
+
+    A response's reward is the mean over both orders of the pair, so that position bias cancels, or, with --llm-order
+    first, its value in the order of sampling alone. Of more than two responses: the mean over all pairs that it is in.
+    """
+    tokenizer = common.load_tokenizer(args.judge_model)
+    model = common.load_model(args.judge_model, ranks.device, common.scoring_dtype(ranks.device))
+    letters = [[letter] for letter in letter_ids(args.judge_model, tokenizer)]
+    orders = itertools.permutations if args.llm_order == "both" else itertools.combinations
+    logps = common.ResponseLogps(model)
+
+    def pairs(row):
+        return orders(range(len(row["responses"])), 2)
+
+    def question(row, one, two):
+        messages = judging_prompt(row["prompt"], row["responses"][one]["text"], row["responses"][two]["text"])
+        return common.prompt_ids(tokenizer, messages, f"{args.input}, id {row['id']}")
+
+    @torch.no_grad()
+    def compute(batch_rows):
+        asked = [(question(row, one, two), letters) for row in batch_rows for one, two in pairs(row)]
+        batch = common.collate(asked, ranks.device, model.max_shared_length)
+        options = iter(logps(batch).view(-1, 2).tolist())  # (questions, 2): each letter is one token
+        return [[[one, two, *next(options)] for one, two in pairs(row)] for row in batch_rows]
+
+    options = common.map_rows(compute, rows, args.micro_batch_size, partial, ranks, "asking the judge")
+    rewards = [llm_rewards(len(row["responses"]), of_row) for row, of_row in zip(rows, options, strict=True)]
+    return rewards, [{"options": of_row} for of_row in options]
+
+
+def llm_rewards(count, options):
+    """The mean log-prob of each response's letter. options: [[first, second, log-prob of A, of B], ...] by order"""
+    logps = [[a if k == one else b for one, two, a, b in options if k in (one, two)] for k in range(count)]
+    return [sum(values) / len(values) for values in logps]
+
+
+def letter_ids(name, tokenizer):
+    """The ids of the answers A and B, tokenised as by 00_sft.py. Raises InputError unless each is one token."""
+    question = judging_prompt(runs.as_messages("x"), "y", "z")
+    prompt, eos = common.prompt_ids(tokenizer, question, name), common.eos_ids(name, tokenizer)
+    answers = [common.response_ids(tokenizer, question, prompt, letter, eos)[:-1] for letter in LETTERS]
+    if any(len(ids) != 1 for ids in answers) or answers[0] == answers[1]:
+        raise runs.InputError(f"{name}: its tokenizer makes {answers} of the options {LETTERS}: give a judge to which "
+                              "each is a token of its own")
+    return [ids[0] for ids in answers]
+
+
+def is_label(value):
+    "1 or 2: which of the two responses is the better one"
+    return value in (1, 2) and type(value) is int
+
+
+def judge_gold(rows, args, partial, ranks):
+    """The small world's gold judge, or a file of labels: 1 for the better response, 0 for the other."""
+    if args.gold.endswith(".jsonl"):
+        labels = {row["id"]: row["label"] for row in runs.read_jsonl(args.gold, {"id": runs.is_id, "label": is_label})}
+        for row in rows:
+            if row["id"] not in labels or len(row["responses"]) != 2:
+                raise runs.InputError(f"{args.gold}: no label for id {row['id']} of {args.input} and its "
+                                      f"{len(row['responses'])} responses: give each prompt of two a label")
+        scores = [[float(labels[row["id"]] == k) for k in (1, 2)] for row in rows]
+    else:
+        gold = read_gold(args.gold)
+        scores = [[gold_score(gold, row["prompt"], y["text"]) for y in row["responses"]] for row in rows]
+    return scores, [{"scores": of_row} for of_row in scores]
+
+
+def balancing_penalty(rewards, lengths):
+    """The alpha of Eq. 13 at which chosen and rejected are equally long on average, or as nearly as possible.
+
+    rewards, lengths: (n, 2). Pair i prefers its longer response as long as alpha < (r_1 - r_2) / (|y_1| - |y_2|), so
+    the mean of |y_w| - |y_l| falls in steps at these n thresholds; alpha is 0 or the middle between two of them.
+    Negative where the chosen ones would be the shorter ones without it.
+    """
+    d_reward, d_length = (np.reshape(values, (-1, 2)).astype(float) @ [1, -1] for values in (rewards, lengths))
+    threshold, size = d_reward[d_length != 0] / d_length[d_length != 0], abs(d_length[d_length != 0])
+    if not len(threshold):
+        return 0.0
+    order = np.argsort(threshold)
+    threshold, size = threshold[order], size[order]
+    length_gap = size.sum() - 2 * np.concatenate([[0], size.cumsum()])  # in all, if k thresholds lie below alpha
+    edges = np.concatenate([threshold[:1] - 1, threshold, threshold[-1:] + 1])
+    low, high = edges[:-1], edges[1:]
+    alpha = np.where((low < 0) & (0 < high), 0.0, (low + high) / 2)
+    inside = (low < alpha) & (alpha < high)  # not between equal thresholds
+    return float(min(zip(abs(length_gap[inside]), abs(alpha[inside]), alpha[inside]))[2])

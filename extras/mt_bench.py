@@ -1,0 +1,156 @@
+"""MT-Bench (Section 5.1), in FastChat's own files: each can come from FastChat and go to it.
+
+    python 05_eval.py mt-sample --model pi_3 --questions question.jsonl --name spa_3 --output mt_bench
+    python 05_eval.py mt-judge mt_bench/model_answer/spa_3.jsonl --questions question.jsonl \\
+        --judge-prompts judge_prompts.jsonl --reference-answers reference_answer/gpt-4.jsonl \\
+        --judge-url https://api.openai.com/v1 --judge-model gpt-4 --name "SPA, iteration 3" --output mt_bench
+
+question.jsonl, judge_prompts.jsonl and the reference answers are in FastChat (fastchat/llm_judge/data). Written in the
+folder mt_bench:
+    model_answer/spa_3.jsonl           {"question_id", "answer_id", "model_id", "choices", "tstamp"}
+    model_judgment/gpt-4_single.jsonl  {"question_id", "model", "judge", "user_prompt", "judgment", "score", "turn",
+                                       "tstamp"} of all models that were judged; this model's older ones are replaced
+    model_score/spa_3_gpt-4.json       mean ratings, 1 to 10: of both turns, each turn, each of the eight categories
+A judgment without a rating has the score -1 and is left out of the means. Copied into FastChat's data/mt_bench, the
+first two work with its `gen_judgment.py` and `show_result.py --judge-model gpt-4`, which prints the same means. The
+judge, its key and how mt-judge resumes are as for alpaca-judge (alpaca_eval.py).
+"""
+
+import hashlib
+import json
+import re
+import time
+from pathlib import Path
+
+import numpy as np
+
+import runs
+from extras.answers import Sampler, file_name, fill, is_string, read_rows
+from extras.endpoint import FREE, ask_judge
+
+TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1}  # the other categories: 0
+CATEGORIES = ["writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities"]
+
+
+def is_turns(value):
+    "a list of two strings"
+    return isinstance(value, list) and len(value) == 2 and all(map(is_string, value))
+
+
+def is_choices(value):
+    "a list [{index, turns: two strings}]"
+    return isinstance(value, list) and value != [] and isinstance(value[0], dict) and is_turns(value[0].get("turns"))
+
+
+QUESTIONS = {"question_id": runs.is_id, "category": runs.is_text, "turns": is_turns}
+ANSWERS = {"question_id": runs.is_id, "choices": is_choices}
+JUDGE_PROMPTS = {"name": runs.is_text, "system_prompt": is_string, "prompt_template": runs.is_text}
+
+
+def read_rating(judgment):
+    """The first [[rating]] of a judgment, otherwise the first [rating] as FastChat does, otherwise -1."""
+    found = re.search(r"\[\[(\d{1,9}(\.\d*)?)\]\]", judgment) or re.search(r"\[(\d{1,9}(\.\d*)?)\]", judgment)
+    return float(found[1]) if found else -1
+
+
+def mt_bench_metrics(rows, category):
+    """Means over the judgments that have a rating, those of both turns pooled. category: {question_id: category}"""
+    rated = [row for row in rows if row["score"] != -1]
+
+    def mean(chosen):
+        return float(np.mean([row["score"] for row in chosen])) if chosen else None
+
+    return {"mt_bench": mean(rated), "mt_bench_turn_1": mean([row for row in rated if row["turn"] == 1]),
+            "mt_bench_turn_2": mean([row for row in rated if row["turn"] == 2]),
+            "mt_bench_categories": {name: mean([row for row in rated if category[row["question_id"]] == name])
+                                    for name in sorted(set(category.values()), key=category_order)},
+            "n_judged": len(rows), "n_without_rating": len(rows) - len(rated)}
+
+
+def category_order(category):
+    """A sort key: the order of Figure 5a, unknown categories last."""
+    return CATEGORIES.index(category) if category in CATEGORIES else len(CATEGORIES), category
+
+
+def sample(args):
+    """Write model_answer/MODEL.jsonl: two turns, the second asked after the model's own first answer."""
+    name = file_name(args.name or args.model)
+    args.output = str(Path(args.output) / "model_answer" / f"{name}.jsonl")
+    questions = read_rows(args.questions, QUESTIONS, "question_id")
+    partial = runs.open_output(args, "model", "questions")
+    sampler = Sampler(args, args.model)
+    temperatures = [TEMPERATURES.get(row["category"], 0) for row in questions]
+    conversations, finishes = [[] for _ in questions], []
+    for turn in (0, 1):
+        for messages, row in zip(conversations, questions):
+            messages.append({"role": "user", "content": row["turns"][turn]})
+        prompts = sampler.prompt_ids(conversations, args.questions)
+        keys = [[row["question_id"], turn] for row in questions]
+        answers = sampler.generate_answers(partial, prompts, keys, temperatures, f"turn_{turn + 1}")
+        for messages, (text, finish) in zip(conversations, answers):
+            messages.append({"role": "assistant", "content": text})
+            finishes.append(finish)
+
+    def write():
+        runs.write_jsonl(partial / "answers.jsonl", ({
+            "question_id": row["question_id"],
+            "answer_id": hashlib.sha256(json.dumps([name, row["question_id"], messages]).encode()).hexdigest()[:22],
+            "model_id": name, "choices": [{"index": 0, "turns": [messages[1]["content"], messages[3]["content"]]}],
+            "tstamp": time.time()}
+            for row, messages in zip(questions, conversations)))
+        counts = {"questions": len(questions), "turns cut at the limit": finishes.count("length")}
+        runs.close_output(args, partial, partial / "answers.jsonl", counts)
+
+    sampler.ranks.on_first(write)
+
+
+def judge(args):
+    """Add a model to model_judgment/JUDGE_single.jsonl and write its means, model_score/MODEL_JUDGE.json."""
+    questions = read_rows(args.questions, QUESTIONS, "question_id")
+    model, judge_name = Path(args.answers).name.removesuffix(".jsonl"), file_name(args.judge_model)
+    rows, jobs = prepare_judgments(args, questions, model)
+    path = Path(args.output) / "model_judgment" / f"{judge_name}_single.jsonl"
+    others = [row for row in read_rows(path, {"model": is_string}) if row["model"] != model] if path.exists() else []
+    args.output = str(Path(args.output) / "model_score" / f"{model}_{judge_name}.json")
+    partial = runs.open_output(args, "questions", "answers", "judge_prompts", "reference_answers", free=FREE)
+    for k, text in ask_judge(args, partial, jobs, logprobs=False).items():
+        rows[k] |= {"judgment": text, "score": read_rating(text), "tstamp": time.time()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    runs.write_jsonl(path, others + rows)
+    metrics = mt_bench_metrics(rows, {row["question_id"]: row["category"] for row in questions})
+    runs.write_json(partial / "scores.json", {"name": args.name or model, "gold_labels": args.label_share} | metrics)
+    counts = {"mean rating": metrics["mt_bench"], "without rating": metrics["n_without_rating"]}
+    runs.close_output(args, partial, partial / "scores.json", counts)
+
+
+def prepare_judgments(args, questions, model):
+    """(rows of FastChat's single-answer judgments, without the judgment; {k: the messages that ask for row k})"""
+    def read(path, fields, key):
+        return {row[key]: row for row in read_rows(path, fields, key)}
+
+    def find(found, key, path, kind):
+        if key not in found:
+            raise runs.InputError(f"{path}: has no {kind} {key}, which {args.questions} needs: give the whole file")
+        return found[key]
+
+    answers, references = (read(path, ANSWERS, "question_id") for path in (args.answers, args.reference_answers))
+    prompts = read(args.judge_prompts, JUDGE_PROMPTS, "name")
+    rows, jobs = [], {}
+    for question in questions:
+        k, turns = question["question_id"], question["turns"]
+        answer = find(answers, k, args.answers, "answer to question")["choices"][0]["turns"]
+        fields = {"question": turns[0], "question_1": turns[0], "question_2": turns[1],
+                  "answer": answer[0], "answer_1": answer[0], "answer_2": answer[1]}
+        math = question["category"] in ("math", "reasoning", "coding")
+        if math:  # judged against a reference answer
+            found = find(references, k, args.reference_answers, "reference answer to question")
+            fields["ref_answer_1"], fields["ref_answer_2"] = found["choices"][0]["turns"]
+        for turn in (1, 2):
+            name = "single" + "-math" * math + "-v1" + "-multi-turn" * (turn == 2)
+            prompt = find(prompts, name, args.judge_prompts, "prompt")
+            user = fill(prompt["prompt_template"], fields)
+            jobs[len(rows)] = [{"role": "system", "content": prompt["system_prompt"]},
+                               {"role": "user", "content": user}]
+            rows.append({"question_id": k, "model": model, "judge": [args.judge_model, name], "user_prompt": user,
+                         "judgment": None, "score": None, "turn": turn, "tstamp": None})
+    return rows, jobs

@@ -1,0 +1,178 @@
+"""The small world: a synthetic help desk with a base model and a gold judge, all that a run on a laptop needs.
+
+A customer writes about a thing. An answer is an opening, one or two offers and a closing. One word of each sentence
+says in what spirit it is meant: helpful (1), vague (0) or rude (-1). The gold judge knows every sentence that can be
+said about a thing; a response is worth the mean value of its sentences. A sentence that is none of them (malformed, or
+about a part of another thing), or that is repeated, is worth -1.
+"""
+
+import itertools
+import random
+import re
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+import common
+import runs
+
+PARTS = {
+    "kettle": "lid cable spout handle", "bicycle": "chain saddle pedal brake", "lamp": "bulb shade switch socket",
+    "radio": "dial aerial speaker battery", "guitar": "string neck bridge peg", "clock": "face spring bell pendulum",
+    "camera": "lens strap shutter flash", "tent": "pole zip floor rope", "chair": "leg seat cushion armrest",
+    "suitcase": "wheel lock pocket frame", "mixer": "bowl whisk gear cover", "heater": "coil fuse thermostat pipe",
+    "printer": "roller cartridge drawer sensor", "vacuum": "hose filter bag brush", "fridge": "shelf door hinge seal",
+    "piano": "key hammer bench soundboard"}
+SPIRIT = {1: "gladly|kindly|happily|cheerfully", 0: "maybe|perhaps|possibly|somehow",
+          -1: "never|hardly|grudgingly|angrily"}
+OPENINGS = ["i SPIRIT {read|hear} about your THING .",
+            "we SPIRIT help people with a THING ."]
+OFFERS = ["we SPIRIT {clean|wipe|dry|oil} the PART {with a cloth|with warm water|once a week} .",
+          "we SPIRIT fix the PART in {five|ten|twenty} minutes .",
+          "we SPIRIT {send|bring|lend} you a new PART {today|tomorrow|this week} .",
+          "i SPIRIT show you how to {clean|wipe|dry|oil} the PART .",
+          "you can SPIRIT leave the PART with us {today|tomorrow|this week} ."]
+CLOSINGS = ["i SPIRIT hope the THING works again {today|tomorrow|this week} .",
+            "i SPIRIT wish you a good {day|week|year} with it ."]
+WRITERS = {"grumpy": (0.1, 0.3, 0.6), "tired": (0.3, 0.4, 0.3), "kind": (0.6, 0.3, 0.1)}  # shares of 1, 0, -1
+PROMPT = ("my {old|new|small|big|red|blue|green|cheap|heavy|lovely} THING from "
+          "{the market|the corner shop|my uncle|my sister|a friend|the big store|my office|the museum} "
+          "{is broken|does not work|makes a noise|smells of smoke|fell down|stopped today} . "
+          "{can you help|what can i do|any idea} ?")
+SHAPE = dict(hidden_size=128, intermediate_size=352, num_hidden_layers=4, num_attention_heads=4,
+             num_key_value_heads=4, max_position_embeddings=256, tie_word_embeddings=False)
+SHAPES = {"llama": {}, "phi": {"intermediate_size": 512},  # scaled-down versions of the real differences
+          "mistral": {"intermediate_size": 448, "num_key_value_heads": 1}}
+CHAT_TEMPLATE = ("{{ bos_token }}{% for m in messages %}<{{ m.role }}> {{ m.content }}"
+                 "{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
+                 "{% if add_generation_prompt %}<assistant>{% endif %}")
+
+
+def expand(template):
+    """"a {b|c} d" -> ["a b d", "a c d"]"""
+    parts = [part.split("|") if k % 2 else [part] for k, part in enumerate(re.split(r"\{(.*?)\}", template))]
+    return ["".join(choice) for choice in itertools.product(*parts)]
+
+
+def known_sentences(thing):
+    """{value: [openings, offers, closings] about the thing, each [[the sentences of a template], ...]}"""
+    def fill(template, value):
+        template = template.replace("THING", thing).replace("PART", "{%s}" % PARTS[thing].replace(" ", "|"))
+        return expand(template.replace("SPIRIT", "{%s}" % SPIRIT[value]))
+    return {value: [[fill(template, value) for template in templates] for templates in (OPENINGS, OFFERS, CLOSINGS)]
+            for value in SPIRIT}
+
+
+def write_answer(rng, sentences, writer=None):
+    """An opening, one or two offers and a closing, all different, by a writer or a random one of the WRITERS."""
+    shares, said = WRITERS[writer or rng.choice(list(WRITERS))], []
+    for kind in [0] + [1] * rng.randint(1, 2) + [2]:
+        sentence = None
+        while sentence is None or sentence in said:  # gold would punish a repetition
+            [value] = rng.choices(list(sentences), shares)
+            sentence = rng.choice(rng.choice(sentences[value][kind]))
+        said.append(sentence)
+    return " ".join(said)
+
+
+def labelled_pair(rng, sentences, gold, prompt):
+    """(chosen, rejected): the answers of two random writers, drawn again until gold prefers one of them."""
+    one = two = write_answer(rng, sentences)  # equal, so that the loop runs at least once
+    while gold_score(gold, prompt, one) == gold_score(gold, prompt, two):
+        one, two = write_answer(rng, sentences), write_answer(rng, sentences)
+    return (one, two) if gold_score(gold, prompt, one) > gold_score(gold, prompt, two) else (two, one)
+
+
+def make_world(args, folder, more_text=""):
+    """Shuffled rows {"id", "prompt", "chosen", "rejected", "reference"}, as many as the options of 00_inputs.py need.
+
+    Writes gold.json, sft.jsonl, sft_kind.jsonl and base/ into the folder. more_text: its words are in the base model's
+    vocabulary as well. Raises InputError where the world has too few prompts.
+    """
+    sentences = {thing: known_sentences(thing) for thing in PARTS}
+    gold = {thing: {sentence: value for value, kinds in sentences[thing].items() for kind in kinds for filled in kind
+                    for sentence in filled} for thing in PARTS}
+    runs.write_json(folder / "gold.json", gold)
+    prompts = [(thing, text.replace("THING", thing)) for thing in PARTS for text in expand(PROMPT)]
+    needed = args.seed_size + sum(args.prompt_sizes) + args.eval_size
+    if needed + args.sft_size > len(prompts):
+        raise runs.InputError(f"--source world: it has {len(prompts)} prompts, {needed + args.sft_size} are needed: "
+                              "lower --seed-size, --prompt-sizes, --eval-size or --sft-size")
+    random.Random(args.seed).shuffle(prompts)
+
+    rows = []
+    for k, (thing, text) in enumerate(prompts[:needed]):
+        rng, prompt = random.Random(f"{args.seed} {text}"), runs.as_messages(text)  # the same whatever the sets' sizes
+        chosen, rejected = labelled_pair(rng, sentences[thing], gold, prompt)
+        rows.append({"id": f"world-{k}", "prompt": prompt, "chosen": chosen, "rejected": rejected,
+                     "reference": write_answer(rng, sentences[thing], "kind")})
+
+    # SFT takes its prompts from the other end, so that they are the same whatever the sets' sizes
+    write_examples(prompts[needed:][::-1][:args.sft_size], sentences, args.seed, folder)
+    texts = [text for _, text in prompts] + [sentence for known in gold.values() for sentence in known] + [more_text]
+    write_base_model(sorted({word for text in texts for word in text.split()}), args, folder / "base")
+    return rows
+
+
+def write_examples(prompts, sentences, seed, folder):
+    """sft.jsonl: an answer by a random writer to each prompt, (thing, text). sft_kind.jsonl: the kind writers' part."""
+    examples, kind = [], []
+    for k, (thing, text) in enumerate(prompts):
+        rng = random.Random(f"{seed} sft {text}")
+        writer = rng.choice(list(WRITERS))
+        examples.append({"id": f"sft-{k}", "prompt": text, "response": write_answer(rng, sentences[thing], writer)})
+        if writer == "kind":
+            kind.append(examples[-1])
+    runs.write_jsonl(folder / "sft.jsonl", examples)
+    runs.write_jsonl(folder / "sft_kind.jsonl", kind)
+
+
+def write_base_model(words, args, folder):
+    """A model of the kind args.shape, its random weights decided by args.seed, with a tokenizer of whole words."""
+    special = ["<eos>", "<bos>", "<unk>", "<system>", "<user>", "<assistant>"]
+    words = Tokenizer(WordLevel({word: k for k, word in enumerate(special + words)}, unk_token="<unk>"))
+    words.pre_tokenizer = WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<bos>", eos_token="<eos>", unk_token="<unk>",
+                                        pad_token="<eos>", additional_special_tokens=special[3:],
+                                        clean_up_tokenization_spaces=False, chat_template=CHAT_TEMPLATE)
+    torch.manual_seed(args.seed)
+    config = AutoConfig.for_model(args.shape, vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id,
+                                  eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+                                  **SHAPE | SHAPES[args.shape])
+    common.save_model(AutoModelForCausalLM.from_config(config), tokenizer, folder)
+
+
+def read_gold(path):
+    """{thing: {sentence: value}}, as make_world writes it. Raises InputError where the file is anything else."""
+    try:
+        gold = runs.parse_json(Path(path).read_text(encoding="utf-8-sig"), path)
+        values = [value for known in gold.values() for value in known.values()]
+        if values and all(type(value) in (int, float) and abs(value) <= 1 for value in values):
+            return gold
+    except (OSError, ValueError, AttributeError, runs.InputError):
+        pass  # one message for all that may be wrong
+    raise runs.InputError(f"{path}: is not a gold judge {{thing: {{sentence: value in [-1, 1]}}}}: "
+                          "give the gold.json that 00_inputs.py wrote")
+
+
+def gold_values(gold, prompt, text):
+    """The value of each sentence of a response: 1, 0, -1; None where it is malformed, off the topic or a repetition.
+
+    prompt: messages; gold: {thing: {sentence: value}}
+    """
+    known = next((gold[word] for word in prompt[-1]["content"].split() if word in gold), {})
+    sentences = [s.strip() for s in re.findall(r"[^.]*\.|[^.]+$", text) if s.strip()]  # the last may be unfinished
+    return [known.get(s) if sentences.index(s) == k else None for k, s in enumerate(sentences)]
+
+
+def gold_score(gold, prompt, text):
+    """What a response is worth, in [-1, 1]: the mean over its sentences, so that length alone gains nothing.
+
+    A malformed or repeated sentence is worth -1, and so is a response that has no sentence.
+    """
+    values = [-1 if value is None else value for value in gold_values(gold, prompt, text)] or [-1]
+    return sum(values) / len(values)

@@ -1,0 +1,588 @@
+"""What makes a run safe, which every stage uses and nobody needs to understand SPA. It knows nothing of models.
+
+    errors     InputError, run: one line on stderr and an exit status, on Ctrl-C and SIGTERM too
+    options    Parser, number, positive, natural, nonnegative, share
+    records    SEED, PROMPTS, RESPONSES, PREFERENCES, read_jsonl, write_jsonl
+    outputs    open_output, close_output: made in OUTPUT.partial, renamed when complete, args.json beside them
+    resuming   journal, read_journal (finished batches); load_state, save_due, save_state (training)
+"""
+
+import argparse
+import contextlib
+import fcntl
+import glob
+import hashlib
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import time
+import zlib
+from array import array
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import IO
+
+import torch
+import torch.distributed as dist
+
+# ---------------------------------------------------------------------------------------------
+# Errors
+
+
+class InputError(Exception):
+    """Something that the user has to fix. Its text is the one line they see: where, what was found, what to do."""
+
+
+class Stopped(KeyboardInterrupt):
+    """Ctrl-C or SIGTERM; args[0] is its number. A KeyboardInterrupt, so that `except Exception` cannot swallow it."""
+
+
+@dataclass
+class ThisRun:
+    """What `run` and the signal handler have to know of the stage that is running."""
+    started: float = 0.0
+    partial: Path | None = None  # the folder that open_output made
+    lock: IO | None = None       # the locked file in it
+    training: bool = False       # a signal waits until the step is done and saved
+    asked: int | None = None     # the signal that asked this rank to stop
+    agreed: int | None = None    # the signal on which all ranks have agreed to stop
+
+
+this_run = ThisRun()
+
+
+def run(main):
+    """Run a stage's main(). Turns any early exit into one stderr line and an exit status.
+
+    InputError, or an error of the system such as a full disk: 2. Ctrl-C: 130. SIGTERM: 143. Rerun the command to resume
+    from what was saved.
+    """
+    global this_run
+    this_run = ThisRun(started=time.time())
+    handlers = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        try:
+            main()
+        finally:  # finish printing: torchrun stops the other ranks as soon as one exits
+            for number in handlers:
+                signal.signal(number, signal.SIG_IGN)
+    except InputError as error:
+        exit_with(error)
+    except KeyboardInterrupt as stopped:
+        number = stopped.args[0] if stopped.args else signal.SIGINT
+        if not first_rank() and not dist.is_initialized():  # torchrun has passed the signal to the first rank too
+            sys.exit(128 + number)
+        exit_with(f"stopped by {'Ctrl-C' if number == signal.SIGINT else 'SIGTERM'}: {resume_hint()}", 128 + number)
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno is not None:  # no space left, no permission
+            exit_with(f"{error.filename or this_run.partial or 'writing'}: {error.strerror}: {resume_hint()}")
+        if dist.is_initialized() and (isinstance(error, dist.DistError) or "gloo" in str(error)):  # gloo has no class
+            exit_with(f"another rank has ended (see torchrun's report below): {resume_hint()}")
+        if not should_report():
+            sys.exit(1)
+        raise
+    else:
+        if dist.is_initialized():  # not after an error: it could wait for ranks that are gone
+            dist.destroy_process_group()  # a gloo thread that needs the GIL at shutdown would abort Python
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        if this_run.lock:
+            this_run.lock.close()
+        this_run = ThisRun()
+
+
+def on_signal(number, frame):
+    """Stop at once. In training: after the step is done and saved, unless it is the second Ctrl-C."""
+    if not this_run.training or this_run.asked and number == signal.SIGINT:
+        raise Stopped(number)
+    this_run.asked = number
+    if number == signal.SIGINT and first_rank():
+        os.write(2, b"\nstopping after this step is done and saved; press Ctrl-C again to stop at once\n")
+
+
+def resume_hint():
+    """What a stopped stage has saved, for its last line."""
+    partial = this_run.partial
+    states = saved_states(partial) if partial else []
+    if states:
+        return f"{partial} has the state after step {state_step(states[-1])}: rerun the command to resume from it"
+    if partial and has_work(partial) and not this_run.training:
+        return f"finished work is kept in {partial}: rerun the command to resume"
+    return "nothing was saved yet: rerun the command to start again"
+
+
+def first_rank():
+    return os.environ.get("RANK", "0") == "0"
+
+
+def exit_with(message, status=2):
+    """Print one line, on one rank, and exit. Control characters are escaped."""
+    message = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(message)[:4000])
+    if should_report():
+        print(f"{Path(sys.argv[0]).name}: {message}", file=sys.stderr)
+    sys.exit(status)
+
+
+def should_report():
+    """Whether this rank is the first to report an error: most errors are met by all ranks, or end the others too."""
+    if dist.is_initialized():
+        try:
+            return dist.distributed_c10d._get_default_store().add("errors reported", 1) == 1
+        except RuntimeError:  # the rank that holds the store is gone
+            return False
+    if not first_rank():  # the ranks have not met: if the first rank fails as well, torchrun stops this one
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        time.sleep(10)
+    return True
+
+
+# ---------------------------------------------------------------------------------------------
+# Options
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, with errors in one line as everywhere else."""
+
+    def parse_args(self):
+        for word in sys.argv[1:]:
+            if "\0" in word or any("\ud800" <= c <= "\udfff" for c in word):  # a surrogate stands for a bad byte
+                self.error(f"{word!r} is not UTF-8 text")
+        return super().parse_args()
+
+    def error(self, message):
+        exit_with(f"{message}: --help lists the options")
+
+
+def number(kind, low, high=float("inf")):
+    """An argparse type: an int or float in [low, high]."""
+    def parse(text):
+        value = kind(text)
+        if not low <= value <= high or value == float("inf"):  # NaN too
+            raise ValueError
+        return value
+    parse.__name__ = f"{kind.__name__} in [{low}, {high}]"  # argparse's name for it in errors
+    return parse
+
+
+positive, natural = number(int, 1, 2**63 - 1), number(int, 0, 2**63 - 1)
+nonnegative, share = number(float, 0), number(float, 0, 1)
+
+
+# ---------------------------------------------------------------------------------------------
+# Records. A check's docstring says in error messages what the field must be.
+
+
+def is_id(value):
+    "a string of 1 to 1000 characters, or an integer"
+    return isinstance(value, str) and 0 < len(value) <= 1000 or type(value) is int
+
+
+def is_text(value):
+    "a string that is not empty"
+    return isinstance(value, str) and value.strip() != ""
+
+
+def is_prompt(value):
+    "a string, or a list of messages {role: system|user|assistant, content: string} that ends with the user's"
+    if not isinstance(value, list):
+        return is_text(value)
+    messages = all(isinstance(m, dict) and m.get("role") in ("system", "user", "assistant")
+                   and isinstance(m.get("content"), str) for m in value)
+    return bool(value) and messages and value[-1]["role"] == "user" and is_text(value[-1]["content"])
+
+
+def is_token_ids(value):
+    "a list of token ids that is not empty"
+    return isinstance(value, array) and min(value) >= 0
+
+
+def is_response(value):
+    "an object {text, ids: token ids, finish: eos|length}"
+    return (isinstance(value, dict) and isinstance(value.get("text"), str) and is_token_ids(value.get("ids"))
+            and value.get("finish") in ("eos", "length"))
+
+
+def is_responses(value):
+    "a list of at least two responses {text, ids: token ids, finish: eos|length}"
+    return isinstance(value, list) and len(value) >= 2 and all(map(is_response, value))
+
+
+PROMPTS = {"id": is_id, "prompt": is_prompt}
+EXAMPLES = {**PROMPTS, "response": is_text}
+SEED = {**PROMPTS, "chosen": is_text, "rejected": is_text}
+RESPONSES = {**PROMPTS, "prompt_ids": is_token_ids, "responses": is_responses}
+PREFERENCES = {"id": is_id, "prompt_ids": is_token_ids, "chosen": is_response, "rejected": is_response}
+
+
+def as_messages(prompt):
+    """A plain string means one user turn."""
+    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+
+
+def check_row(row, fields, where):
+    """Raises InputError unless each field is there and passes its check. fields: {name: check}"""
+    if not isinstance(row, dict):
+        raise InputError(f"{where}: not a JSON object: {shown(row)}: write one object a line")
+    for name, check in fields.items():
+        if name not in row:
+            raise InputError(f'{where}: the field "{name}" is missing: it must be {check.__doc__}')
+        if not check(row[name]):
+            raise InputError(f'{where}: "{name}" is {shown(row[name])}: it must be {check.__doc__}')
+
+
+def shown(value):
+    """The beginning of a value, for a message. One from Parquet may be of a type that JSON lacks."""
+    return json.dumps(value, default=str)[:60]
+
+
+def parse_json(text, where, nan=False):
+    """json.loads that rejects what cannot be written back: infinities, lone surrogates, NaN unless nan=True.
+
+    Token ids become arrays. Raises InputError, also where lists are nested too deep to be written (RecursionError).
+    """
+    try:
+        value = json.loads(text, parse_float=finite, parse_constant=finite if nan else int)  # int("NaN") is an error
+        if "\\u" in text:
+            json.dumps(value, ensure_ascii=False).encode()
+        return pack(value)
+    except (ValueError, RecursionError):
+        raise InputError(f"{where}: cannot be read as JSON: {text[:60]!r}: write one object a line")
+
+
+def finite(text):
+    """A JSON float; infinities raise ValueError."""
+    value = float(text)
+    if math.isinf(value):
+        raise ValueError
+    return value
+
+
+def pack(value):
+    """Lists of integers, which are token ids, as arrays: 4 bytes a token, where a list takes about 40."""
+    if isinstance(value, dict):
+        return {key: pack(item) for key, item in value.items()}
+    if not isinstance(value, list) or not value:
+        return value
+    if all(type(item) is int and -2**31 <= item < 2**31 for item in value):
+        return array("i", value)
+    return [pack(item) for item in value]
+
+
+def read_jsonl(path, fields):
+    """The rows of a JSON Lines file: a list of objects with the fields {name: check} and ids that differ.
+
+    Prompts become lists of messages, ids strings, token ids arrays. Raises InputError with file and line.
+    """
+    rows, line_of = [], {}
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            for line_number, line in enumerate(file, 1):
+                if not line.strip():
+                    continue
+                where = f"{path}:{line_number}"
+                row = parse_json(line.rstrip("\n"), where)
+                check_row(row, fields, where)
+                row["id"] = str(row["id"])
+                if line_of.setdefault(row["id"], line_number) != line_number:
+                    raise InputError(f'{where}: duplicate id "{row["id"]}" (first on line {line_of[row["id"]]}): '
+                                     "ids must differ")
+                if "prompt" in row:
+                    row["prompt"] = as_messages(row["prompt"])
+                rows.append(row)
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read ({reason(error)}): give a JSON Lines file in UTF-8")
+    if not rows:
+        raise InputError(f"{path}: has no rows")
+    return rows
+
+
+def reason(error):
+    """The system's words for an OSError, without its path."""
+    return getattr(error, "strerror", None) or type(error).__name__
+
+
+def write_jsonl(path, rows):
+    write_lines(path, (json.dumps(row, ensure_ascii=False, default=list) + "\n" for row in rows))  # list: of an array
+
+
+def write_json(path, value):
+    write_lines(path, [json.dumps(value, indent=2, ensure_ascii=False, default=list) + "\n"])
+
+
+def write_lines(path, lines):
+    """Write to a temporary name beside `path`, then rename: the file is the old or the new one, never half of it."""
+    temporary = Path(f"{path}.tmp")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.writelines(lines)
+    to_disk(temporary)
+    os.replace(temporary, path)
+
+
+def to_disk(*paths):
+    """Flush files and folders to the disk: otherwise a rename could reach it before the file's content."""
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+# ---------------------------------------------------------------------------------------------
+# Outputs: made in OUTPUT.partial and renamed to OUTPUT when complete. args.json says what an output was made with, so
+# that a stage that is started again resumes, finds its work done, or refuses to overwrite.
+
+
+def args_path(output):
+    """The record of an output: args.json in a folder, NAME.args.json beside a file."""
+    output = Path(output)
+    return output / "args.json" if output.is_dir() else output.with_name(output.name + ".args.json")
+
+
+def fingerprint(path):
+    """A short hash. File: of its bytes. Model folder: of what its args.json says it was made from, else of its JSON and
+    Jinja files and of each weight file's size and first 16 MB. A name on the Hub stands for itself.
+    """
+    if isinstance(path, list):
+        return [fingerprint(p) for p in path]
+    path = Path(path)
+    if path.is_file():
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()[:16]
+    if not path.is_dir():
+        return str(path)
+    if (path / "args.json").is_file():
+        try:
+            found = json.loads((path / "args.json").read_text())["made_from"]
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+            raise InputError(f"{path / 'args.json'}: does not say how {path} was made: delete it, or make {path} again")
+        return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()[:16]
+    found = [fingerprint(file) for file in sorted([*path.glob("*.json"), *path.glob("*.jinja")])]
+    for weights in sorted(path.glob("*.safetensors")):
+        with open(weights, "rb") as file:
+            found += [weights.name, weights.stat().st_size, hashlib.sha256(file.read(2 ** 24)).hexdigest()]
+    return hashlib.sha256(json.dumps(found).encode()).hexdigest()[:16]
+
+
+def open_output(args, *inputs, free=("output", "save_every")):
+    """The folder to work in, OUTPUT.partial. inputs: names of the options that are files or models to read.
+
+    Exits with status 0 where the output is complete, made with these arguments from these inputs. Raises InputError
+    where it, or the partial one, was made with others, or another run is making it. Options in `free` do not change
+    the output.
+    """
+    output = Path(args.output)
+    partial = Path(f"{output}.partial")
+    for path in (output, partial):
+        if path.is_symlink() and (path == partial or not path.exists()):  # the output would be written elsewhere
+            raise InputError(f"{path}: is a symlink: remove it or choose another --output")
+    options = {k: v for k, v in vars(args).items() if k not in free}
+    read = [k for k in (*inputs, "tokenizer", "chat_template") if options.get(k)]
+    made_from = {"stage": Path(sys.argv[0]).name, "args": options, "inputs": {k: fingerprint(options[k]) for k in read}}
+    made_from = json.loads(json.dumps(made_from))
+    exit_if_complete(output, partial, made_from)
+    this_run.partial = partial
+    if first_rank():
+        partial.mkdir(parents=True, exist_ok=True)
+        lock(output, partial)
+        exit_if_complete(output, partial, made_from)  # the run that held the lock until now may have completed it
+    if has_work(partial):
+        check_made_from(partial, partial / "args.json", made_from)
+        if first_rank():
+            print(f"{output}: resuming", flush=True)
+    if first_rank():
+        write_json(partial / "args.json", {"made_from": made_from})
+    return partial
+
+
+def exit_if_complete(output, partial, made_from):
+    """Exit with status 0 where the output exists. Raises InputError where it was made from something else."""
+    if not output.exists():
+        return
+    check_made_from(output, args_path(output), made_from)
+    if first_rank():
+        shutil.rmtree(partial, ignore_errors=True)  # left by a kill just after the rename
+        print(f"{output}: already complete (same arguments); nothing to do")
+    sys.exit(0)
+
+
+def check_made_from(path, record, made_from):
+    """Raises InputError unless the record, an args.json, says that `path` was made from the same."""
+    try:
+        old = json.loads(record.read_text())["made_from"]
+        if not isinstance(old, dict) or not all(isinstance(old.get(key), dict) for key in ("args", "inputs")):
+            raise ValueError
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        raise InputError(f"{path}: exists and does not say how it was made: move it or choose another --output")
+    if old != made_from:
+        raise InputError(f"{path}: was made with {differences(old, made_from)}: delete it or choose another --output")
+
+
+def differences(old, new):
+    """'--lr 0.1 (now 0.2)' for each option, and '--input has changed' for each input, in which two records differ."""
+    if old.get("stage") != new["stage"]:
+        return f"another stage, {old.get('stage')}"
+    changed = [f"--{k.replace('_', '-')} {old['args'].get(k)} (now {new['args'].get(k)})"
+               for k in {**old["args"], **new["args"]} if old["args"].get(k) != new["args"].get(k)]
+    changed += [f"another --{k.replace('_', '-')}: its content has changed" for k in {**old["inputs"], **new["inputs"]}
+                if old["inputs"].get(k) != new["inputs"].get(k)]
+    return ", ".join(changed)
+
+
+def lock(output, partial):
+    """Lock partial/lock until this process ends, however it ends. Raises InputError where another process holds it."""
+    this_run.lock = open(partial / "lock", "a")
+    try:
+        fcntl.flock(this_run.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(f"{output}: another run is making it: wait for it, or choose another --output")
+    except OSError:  # a file system without locks
+        pass
+
+
+def has_work(partial):
+    """Whether a stage has written anything but its arguments."""
+    return any(path.name not in ("args.json", "lock") and path.suffix != ".tmp" and path.is_file()
+               and path.stat().st_size > 1 for path in partial.rglob("*"))
+
+
+def close_output(args, partial, made, counts):
+    """Rename `made`, a file or folder in `partial`, to the output; write its args.json; print the counts.
+
+    Everything is flushed to the disk before the rename: after a power cut the output is complete or absent.
+    """
+    record = json.loads((partial / "args.json").read_text())
+    versions = {"python": sys.version.split()[0], "torch": version("torch"), "transformers": version("transformers")}
+    record |= {"counts": counts, "seconds": round(time.time() - this_run.started, 1), "versions": versions}
+    write_json(made / "args.json" if made.is_dir() else args_path(args.output), record)
+    to_disk(made, *made.rglob("*"))
+    os.replace(made, args.output)
+    to_disk(Path(args.output).parent)
+    this_run.lock.close()  # an open file can keep a network file system from removing its folder
+    shutil.rmtree(partial, ignore_errors=True)
+    summary = ", ".join(f"{name} {count}" for name, count in counts.items())
+    print(f"{args.output}: {summary} ({record['seconds']:.0f} s)")
+
+
+# ---------------------------------------------------------------------------------------------
+# Resuming: finished batches
+
+
+@contextlib.contextmanager
+def journal(partial, label, rank=0):
+    """Gives record(value), which appends a line with a checksum to partial/LABEL.RANK.jsonl."""
+    with open(partial / f"{label}.{rank}.jsonl", "a", encoding="utf-8") as file:
+        file.write("\n")  # ends a line that a kill left half-written
+
+        def record(value):
+            text = json.dumps(value)
+            file.write(f"[{zlib.crc32(text.encode())}, {text}]\n")
+            file.flush()
+        yield record
+
+
+def read_journal(partial, label):
+    """The values that all ranks have recorded. Skips lines that are half-written or damaged."""
+    values = []
+    for path in sorted(partial.glob(f"{glob.escape(label)}.*.jsonl")):
+        for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+            with contextlib.suppress(ValueError, TypeError, RecursionError):
+                checksum, value = json.loads(line)
+                if checksum == zlib.crc32(json.dumps(value).encode()):
+                    values.append(pack(value))
+    return values
+
+
+# ---------------------------------------------------------------------------------------------
+# Resuming: states of training
+
+
+def whole_states():
+    """(torch's functions for states, their options for one whole state on the CPU of rank 0)"""
+    from torch.distributed.checkpoint import state_dict  # takes seconds to import
+    return state_dict, state_dict.StateDictOptions(full_state_dict=True, cpu_offload=True)
+
+
+def load_state(partial, ranks, model, optimizer, scheduler):
+    """Restore the newest saved state; returns it without the weights and moments, {"step": 0} where there is none.
+
+    metrics.jsonl is set back to that step: the steps taken since will be taken again.
+    """
+    state = newest_state(partial)
+    if len(set(ranks.gather([state["step"]]))) > 1:
+        raise InputError(f"{partial}: the ranks find different states in it: put --output where all of them see it")
+    if state["step"] > 0:
+        states, whole = whole_states()
+        states.set_state_dict(model, optimizer, model_state_dict=state.pop("model"),  # pop: free the device's copy
+                              optim_state_dict=state.pop("optimizer"), options=whole)
+        scheduler.load_state_dict(state["scheduler"])
+    if ranks.rank == 0:
+        if state["step"] > 0:
+            print(f"resuming after step {state['step']}", flush=True)
+        (partial / "metrics.jsonl").write_text(state.get("metrics", ""))
+    this_run.training = True
+    return state
+
+
+def newest_state(partial):
+    """The newest state that can be read; damaged ones are passed over, and rank 0 says so."""
+    for path in reversed(saved_states(partial)):
+        try:
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except Exception as error:  # torch raises many kinds
+            if first_rank():
+                print(f"{path}: cannot be read ({type(error).__name__}): trying the one before", flush=True)
+    return {"step": 0}
+
+
+def saved_states(partial):
+    """Paths of the states in a folder, the newest last."""
+    return sorted(partial.glob("state-*.pt"), key=state_step)
+
+
+def state_step(path):
+    return int(path.stem.removeprefix("state-"))
+
+
+def save_due(step, steps, every, ranks):
+    """Whether to save after this step: every `every` steps, or where a rank was asked to stop; not after the last."""
+    asked = [number for number in ranks.gather([this_run.asked]) if number]
+    this_run.agreed = asked[0] if asked else None
+    return step < steps and bool(asked or step % every == 0)
+
+
+def save_state(partial, ranks, step, model, optimizer, scheduler, **state):
+    """Save what `load_state` needs to resume after `step` steps; state: what else it is to return.
+
+    There is no random state: dropout is 0, and the order of the rows follows from --seed. Raises Stopped where a signal
+    was the reason to save.
+    """
+    states, whole = whole_states()
+    weights, moments = states.get_state_dict(model, optimizer, options=whole)
+    state |= {"step": step, "model": weights, "optimizer": moments, "scheduler": scheduler.state_dict()}
+    ranks.on_first(lambda: write_state(partial, state))
+    if this_run.agreed:
+        raise Stopped(this_run.agreed)
+
+
+def write_state(partial, state):
+    """state-STEP.pt, flushed to disk under a temporary name and renamed. The newest two are kept."""
+    path, temporary = partial / f"state-{state['step']}.pt", partial / "state.tmp"
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(state | {"metrics": (partial / "metrics.jsonl").read_text()}, file)
+        to_disk(temporary)
+        os.replace(temporary, path)
+        to_disk(partial)
+    except (OSError, RuntimeError) as error:  # the system's error, or torch's caused by one
+        cause = error if isinstance(error, OSError) else error.__context__ or error
+        raise InputError(f"{path}: cannot be written ({cause}): {resume_hint()}")
+    finally:
+        temporary.unlink(missing_ok=True)  # half of it would only fill the disk
+    for old in saved_states(partial)[:-2]:
+        old.unlink()

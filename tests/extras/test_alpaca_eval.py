@@ -1,0 +1,334 @@
+"""AlpacaEval 2.0: the official metrics, answers and gold's annotations in its format; the report."""
+
+import gzip
+import json
+import math
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+
+import stages
+from extras import alpaca_eval
+
+OFFICIAL = stages.ROOT.parent / "shared" / "data" / "alpaca_eval"
+MODELS = ["phi-2", "phi-2-sft", "vicuna-7b-v1.5", "gpt-3.5-turbo-1106_concise", "claude-2",
+          "FuseChat-Llama-3.2-1B-Instruct", "FuseChat-Llama-3.2-3B-Instruct", "FuseChat-Qwen-2.5-7B-Instruct"]
+PLAIN = ["win_rate", "standard_error", "n_wins", "n_wins_base", "n_draws", "n_total", "discrete_win_rate", "avg_length"]
+
+
+def attempt(*words, **options):
+    return stages.attempt("05_eval", *words, **options)
+
+
+def score(annotations, output, **options):
+    """alpaca-score, which must succeed -> (what it wrote, its stdout)."""
+    ran = attempt("alpaca-score", annotations, output=output, **options)
+    assert ran.status == 0, ran.err
+    return read(output), ran.out
+
+
+def read(path):
+    return json.loads(path.read_text())
+
+
+def row(preference, length_1=5, length_2=5, k=0, **more):
+    return {"instruction": f"say {k}", "output_1": "a" * length_1, "output_2": "b" * length_2, "generator_1": "base",
+            "generator_2": "ours", "preference": preference, **more}
+
+
+def logit(p):
+    return math.log(p / (1 - p))
+
+
+# ---------------------------------------------------------------------------------------------
+# The metrics
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_official_models(tmp_path, model):
+    if not OFFICIAL.exists():
+        pytest.skip("needs the official annotations in ../shared/data/alpaca_eval")
+    found, out = score(OFFICIAL / "dev" / f"{model}.annotations.json.gz", tmp_path / "metrics.json",
+                       df_gamed=OFFICIAL / "df_gamed.csv")
+    expected = read(OFFICIAL / "dev" / "expected.json")[model]
+    official, reference = expected["official"], expected["numpy_reference"]["gamed_C10"]
+    for key in PLAIN:
+        if (model, key) != ("phi-2", "avg_length"):  # the leaderboard divided the 803 rows' sum by 805
+            assert found[key] == pytest.approx(official[key], abs=1e-6), key
+    assert found["length_controlled_winrate"] == pytest.approx(official["length_controlled_winrate"], abs=0.08)
+    assert found["length_controlled_winrate"] == pytest.approx(reference["lc"], abs=1e-4)
+    assert found["lc_standard_error"] == pytest.approx(reference["lc_se"], abs=1e-4)
+    assert ("rows 803 of 805" in out) == (model == "phi-2")
+
+
+def test_length_control_by_hand():
+    """Four rows, d = +9, +9, -9, -9: std(ddof=1) = 9 sqrt(4/3), so t = +-T with T = tanh(sqrt(3)/2).
+
+    Two parameters and two groups of two rows: let s1, s2 be the fitted probabilities at +T, -T, and y1, y2 the means.
+    The derivative by the intercept b: 2 (s1 - y1) + 2 (s2 - y2) + 0.1 sign(b) = 0, by the length weight w:
+    T (2 (s1 - y1) - 2 (s2 - y2)) + 0.1 sign(w) = 0. With y1 = 0.9, y2 = 0.6 both signs are +, so
+    s1 = 0.9 - 0.025 (1 + 1/T), s2 = 0.6 - 0.025 (1 - 1/T), and b = (logit s1 + logit s2) / 2.
+    """
+    y, d, T = np.array([0.9, 0.9, 0.5, 0.7]), np.array([9.0, 9, -9, -9]), math.tanh(math.sqrt(3) / 2)
+    b = (logit(0.9 - 0.025 * (1 + 1 / T)) + logit(0.6 - 0.025 * (1 - 1 / T))) / 2
+    assert alpaca_eval.length_controlled(y, d) == (pytest.approx(100 / (1 + math.exp(-b)), abs=1e-9), None)
+
+
+def test_gamed_rows_have_a_tenth_of_the_weight_and_no_intercept():
+    """Equal lengths leave t = 0. One gamed row with t = 0, difficulty 1, y = 0.8, and four rows with difficulty 0,
+    y = 0.7: the first alone sets w_difficulty: 0.1 (s - 0.8) + 0.1 sign(w) = 0 has no root above 0, so w = 0; of 40
+    such rows 4 (s - 0.8) + 0.1 = 0, s = 0.775. The intercept: 4 (s - 0.7) + 0.1 = 0, s = 0.675. A row of the benchmark
+    with difficulty 0 is then worth 67.5; with difficulty 1 (its preference missing) sigmoid(logit 0.675 + logit 0.775).
+    """
+    y, d, difficulty = np.array([0.7] * 4 + [np.nan]), np.zeros(5), np.array([0.0, 0, 0, 0, 1])
+    at_one = 100 / (1 + math.exp(-logit(0.675) - logit(0.775)))
+    rates = [67.5] * 4 + [at_one]
+    lc, error = alpaca_eval.length_controlled(y, d, difficulty, np.array([[0.8, 0.0, 1.0]] * 40))
+    assert lc == pytest.approx(np.mean(rates), abs=1e-8)
+    assert error == pytest.approx(np.std(rates, ddof=1) / math.sqrt(5), abs=1e-8)
+    lc, _ = alpaca_eval.length_controlled(y, d, difficulty, np.array([[0.8, 0.0, 1.0]]))
+    assert lc == pytest.approx(67.5, abs=1e-8)
+
+
+def test_fit_is_at_the_minimum():
+    """Where w is not 0 the gradient of the loss is -l1 sign(w), where it is 0 it is within l1."""
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        x, y, weight = rng.normal(size=(60, 3)) * [1, 3, 0.02], rng.random(60), rng.random(60)
+        w = alpaca_eval.fit(x, y, weight)
+        gradient = x.T @ (weight * (alpaca_eval.sigmoid(x @ w) - y))
+        assert np.allclose(gradient[w != 0], -0.1 * np.sign(w[w != 0]), atol=1e-8)
+        assert (abs(gradient[w == 0]) <= 0.1 + 1e-8).all()
+
+
+def test_plain_metrics_by_hand():
+    """y = 1, 0.25, 0.5 (a legacy 0), 0.5; one missing. Mean 0.5625; squared deviations 0.19140625 + 0.09765625 + 2 x
+    0.00390625 = 0.296875, over 3, root: 0.31457643; over sqrt(4): 0.15728822. Wins 1, losses 1, ties 2: discrete 50."""
+    rows = [row(p, 4, length, k) for k, (p, length) in enumerate([(2, 3), (1.25, 6), (0, 6), (1.5, 6), (None, 7)])]
+    found = alpaca_eval.alpaca_eval_metrics(rows)
+    assert found["win_rate"] == pytest.approx(56.25) and found["standard_error"] == pytest.approx(15.728822, abs=1e-6)
+    assert [found[key] for key in PLAIN[2:]] == [1, 1, 2, 4, 50, 5]  # 28 characters / 5 = 5.6
+
+
+SHAPES = {
+    "all ties": [row(1.5, 3 + k, 9 - k, k) for k in range(6)],
+    "all wins": [row(2, 3 + k, 9 - k, k) for k in range(6)],
+    "all losses": [row(1, 3 + k, 9 - k, k) for k in range(6)],
+    "equal lengths": [row(1.1 + 0.1 * k, k=k) for k in range(6)],
+    "one row": [row(1.75, 3, 9)],
+    "one tie": [row(1.5, 3, 9)],
+    "separable by length": [row(1 + (k > 2), 10, 4 + 3 * k, k) for k in range(6)],
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("with_difficulty", [True, False])
+def test_degenerate_annotations_have_an_answer(shape, with_difficulty):
+    rows = SHAPES[shape]
+    gamed = np.array([[0.6, 0.5, 0.3], [0.3, -0.5, -0.4]]) if with_difficulty else None
+    found = alpaca_eval.alpaca_eval_metrics(rows, np.linspace(-1, 1, len(rows)) if with_difficulty else None, gamed)
+    lc = found["length_controlled_winrate"]
+    assert 0 < lc < 100 and json.dumps(found, allow_nan=False)
+    if shape in ("all ties", "one tie"):
+        assert found["win_rate"] == 50 and lc == pytest.approx(50, abs=0.5)
+    if shape in ("all wins", "all losses"):
+        assert abs(lc - found["win_rate"]) < 10
+    assert (found["standard_error"] is None) == (len(rows) == 1)
+
+
+def test_the_baseline_itself_has_50_by_construction():
+    rows = [row(1.5, k=k) | {"output_1": "same", "output_2": "same"} for k in range(4)]
+    found = alpaca_eval.alpaca_eval_metrics(rows, np.arange(4.0), np.array([[0.9, 1.0, 2.0]] * 30))
+    assert (found["win_rate"], found["length_controlled_winrate"], found["lc_standard_error"]) == (50, 50, 0)
+
+
+# ---------------------------------------------------------------------------------------------
+# Files
+
+
+def write_gamed(path, count):
+    path.write_text("preference,index,std_delta_len,instruction_difficulty,not_gamed_baseline,model\n" + "".join(
+        f"0.6,{k},{k - 1.5},{k / 10},False,{model}\n" for model in ("verbose", "concise") for k in range(count)))
+    return path
+
+
+def test_annotations_file_to_metrics_file(tmp_path):
+    rows, gamed = [row(1 + k / 7, 9 - k, 3 + 2 * k, k) for k in range(6)], write_gamed(tmp_path / "df_gamed.csv", 8)
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    (tmp_path / "a.json.gz").write_bytes(gzip.compress(json.dumps(rows).encode()))
+    stages.write_rows(tmp_path / "a.jsonl", rows)
+    found = []
+    for k, name in enumerate(("a.json", "a.json.gz", "a.jsonl")):
+        metrics, out = score(tmp_path / name, tmp_path / f"m{k}.json", df_gamed=gamed, name="x", label_share="3 %")
+        assert "rows 6 of 8" in out
+        found.append(metrics)
+    assert found[0] == found[1] == found[2] and found[0]["name"] == "x" and found[0]["gold_labels"] == "3 %"
+    difficulty, table = alpaca_eval.read_gamed(gamed)
+    assert difficulty.tolist() == [k / 10 for k in range(8)] and table.shape == (16, 3)
+    assert table[9].tolist() == [0.6, math.tanh(-0.5), 0.1]
+    lc = "length_controlled_winrate"
+    assert found[0][lc] == alpaca_eval.alpaca_eval_metrics(rows, difficulty[:6], table)[lc]
+    plain, _ = score(tmp_path / "a.json", tmp_path / "plain.json", df_gamed="none")
+    assert plain[lc] == alpaca_eval.alpaca_eval_metrics(rows)[lc]
+
+
+BAD_ANNOTATIONS = {
+    "[": "", "[]": "", "3": "row 1", '{"a": 1}': '"instruction"', json.dumps([row(3)]): "row 1",
+    json.dumps([row(1.5), row("2", k=1)]): "row 2", json.dumps([row(0.5)]): "[1, 2]",
+    json.dumps([row(True) | {"output_1": 3}]): '"output_1"', json.dumps([row(1.5)] * 2): "row 2",
+    json.dumps([row(None)]): "1 rows", json.dumps([row(1.5, k=k) for k in range(4)]): "difficulties of 3"}
+
+
+@pytest.mark.parametrize("content", BAD_ANNOTATIONS)
+def test_bad_annotations_are_one_line(tmp_path, content):
+    (tmp_path / "a.json").write_text(content)
+    error = stages.refused("05_eval", "alpaca-score", tmp_path / "a.json", output=tmp_path / "m.json",
+                           df_gamed=write_gamed(tmp_path / "df_gamed.csv", 3))
+    assert "a.json" in error and BAD_ANNOTATIONS[content] in error
+
+
+def test_bad_files_of_alpaca_score_are_one_line(tmp_path):
+    gamed = write_gamed(tmp_path / "df_gamed.csv", 3)
+    (tmp_path / "a.json").write_text(json.dumps([row(1.5)]))
+    (tmp_path / "b.csv").write_text("preference,index\n1,0\n")
+    (tmp_path / "c.csv").write_text(gamed.read_text().replace("0.6,", "1.6,"))
+    (tmp_path / "d.csv").write_text(gamed.read_text().replace("0.6,1,", "0.6,7,"))
+    (tmp_path / "e.gz").write_bytes(gzip.compress(b"[]")[:-9])
+    for annotations, df_gamed in [*(("a.json", f"{name}.csv") for name in ("none", "b", "c", "d")),
+                                  ("e.gz", "df_gamed.csv"), ("absent.json", "df_gamed.csv")]:
+        error = stages.refused("05_eval", "alpaca-score", tmp_path / annotations, df_gamed=tmp_path / df_gamed,
+                               output=tmp_path / "m.json")
+        assert (df_gamed if annotations == "a.json" else annotations) in error
+
+
+def test_alpaca_sample_writes_model_outputs(tmp_path, pi_init):
+    asked = [{"dataset": "koala", "instruction": text, "output": "o", "generator": "base"}
+             for text in ("the lid is wet .", "please wipe the lid", "a", "my tent", "the lid is wet")]
+    benchmark = tmp_path / "baseline.json"
+    benchmark.write_text(json.dumps(asked))
+    options = {"model": pi_init, "instructions": benchmark, "max_new_tokens": 8, "name": "tiny"}
+    found = [read(stages.run("05_eval", "alpaca-sample", **options, micro_batch_size=size,
+                             output=tmp_path / f"out_{size}.json")) for size in (2, 5)]
+    assert found[0] == found[1]
+    assert [list(r) for r in found[0]] == [["dataset", "instruction", "output", "generator"]] * 5
+    assert [r["instruction"] for r in found[0]] == [r["instruction"] for r in asked]
+    assert {(r["generator"], r["dataset"]) for r in found[0]} == {("tiny", "koala")}
+    assert len({r["output"] for r in found[0]}) > 1
+    benchmark.write_text(json.dumps(asked + asked[:1]))
+    error = stages.refused("05_eval", "alpaca-sample", **options, output=tmp_path / "twice.json")
+    assert "row 6" in error
+
+
+def test_defaults():
+    common = ["--output", "o", "--model", "m"]
+    for words, limit in ((["alpaca-sample", "--instructions", "i"], 2048), (["mt-sample", "--questions", "q"], 1024),
+                         (["sample", "--input", "i"], 300), (["sample", "--input", "i", "--max-new-tokens", "9"], 9)):
+        assert stages.parsed("05_eval", words + common).max_new_tokens == limit
+
+
+# ---------------------------------------------------------------------------------------------
+# The small world in the official format
+
+
+@pytest.fixture(scope="module")
+def evaluated(world, pi_init, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("eval") / "tiny"
+    return stages.run("05_eval", "sample", model=pi_init, input=world / "eval.jsonl", gold=world / "gold.json",
+                      max_new_tokens=12, name="SPA, iteration 1", output=folder)
+
+
+def test_the_worlds_annotations_have_the_worlds_metrics(tmp_path, evaluated):
+    metrics = read(evaluated / "metrics.json")
+    found, _ = score(evaluated / "annotations.json", tmp_path / "m.json", df_gamed="none")
+    for key in PLAIN[:-1] + ["length_controlled_winrate", "name"]:
+        assert found[key] == metrics[key], key
+    responses = stages.rows(evaluated / "responses.jsonl")
+    assert [r["output_2"] for r in read(evaluated / "annotations.json")] == [r["response"] for r in responses]
+    assert [r["preference"] - 1 for r in read(evaluated / "annotations.json")] == [r["preference"] for r in responses]
+
+
+# ---------------------------------------------------------------------------------------------
+# The report
+
+
+def write_metrics(path, name, **figures):
+    path.write_text(json.dumps({"name": name, "gold_labels": figures.pop("gold_labels", "-"), **figures}))
+    return path
+
+
+@pytest.fixture
+def models(tmp_path):
+    def model(k, name, lc, rate, mt):
+        return [write_metrics(tmp_path / f"{k}.json", name, gold_labels="3.3 %", length_controlled_winrate=lc,
+                              win_rate=rate, lc_standard_error=0.3, standard_error=1.1),
+                write_metrics(tmp_path / f"{k}_mt.json", name, mt_bench=mt, mt_bench_turn_1=mt, mt_bench_turn_2=mt,
+                              mt_bench_categories={"writing": mt, "math": 1.0})]
+    return (model(0, "SFT", 7.58, 4.72, 6.34) + model(1, "DPO", 9.03, 7.68, 6.81)
+            + model(2, "SPA, iteration 1", 11.9, 12.9, 6.5) + model(3, "SPA, iteration 2", 16.2, 19.9, 6.9)
+            + model(4, "PairRM, iteration 1", 11.0, 9.0, 6.6))
+
+
+def test_report_has_the_papers_tables(tmp_path, models):
+    stages.run("05_eval", "report", *models, output=tmp_path / "report")
+    blocks = (tmp_path / "report" / "table.md").read_text().split("\n\n")
+    main, lc, rate, mt, categories = [[[cell.strip() for cell in line.strip("|").split("|")]
+                                       for line in block.splitlines()] for block in blocks]
+    assert main[0] == ["Model", "Gold labels", "LC win rate (%)", "Win rate (%)", "MT-Bench (1-10)", "First turn",
+                       "Second turn"]
+    assert [line[0] for line in main[2:]] == ["SFT", "DPO", "SPA, iteration 1", "SPA, iteration 2",
+                                              "PairRM, iteration 1"]
+    assert main[2] == ["SFT", "3.3 %", "7.58", "4.72", "6.34", "6.34", "6.34"]
+    assert lc[0][1:] == ["1", "2"] and lc[2:] == [["SPA", "11.90", "16.20"], ["PairRM", "11.00", "-"]]
+    assert rate[2] == ["SPA", "12.90", "19.90"] and mt[2] == ["SPA", "6.50", "6.90"]
+    assert categories[0][1:] == ["writing", "math"] and categories[2] == ["SFT", "6.34", "1.00"]
+
+
+def test_report_keeps_two_models_of_one_name_apart(tmp_path, models):
+    other = write_metrics(tmp_path / "other.json", "SFT", win_rate=1.0)
+    stages.run("05_eval", "report", *models[:2], other, output=tmp_path / "report")
+    lines = (tmp_path / "report" / "table.md").read_text().split("\n\n")[0].splitlines()
+    assert len(lines) == 4 and "6.34" in lines[2] and lines[3].startswith("| SFT | - |")
+
+
+def test_the_figure(tmp_path, models):
+    """Each method a curve with points at their win rates and bars of their errors, each other model a dashed line."""
+    write_metrics(models[0], "<b>&\x1b", length_controlled_winrate=7.0)  # no win rate, and a name that needs care
+    stages.run("05_eval", "report", *models, output=tmp_path / "report")
+    elements = list(ElementTree.parse(tmp_path / "report" / "report.svg").iter())
+    paths = [element.attrib for element in elements if element.tag.endswith("path")]
+    circles = [element.attrib for element in elements if element.tag.endswith("circle")]
+    labels = [element.text for element in elements if element.tag.endswith("text")]
+    assert sum("stroke-dasharray" in path for path in paths) == 3  # two models, one of them without a win rate
+    assert len(circles) == 6 and len({circle["fill"] for circle in circles}) == 2
+    assert labels[-4:] == ["<b>&", "DPO", "SPA", "PairRM"]
+    assert {"Iteration", "LC win rate (%)", "Win rate (%)", "1", "2"} <= set(labels)
+    # the right one: from 0 at y = 310 to 30 at y = 30, SPA's first point 12.9 +- 1.1
+    assert [(c["cx"], c["cy"]) for c in circles[3:5]] == [("550.0", "189.6"), ("870.0", "124.3")]
+    assert "M550.0,199.9 L550.0,179.3" in [path["d"] for path in paths]
+    assert "M550.0,189.6 L870.0,124.3" in [path["d"] for path in paths]
+
+
+@pytest.mark.parametrize("metrics", [{"name": None}, {"win_rate": "high"}, {"win_rate": 1, "standard_error": [2]},
+                                     {"mt_bench_categories": [1]}, [], 3])
+def test_a_file_without_metrics_is_named(tmp_path, metrics):
+    path = tmp_path / "m.json"
+    path.write_text(json.dumps({"name": "SFT"} | metrics if isinstance(metrics, dict) else metrics))
+    assert str(path) in stages.refused("05_eval", "report", path, output=tmp_path / "report")
+
+
+def test_bad_options_are_one_line(tmp_path, pi_init):
+    bad = tmp_path / "bad.json"
+    bad.write_text('{"a": 1}')
+    for words in (["report", bad], ["report", tmp_path / "none"], ["sample", "--model", pi_init], [], ["rank"],
+                  ["alpaca-sample", "--model", pi_init, "--instructions", bad], ["report", bad, "--gold", bad],
+                  ["mt-sample", "--model", pi_init, "--questions", bad], ["alpaca-judge", bad]):
+        stages.refused("05_eval", *words, output=tmp_path / "out")
+
+
+@pytest.mark.parametrize("words", ["report x", "alpaca-score x --df-gamed none",
+                                   "alpaca-judge x --baseline b --judge-template t --judge-model m",
+                                   "mt-judge x --questions q --judge-prompts p --reference-answers r --judge-model m"])
+def test_commands_of_one_process_refuse_torchrun(tmp_path, words, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert "torchrun" in stages.refused("05_eval", *words.split(), output=tmp_path / "out")

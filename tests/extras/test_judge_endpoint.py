@@ -1,0 +1,293 @@
+"""alpaca-judge asks an OpenAI-compatible endpoint: nothing is lost or asked twice, and the key stays in memory."""
+
+import json
+import logging
+import math
+import time
+from pathlib import Path
+
+import huggingface_hub
+import pytest
+
+import common
+import runs
+import stages
+from chat_server import KEY, prefers_m, says, serving, top_logprobs
+from extras import alpaca_eval, endpoint
+
+N = 12
+TEMPLATE = "Who answered {instruction} better, m: {output_1} or M: {output_2} ?"
+
+
+@pytest.fixture(autouse=True)
+def on_the_loopback(monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)  # the client refuses the loopback as well
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.setattr(endpoint, "PAUSE", 0.01)
+
+
+def write_outputs(path, generator, outputs):
+    path.write_text(json.dumps([{"dataset": "d", "instruction": f"say {k}", "output": text, "generator": generator}
+                                for k, text in enumerate(outputs)]))
+    return path
+
+
+@pytest.fixture
+def pair(tmp_path):
+    (tmp_path / "judge.txt").write_text(TEMPLATE)
+    return [write_outputs(tmp_path / "reference.json", "base", [f"base {k}" for k in range(N)]),
+            write_outputs(tmp_path / "outputs.json", "ours", [f"ours {k}" for k in range(N)])]
+
+
+def command(pair, **options):
+    """The words and options of alpaca-judge for a pair of files, the baseline's first."""
+    given = {"baseline": pair[0], "judge_template": Path(pair[0]).parent / "judge.txt", "judge_model": "judge-1"}
+    return ("05_eval", "alpaca-judge", pair[1]), given | options
+
+
+def judge(server, pair, output, **options):
+    """The annotations."""
+    words, options = command(pair, judge_url=server.url, output=output, **options)
+    return json.loads(stages.run(*words, **options).read_text())
+
+
+def fails(server, pair, output, **options):
+    """The one line."""
+    words, options = command(pair, judge_url=server.url, output=output, **options)
+    return stages.refused(*words, **options)
+
+
+def everything_written(folder):
+    return b"".join(path.read_bytes() for path in folder.rglob("*") if path.is_file())
+
+
+def prefers_ours(request, before):
+    """A judge without a position bias: p = 0.9 for "ours", wherever it is."""
+    text = request["messages"][-1]["content"]
+    return prefers_m(0.9 if text.index("ours") < text.index("base") else 0.1)
+
+
+def test_annotations_in_the_official_format(tmp_path, pair):
+    with serving(prefers_ours) as server:
+        rows = judge(server, pair, tmp_path / "annotations.json")
+    for k, row in enumerate(rows):
+        assert list((row | {"preference": None}).items()) == list({
+            "dataset": "d", "instruction": f"say {k}", "output_1": f"base {k}", "generator_1": "base",
+            "output_2": f"ours {k}", "generator_2": "ours", "annotator": "judge-1", "preference": None}.items())
+    assert [row["preference"] for row in rows] == pytest.approx([1.9] * N)  # in either order shown
+    assert len(server.requests) == N
+    orders = {request["messages"][-1]["content"].index("ours") < request["messages"][-1]["content"].index("base")
+              for request in server.requests}
+    assert orders == {True, False}
+    assert server.requests[0] | {"model": "judge-1", "max_tokens": 1, "logprobs": True,
+                                 "top_logprobs": 5} == server.requests[0]
+
+
+def test_order_follows_the_seed(tmp_path, pair):
+    with serving(lambda request, before: prefers_m(0.8)) as server:  # a judge that looks at the position only
+        a, b, c = ([row["preference"] for row in judge(server, pair, tmp_path / name, seed=seed)]
+                   for name, seed in (("a", 0), ("b", 0), ("c", 1)))
+    assert a == b != c
+    assert {round(p, 9) for p in a} == {1.2, 1.8}
+
+
+def test_preference_of_the_most_likely_tokens():
+    def logs(**p):
+        return [(token, math.log(value)) for token, value in p.items()]
+    assert alpaca_eval.preference_of(logs(m=0.6, M=0.2, other=0.2), False) == pytest.approx(2 - 0.75)
+    assert alpaca_eval.preference_of(logs(m=0.6, M=0.2, other=0.2), True) == pytest.approx(1 + 0.75)
+    for p in (logs(m=0.3, M=0.7), logs(m=0.5), logs(M=1.0)):
+        assert alpaca_eval.preference_of(p, False) + alpaca_eval.preference_of(p, True) == pytest.approx(3)
+    assert alpaca_eval.preference_of(logs(M=0.4, other=0.6), False) == 2  # one of them missing: the other is certain
+    assert alpaca_eval.preference_of(logs(m=0.4, other=0.6), False) == 1
+    assert alpaca_eval.preference_of(logs(other=1.0), False) is None
+
+
+def test_neither_token_is_a_missing_preference_and_identical_outputs_are_a_tie(tmp_path, pair):
+    def respond(request, before):
+        return top_logprobs(("Both", -0.1), ("Neither", -2.0)) if "say 3" in str(request) else prefers_m(0.9)
+    write_outputs(pair[1], "ours", ["base 0"] + [f"ours {k}" for k in range(1, N)])
+    with serving(respond) as server:
+        rows = judge(server, pair, tmp_path / "a.json")
+    assert len(server.requests) == N - 1  # an answer without m and M is one, so it is not asked again
+    assert (rows[0]["preference"], rows[3]["preference"]) == (1.5, None)
+    assert {round(row["preference"], 9) for row in rows[1:3] + rows[4:]} == {1.1, 1.9}
+
+
+TROUBLE = {
+    "rate limited": lambda: (429, '{"error": "slow down"}', {"Retry-After": "0"}),
+    "overloaded": lambda: (503, "busy", {}),
+    "gateway": lambda: (502, "<html>", {"Content-Type": "text/html"}),
+    "not JSON": lambda: (200, "not json", {}),
+    "a list": lambda: (200, "[]", {}),
+    "empty": lambda: (200, "", {}),
+    "no choices": lambda: (200, '{"choices": []}', {}),
+    "no log-probs": lambda: says("m"),
+    "null log-prob": lambda: top_logprobs(("m", None)),
+    "slow": lambda: 1.0,
+}
+
+
+@pytest.mark.parametrize("trouble", TROUBLE)
+def test_what_may_pass_is_asked_again(tmp_path, pair, trouble):
+    def respond(request, before):
+        odd = int(request["messages"][-1]["content"].split("say ")[1].split()[0]) % 2
+        return TROUBLE[trouble]() if odd and not before else prefers_ours(request, before)
+    with serving(respond) as server:
+        rows = judge(server, pair, tmp_path / "a.json", judge_timeout=0.4)
+    assert [row["instruction"] for row in rows] == [f"say {k}" for k in range(N)]
+    assert [row["preference"] for row in rows] == pytest.approx([1.9] * N)
+    assert len(server.requests) == N + N // 2
+
+
+def test_retry_after_is_kept_to(tmp_path, pair):
+    asked = []
+
+    def respond(request, before):
+        asked.append(time.monotonic())
+        return prefers_ours(request, before) if before else (429, "", {"Retry-After": "0.5"})
+    with serving(respond) as server:
+        judge(server, pair, tmp_path / "a.json")
+    assert len(asked) == 2 * N and asked[N] - asked[0] >= 0.5
+
+
+def test_what_fails_is_named_and_only_that_is_asked_for_again(tmp_path, pair):
+    broken = [True]
+
+    def respond(request, before):
+        if broken[0] and ("say 4" in str(request) or "say 7" in str(request)):
+            return 500, '{"error": {"message": "out of order"}}', {}
+        return prefers_ours(request, before)
+
+    with serving(respond) as server:
+        error = fails(server, pair, tmp_path / "a.json", judge_retries=2)
+        assert "2 of 12" in error and "HTTP 500" in error
+        assert len(runs.read_journal(tmp_path / "a.json.partial", "judged")) == N - 2
+        assert len(server.requests) == N - 2 + 2 * 3
+        broken[0] = False
+        server.requests.clear()
+        rows = judge(server, pair, tmp_path / "a.json", judge_retries=0)
+        assert len(server.requests) == 2
+        assert judge(server, pair, tmp_path / "a.json") == rows and len(server.requests) == 2
+    assert [row["instruction"] for row in rows] == [f"say {k}" for k in range(N)]
+    assert [row["preference"] for row in rows] == pytest.approx([1.9] * N)
+
+
+def test_max_requests_of_a_run(tmp_path, pair):
+    with serving(prefers_ours) as server:
+        for asked in (5, 10):
+            assert "--max-requests 5" in fails(server, pair, tmp_path / "a.json", max_requests=5)
+            assert len(server.requests) == asked
+        assert len(judge(server, pair, tmp_path / "a.json", max_requests=5)) == N
+        assert len(server.requests) == N
+    with serving(lambda request, before: (429, "", {"Retry-After": "0"})) as server:
+        fails(server, pair, tmp_path / "b.json", max_requests=7, judge_retries=3)  # retries count
+    assert len(server.requests) == 7
+
+
+def test_what_is_rejected_is_not_asked_again(tmp_path, pair):
+    with serving(lambda request, before: (401, json.dumps({"error": f"wrong key {KEY}"}), {})) as server:
+        error = fails(server, pair, tmp_path / "a.json")
+    assert "HTTP 401" in error and KEY not in error and len(server.requests) == N
+
+    def respond(request, before):
+        return (400, '{"error": "too long"}', {}) if "say 3" in str(request) else prefers_ours(request, before)
+    with serving(respond) as server:
+        error = fails(server, pair, tmp_path / "b.json")
+    assert "1 of 12" in error and "too long" in error and len(server.requests) == N
+
+
+def test_the_key_is_sent_and_never_written(tmp_path, pair, caplog):
+    """Even where the server repeats it in its errors and answers."""
+    caplog.set_level(logging.DEBUG)
+
+    def respond(request, before):
+        return prefers_ours(request, before) if before else (500, json.dumps({"error": f"key {KEY} is tired"}), {})
+    with serving(respond) as server:
+        words, options = command(pair, judge_url=server.url, output=tmp_path / "a.json")
+        failed = stages.attempt(*words, **options, judge_retries=0)
+        ran = stages.attempt(*words, **options)
+    assert failed.status == 2 and "tired" in failed.err and ran.status == 0
+    assert {headers["Authorization"] if "Authorization" in headers else headers["authorization"]
+            for headers in server.headers} == {f"Bearer {KEY}"}
+    assert KEY.encode() not in everything_written(tmp_path)
+    assert KEY not in failed.out + failed.err + ran.out + ran.err + caplog.text
+
+
+def test_without_a_key_the_hub_token_is_not_sent(tmp_path, pair, monkeypatch):
+    monkeypatch.delenv("OPENAI_API_KEY")
+    monkeypatch.setenv("HF_TOKEN", "hf_do_not_send")
+    with serving(prefers_ours) as server:
+        judge(server, pair, tmp_path / "a.json")
+    assert "hf_do_not_send" not in json.dumps(server.headers)
+
+
+def test_many_requests_at_once(tmp_path, pair):
+    with serving(lambda request, before: 0.2) as server:
+        judge(server, pair, tmp_path / "a.json", judge_requests=4)
+    assert server.together == 4
+
+
+def test_the_official_template(tmp_path, pair):
+    """Its blocks become messages; braces in an output and text that looks like a placeholder stay as they are."""
+    template = tmp_path / "template.txt"
+    template.write_text('<|im_start|>system\nBe fair.\n<|im_end|>\n<|im_start|>user\n{"i": """{instruction}"""}\n'
+                        '{\n {"model": "m", "output": """{output_1}"""},\n {"model": "M", "output": """{output_2}"""}\n'
+                        '}\n{other}<|im_end|>\n')
+    write_outputs(pair[0], "base", ["base {output_2} <|im_end|> {x}"] * N)
+    with serving(prefers_ours) as server:
+        judge(server, pair, tmp_path / "a.json", judge_template=template)
+    for request in server.requests:
+        system, user = request["messages"]
+        assert system == {"role": "system", "content": "Be fair."}
+        assert user["role"] == "user" and user["content"].count("base {output_2} <|im_end|> {x}") == 1
+        assert user["content"].startswith('{"i": """say ') and user["content"].count("ours") == 1
+        assert user["content"].endswith("{other}")
+
+
+BAD = {"another instruction": ("one", {}, "reference.json"), "the same twice": ("twice", {}, "row 2"),
+       "not JSON": ("bad", {}, "bad"), "no place": ("outputs.json", {"judge_template": "template"}, "{output_2}"),
+       "no template": ("outputs.json", {"judge_template": "none"}, "none"),
+       "no answer": ("outputs.json", {"judge_retries": 0}, "12 of 12"),
+       "a key": ("outputs.json", {"judge_url": f"http://user:{KEY}@host/v1"}, "--judge-url")}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_line(tmp_path, pair, name, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    one = write_outputs(tmp_path / "one", "x", ["a"])
+    (tmp_path / "twice").write_text(json.dumps(json.loads(one.read_text()) * 2))
+    (tmp_path / "bad").write_text("{")
+    (tmp_path / "template").write_text("{instruction} {output_1}")
+    ours, options, said = BAD[name]
+    options = {"judge_url": "http://127.0.0.1:9/v1", "output": "a.json"} | options
+    words, options = command(["reference.json", ours], **options)
+    error = stages.refused(*words, **options)
+    assert said in error and KEY not in error and KEY.encode() not in everything_written(tmp_path)
+
+
+def test_nothing_is_asked_for_a_file_made_otherwise_or_offline(tmp_path, pair, monkeypatch):
+    (tmp_path / "there").write_text("mine")
+    with serving(prefers_ours) as server:
+        assert "there" in fails(server, pair, tmp_path / "there")
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+        assert "HF_HUB_OFFLINE" in fails(server, pair, tmp_path / "a.json")
+    assert not server.requests
+
+
+def test_a_local_model_by_the_same_log_probs(tmp_path, pair, pi_init, tokenizer, monkeypatch):
+    """Both orders of a prompt, read at its last position; the preference is that of the model's own logits."""
+    monkeypatch.setattr(endpoint, "TOP_LOGPROBS", len(tokenizer))
+    monkeypatch.setattr(alpaca_eval, "preference_of", lambda most_likely, swapped: most_likely)
+    words, options = command(pair, judge_model=pi_init, output=tmp_path / "a.json", micro_batch_size=5)
+    rows = json.loads(stages.run(*words, **options).read_text())
+    model = common.load_model(str(pi_init), "cpu")
+    for row in rows[:3]:
+        swapped = common.uniforms(0, row["instruction"], 0, 1)[0] < 0.5
+        m, big_m = [row["output_1"], row["output_2"]][::-1 if swapped else 1]
+        text = TEMPLATE.format(instruction=row["instruction"], output_1=m, output_2=big_m)
+        ids = tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True,
+                                            return_dict=False, return_tensors="pt")
+        expected = model(input_ids=ids).logits[0, -1].log_softmax(-1)
+        best = expected.argmax()
+        assert row["preference"][0] == [tokenizer.decode([best]), pytest.approx(expected[best].item(), abs=1e-4)]

@@ -1,0 +1,376 @@
+"""--judge and --length-penalty of 03: each judge against an independent computation."""
+
+import json
+import math
+import random
+from argparse import Namespace
+
+import numpy as np
+import pytest
+import torch
+from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, BertConfig,
+                          LlamaConfig, PreTrainedTokenizerFast)
+
+import common
+import runs
+import stages
+from extras import judges, small_world
+from stages import attempt, refused, rows, run, write_rows
+
+stage = stages.load("03_judge")
+
+
+@pytest.fixture(scope="module")
+def responses(pi_0, world, tokenizer, tmp_path_factory):
+    """Pairs of responses of different lengths: random words, and every second one two answers that gold knows."""
+    folder = tmp_path_factory.mktemp("responses")
+    sampled = rows(run("02_generate", model=pi_0, input=world / "prompts_1.jsonl", max_new_tokens=12,
+                       output=folder / "sampled.jsonl"))
+    rng, known = random.Random(0), rows(world / "all_gold.jsonl")
+    for k, row in enumerate(sampled):
+        for y in row["responses"]:
+            y["ids"] = [rng.randrange(6, 90) for _ in range(rng.randint(2, 12))]
+            y["text"] = tokenizer.decode(y["ids"])
+        if k % 2:
+            [pair] = [pair for pair in known if pair["id"] == row["id"]]
+            for y, key in zip(row["responses"], rng.sample(("chosen", "rejected"), 2)):
+                y |= {"text": pair[key], "ids": tokenizer(pair[key]).input_ids + [tokenizer.eos_token_id]}
+    return write_rows(folder / "responses.jsonl", sampled)
+
+
+@pytest.fixture
+def judged(responses, tmp_path_factory):
+    """Start 03 with a judge and its options -> the rows it writes."""
+    def start(judge, **options):
+        output = tmp_path_factory.mktemp("judged") / "out.jsonl"
+        return rows(run("03_judge", **{"judge": judge, "input": responses} | options, output=output))
+    return start
+
+
+def check(sampled, labelled, rewards, name, abs=1e-3):
+    """The labels, p and all else that is not the judge's own, from a reward for each response."""
+    assert {0, 1} == {k for r in rewards for k in (0, 1) if r[k] == max(r)}  # both sides are preferred somewhere
+    for row, judged, r in zip(rows(sampled), labelled, rewards, strict=True):
+        one, two = row["responses"]
+        assert (judged["chosen"], judged["rejected"]) == ((one, two) if r[0] > r[1] else (two, one))
+        assert judged["p"] == pytest.approx(1 / (1 + math.exp(r[1] - r[0])), abs=abs)
+        assert judged["judge"] == name and (judged["id"], judged["prompt"]) == (row["id"], row["prompt"])
+
+
+# ---------------------------------------------------------------------------------------------
+# By a reward model
+
+
+def save_llama(folder, tokenizer, kind=AutoModelForSequenceClassification, **more):
+    """A tiny Llama with a score head, padding with the EOS as the small world does."""
+    torch.manual_seed(1)
+    config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                         num_attention_heads=2, **{"num_labels": 1, "pad_token_id": tokenizer.pad_token_id} | more)
+    kind.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def reward_model(tokenizer, tmp_path_factory):
+    return save_llama(tmp_path_factory.mktemp("reward") / "model", tokenizer, initializer_range=0.3)
+
+
+@torch.no_grad()
+def score_alone(model, ids):
+    """The score of one text, its head applied by hand at the last token that is not the padding's."""
+    last = max(k for k, i in enumerate(ids) if i != model.config.pad_token_id)
+    return model.score(model.model(input_ids=torch.tensor([ids])).last_hidden_state[0, last]).item()
+
+
+@pytest.mark.parametrize("pads", [True, False])
+def test_a_reward_model_scores_each_response_by_itself(judged, responses, reward_model, tokenizer, tmp_path, pads):
+    name = reward_model
+    if not pads:  # then transformers takes one text at a time, and its last token
+        name = save_llama(tmp_path / "model", tokenizer, initializer_range=0.3, pad_token_id=None)
+    model = AutoModelForSequenceClassification.from_pretrained(name)
+    expected = [[score_alone(model, tokenizer.apply_chat_template(
+        row["prompt"] + [{"role": "assistant", "content": y["text"]}], return_dict=False))
+        for y in row["responses"]] for row in rows(responses)]
+    labelled = judged("reward", reward_model=name, micro_batch_size=5)
+    check(responses, labelled, expected, "reward", abs=1e-5)
+    assert [row["scores"] for row in labelled] == [pytest.approx(scores, abs=1e-5) for scores in expected]
+
+
+def test_a_reward_model_without_a_chat_template_reads_a_pair_of_texts(judged, responses, tokenizer, tmp_path):
+    from tokenizers.processors import TemplateProcessing
+    names = ["input_ids", "token_type_ids", "attention_mask"]
+    reader = PreTrainedTokenizerFast.from_pretrained(tokenizer.name_or_path, model_input_names=names)
+    reader.chat_template = None
+    reader.backend_tokenizer.post_processor = TemplateProcessing(
+        single="$A <eos>", pair="$A <eos> $B:1 <bos>:1", special_tokens=[("<eos>", 0), ("<bos>", 1)])
+    torch.manual_seed(2)
+    config = BertConfig(vocab_size=len(reader), hidden_size=32, intermediate_size=48, num_hidden_layers=1,
+                        num_attention_heads=2, initializer_range=0.3, num_labels=1, pad_token_id=0)
+    model = AutoModelForSequenceClassification.from_config(config).eval()
+    model.save_pretrained(tmp_path / "bert")
+    reader.save_pretrained(tmp_path / "bert")
+
+    @torch.no_grad()
+    def score_pair(prompt, text):
+        prompt, text = tokenizer(prompt).input_ids + [0], tokenizer(text).input_ids + [1]
+        return model(input_ids=torch.tensor([prompt + text]),
+                     token_type_ids=torch.tensor([[0] * len(prompt) + [1] * len(text)])).logits.item()
+
+    expected = [[score_pair(row["prompt"][0]["content"], y["text"]) for y in row["responses"]]
+                for row in rows(responses)]
+    check(responses, judged("reward", reward_model=tmp_path / "bert"), expected, "reward", abs=1e-4)
+
+
+@pytest.mark.parametrize("changes", [{"num_labels": 2}, {"kind": AutoModelForCausalLM},
+                                     {"rms_norm_eps": -9e9}])  # a negative number's root: NaN
+def test_a_model_that_does_not_give_one_finite_score_is_refused(responses, tokenizer, tmp_path, changes):
+    model = save_llama(tmp_path / "model", tokenizer, **changes)
+    line = refused("03_judge", judge="reward", reward_model=model, input=responses, output=tmp_path / "out")
+    assert (f"{responses}, id world-" if "rms_norm_eps" in changes else f"{model}: ") in line
+
+
+# ---------------------------------------------------------------------------------------------
+# By an LLM
+
+
+LISTING_1 = """Consider the following conversation between a human and an assistant:
+{prompt}
+Please choose the response that is the most helpful, honest, and harmless.
+Options:
+(A) {one}
+(B) {two}
+The answer is:"""
+
+
+@torch.no_grad()
+def letters(model, tokenizer, prompt, one, two):
+    """log p of A and of B as the answer to Listing 1, from the whole forward pass of one text."""
+    question = LISTING_1.format(prompt=prompt[0]["content"], one=one["text"], two=two["text"])
+    ids = common.prompt_ids(tokenizer, [{"role": "user", "content": question}], "")
+    logp = model(input_ids=torch.tensor([ids])).logits[0, -1].log_softmax(-1)
+    return [logp[tokenizer.convert_tokens_to_ids(letter)].item() for letter in "AB"]
+
+
+@pytest.mark.parametrize("order", ["both", "first"])
+def test_the_llm_s_letters_are_averaged_over_the_orders(judged, responses, pi_0, tokenizer, order):
+    model, expected = AutoModelForCausalLM.from_pretrained(pi_0), []
+    for row in rows(responses):
+        one, two = row["responses"]
+        a, b = letters(model, tokenizer, row["prompt"], one, two)
+        if order == "both":  # the other way about, B stands for y_1
+            b_2, a_2 = letters(model, tokenizer, row["prompt"], two, one)
+            a, b = (a + a_2) / 2, (b + b_2) / 2
+        expected.append([a, b])
+    labelled = judged("llm", judge_model=pi_0, micro_batch_size=3, llm_order=order)
+    check(responses, labelled, expected, "llm", abs=1e-4)
+    assert all(len(row["options"]) == (2 if order == "both" else 1) for row in labelled)
+
+
+def test_position_bias_cancels_in_both_orders():
+    # A is likelier than B by 2 nats wherever it stands; y_2 is better by 0.5
+    options = [[0, 1, -0.5, -2.0], [1, 0, -0.4, -2.9]]
+    one, two = judges.llm_rewards(2, options)
+    assert (one, two) == pytest.approx(((-0.5 - 2.9) / 2, (-2.0 - 0.4) / 2)) and two > one
+    assert judges.llm_rewards(2, options[:1])[0] > judges.llm_rewards(2, options[:1])[1]
+
+
+@pytest.fixture(scope="module")
+def three(pi_0, world, tmp_path_factory):
+    """Three responses to each prompt."""
+    return run("02_generate", model=pi_0, input=world / "prompts_1.jsonl", max_new_tokens=6, samples=3,
+               output=tmp_path_factory.mktemp("three") / "responses.jsonl")
+
+
+def test_of_several_responses_the_llm_is_asked_about_every_pair(pi_0, three, judged):
+    for row, labelled in zip(rows(three), judged("llm", judge_model=pi_0, input=three), strict=True):
+        assert [entry[:2] for entry in labelled["options"]] == [[0, 1], [0, 2], [1, 0], [1, 2], [2, 0], [2, 1]]
+        scores = judges.llm_rewards(3, labelled["options"])
+        assert labelled["chosen"] == row["responses"][scores.index(max(scores))]
+        assert labelled["rejected"] == row["responses"][scores.index(min(scores))]
+
+
+def test_the_judge_s_training_data_ask_what_03_asks(world, tokenizer):
+    seed = {row["id"]: row for row in rows(world / "seed.jsonl")}
+    examples = rows(world / "judge_sft.jsonl")
+    assert len(examples) == 2 * len(seed)
+    for example in examples:
+        row_id, letter = example["id"].rsplit("-", 1)
+        row = seed[row_id]
+        one, two = (row["chosen"], row["rejected"]) if letter == "A" else (row["rejected"], row["chosen"])
+        question = LISTING_1.format(prompt=row["prompt"][0]["content"], one=one, two=two)
+        assert example["prompt"] == [{"role": "user", "content": question}] and example["response"] == letter
+        ids = common.prompt_ids(tokenizer, example["prompt"], "")
+        assert tokenizer.unk_token_id not in ids and len(ids) + 2 <= 256  # the model's positions
+
+
+def test_each_of_several_turns_begins_with_its_role():
+    turns = [{"role": role, "content": text} for role, text in zip(["user", "assistant"] * 2, ["one", "two", "three"])]
+    [message] = judges.judging_prompt(turns, "x", "y")
+    assert "\nuser: one\n\nassistant: two\n\nuser: three\nPlease" in message["content"]
+
+
+def test_a_judge_learns_from_the_seed(world, pi_init, tmp_path):
+    """00_sft.py trains it: after many epochs on the seed it knows the seed's labels, in both orders."""
+    trained = run("00_sft", model=pi_init, input=world / "judge_sft.jsonl", output=tmp_path / "judge", lr=1e-2,
+                  epochs=30, batch_size=8)
+    tokenizer, model = AutoTokenizer.from_pretrained(trained), AutoModelForCausalLM.from_pretrained(trained)
+    right = 0
+    for row in rows(world / "seed.jsonl"):
+        for sign, one, two in ((1, row["chosen"], row["rejected"]), (-1, row["rejected"], row["chosen"])):
+            a, b = letters(model, tokenizer, row["prompt"], {"text": one}, {"text": two})
+            right += sign * (a - b) > 0
+    assert right > 0.9 * 40
+
+
+def test_a_judge_whose_options_are_not_single_tokens_is_refused(responses, tmp_path):
+    judge = tmp_path / "judge"
+    small_world.write_base_model(["x"], Namespace(seed=0, shape="llama"), judge)  # its words are neither A nor B
+    line = refused("03_judge", judge="llm", judge_model=judge, input=responses, output=tmp_path / "out")
+    assert f"{judge}: " in line and "A" in line
+
+
+# ---------------------------------------------------------------------------------------------
+# By gold
+
+
+def test_gold_is_the_small_world_s_judge(judged, responses, world):
+    gold = small_world.read_gold(world / "gold.json")
+    scores = [[small_world.gold_score(gold, row["prompt"], y["text"]) for y in row["responses"]]
+              for row in rows(responses)]
+    labelled = {row["id"]: row for row in judged("gold", gold=world / "gold.json")}
+    for row, (one, two) in zip(rows(responses), scores):
+        if one == two:
+            assert row["id"] not in labelled  # a tie
+        else:
+            assert labelled[row["id"]]["chosen"] == row["responses"][one < two]
+            assert labelled[row["id"]]["scores"] == [one, two]
+    known = {row["id"]: row["chosen"] for row in rows(world / "all_gold.jsonl")}
+    assert sum(row["chosen"]["text"] == known[row["id"]] for row in labelled.values()) >= len(scores) // 2
+
+
+def test_gold_is_a_file_of_labels(judged, responses, tmp_path):
+    labels = [{"id": row["id"], "label": 1 + k % 2} for k, row in enumerate(rows(responses))]
+    write_rows(tmp_path / "labels.jsonl", labels[::-1] + [{"id": "another", "label": 1}])
+    labelled = judged("gold", gold=tmp_path / "labels.jsonl")
+    for row, label, one in zip(rows(responses), labels, labelled, strict=True):
+        assert one["chosen"] == row["responses"][label["label"] - 1]
+
+
+@pytest.mark.parametrize("label, named", [
+    ({"id": "x"}, ':1: the field "label"'), ({"id": "x", "label": 3}, ':1: "label"'),
+    ({"id": "x", "label": True}, ':1: "label"'), ({"id": "x", "label": 1}, "id world-")])
+def test_bad_labels_are_refused(responses, tmp_path, label, named):
+    labels = write_rows(tmp_path / "labels.jsonl", [label])
+    line = refused("03_judge", judge="gold", gold=labels, input=responses, output=tmp_path / "out")
+    assert str(labels) in line and named in line
+
+
+# ---------------------------------------------------------------------------------------------
+# Eq. 13
+
+
+def mean_gap(rewards, lengths, alpha):
+    """The mean of |y_w| - |y_l| over the pairs that carry a preference."""
+    rewards, lengths = np.array(rewards), np.array(lengths)
+    reward, length = (rewards - alpha * lengths) @ [1, -1], lengths @ [1, -1]
+    return (np.sign(reward) * length)[reward != 0].mean()
+
+
+@pytest.mark.parametrize("seed", range(25))
+def test_the_automatic_penalty_makes_chosen_and_rejected_equally_long(seed):
+    rng = np.random.default_rng(seed)
+    count = int(rng.integers(1, 40))
+    lengths = rng.integers(1, 30, (count, 2)).tolist()
+    slope = rng.choice([-0.2, 0.0, 0.2])  # longer ones are worse, or better
+    rewards = [[slope * n + rng.normal() for n in pair] for pair in lengths]
+    if seed % 3 == 0:
+        rewards[0], lengths[0] = [0.25, 0.25], [4, 9]  # a threshold at 0
+    alpha = judges.balancing_penalty(rewards, lengths)
+    best = min(abs(mean_gap(rewards, lengths, a)) for a in [*rng.normal(0, 0.5, 4000), *rng.normal(0, 5, 2000)])
+    assert abs(mean_gap(rewards, lengths, alpha)) <= best + 1e-12
+
+
+def test_equation_13_and_the_automatic_penalty_by_hand():
+    assert stage.penalised([1.5, -2.0], [10, 20], 0.1) == [0.5, -4.0]
+    # thresholds (r_1 - r_2) / (|y_1| - |y_2|): 1 / 2 = 0.5; 3 / 1 = 3; -1 / -4 = 0.25, of sizes 2, 1, 4
+    # gap below 0.25: 7; to 0.5: 2 + 1 - 4 = -1; to 3: 1 - 6 = -5; above: -7. So between 0.25 and 0.5.
+    assert judges.balancing_penalty([[1, 0], [3, 0], [0, 1]], [[3, 1], [2, 1], [1, 5]]) == 0.375
+    # without need of one it is 0: thresholds -1 and 2, of the same size
+    assert judges.balancing_penalty([[-1, 0], [2, 0]], [[2, 1], [2, 1]]) == 0.0
+    assert judges.balancing_penalty([[-1, 0], [2, 0]], [[3, 3], [1, 1]]) == 0.0
+
+
+FIT = {"init": ["model", "init_model"], "previous": ["model", "ref_model"], "none": ["model"],
+       "reward": ["reward_model"], "llm": ["judge_model"], "gold": ["gold"]}
+
+
+@pytest.fixture
+def options_of(responses, pi_0, pi_init, reward_model, world):
+    """{judge: options that work, without --output}"""
+    values = {"model": pi_0, "init_model": pi_init, "ref_model": pi_init, "reward_model": reward_model,
+              "judge_model": pi_0, "gold": world / "gold.json"}
+    return {name: {"judge": name, "input": responses, "micro_batch_size": 4} | {key: values[key] for key in FIT[name]}
+            for name in FIT}
+
+
+@pytest.mark.parametrize("penalty", [0.05, -0.02, "auto"])
+def test_the_penalty_goes_with_every_judge(judged, responses, options_of, penalty):
+    rewards_of = {"init": lambda row: stage.implicit_rewards(row["logps"]["policy"], row["logps"]["ref"], 0.1),
+                  "none": lambda row: [0.1 * logp for logp in row["logps"]["policy"]],
+                  "llm": lambda row: judges.llm_rewards(2, row["options"]), "reward": lambda row: row["scores"]}
+    lengths = [[len(y["ids"]) for y in row["responses"]] for row in rows(responses)]
+    for name in rewards_of:
+        labelled = judged(**options_of[name], length_penalty=penalty)
+        rewards = list(map(rewards_of[name], labelled))
+        alpha = judges.balancing_penalty(rewards, lengths) if penalty == "auto" else penalty
+        rewards = [[a - alpha * b for a, b in zip(*pair)] for pair in zip(rewards, lengths)]
+        check(responses, labelled, rewards, name, abs=1e-9)
+
+
+def test_the_penalty_that_was_chosen_is_printed(responses, pi_0, tmp_path):
+    counts = {}
+    for penalty in ("auto", 0):
+        output = tmp_path / f"out_{penalty}"
+        ran = attempt("03_judge", judge="none", model=pi_0, input=responses, length_penalty=penalty, output=output)
+        counts[penalty] = json.loads(runs.args_path(output).read_text())["counts"]
+        assert f"length penalty {counts[penalty]['length penalty']}" in ran.out
+    longer = "mean extra tokens of the chosen response"
+    assert abs(counts["auto"][longer]) < abs(counts[0][longer])
+
+
+@pytest.mark.parametrize("penalty", ["nan", "inf", "much", "auto"])
+def test_a_penalty_is_a_number_or_for_two_responses_auto(three, tmp_path, penalty):
+    line = refused("03_judge", length_penalty=penalty, model="a", init_model="b", input=three, output=tmp_path / "out")
+    assert "--length-penalty" in line and (penalty != "auto" or f"{three}: " in line)
+
+
+@pytest.mark.parametrize("name", FIT)
+def test_a_model_of_another_judge_is_refused_and_what_a_judge_needs_is_asked_for(tmp_path, name):
+    for key in {key for keys in FIT.values() for key in keys}:  # one more than it takes, or one less
+        given = dict.fromkeys({*FIT[name]} ^ {key}, "x")
+        line = refused("03_judge", judge=name, input="x", output=tmp_path / "out", **given)
+        assert "--" + key.replace("_", "-") in line and f"--judge {name}" in line
+
+
+def test_two_processes_write_the_same_bytes_which_04_reads(options_of, pi_0, tmp_path):
+    names = [name for name in FIT if name != "init"]
+    ran = stages.run_ranks(tmp_path, *(("03_judge", options_of[name] | {"output": tmp_path / name}) for name in names))
+    assert all(rank.status == 0 for ranks in ran for rank in ranks), ran
+    for name in names:
+        one = run("03_judge", **options_of[name], output=tmp_path / f"{name}_alone")
+        assert one.read_bytes() == (tmp_path / name).read_bytes(), name
+        run("04_refined_dpo", model=pi_0, input=one, output=tmp_path / f"pi_{name}")
+
+
+@pytest.mark.parametrize("name", ["previous", "none", "reward", "llm"])
+def test_what_is_finished_is_not_computed_again(options_of, tmp_path, monkeypatch, name):
+    journals = []
+    for _ in range(2):  # stopped at the end, and started again
+        with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+            patch.setattr(runs, "close_output", lambda *_: 1 / 0)
+            run("03_judge", **options_of[name], output=tmp_path / "stopped")
+        journals.append({path: path.read_text().split() for path in tmp_path.glob("stopped.partial/*.0.jsonl")})
+    assert journals[0] == journals[1] and len(journals[0]) == (2 if name == "previous" else 1)
+    whole = run("03_judge", **options_of[name], output=tmp_path / "whole")
+    assert run("03_judge", **options_of[name], output=tmp_path / "stopped").read_bytes() == whole.read_bytes()

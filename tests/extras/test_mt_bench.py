@@ -1,0 +1,200 @@
+"""MT-Bench: FastChat's files, read back by field; ratings; the means."""
+
+import json
+import re
+
+import huggingface_hub
+import pytest
+
+import common
+import stages
+from chat_server import KEY, says, serving
+from extras import endpoint, mt_bench
+from stages import write_rows
+
+REFERENCE_ANSWERS = {103: ["103 first right", "103 second right"]}
+QUESTIONS = [(101, "writing"), (102, "stem"), (103, "math"), (104, "extraction")]
+
+
+@pytest.fixture
+def questions(tmp_path):
+    return write_rows(tmp_path / "question.jsonl", [{"question_id": k, "category": category, "turns": [
+        "the lid is wet .", "and now ?"]} for k, category in QUESTIONS])
+
+
+@pytest.fixture
+def judge_options(tmp_path, questions, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.setattr(endpoint, "PAUSE", 0.01)
+    prompts = write_rows(tmp_path / "judge_prompts.jsonl", [
+        {"name": name, "system_prompt": f"of {name}", "prompt_template": template} for name, template in {
+            "single-v1": "one {question} | {answer}", "single-math-v1": "math {question} | {ref_answer_1} | {answer}",
+            "single-v1-multi-turn": "two {question_1} | {answer_1} | {question_2} | {answer_2}",
+            "single-math-v1-multi-turn": "math two {ref_answer_1} | {ref_answer_2} | {question_1} | {answer_1} | "
+                                         "{question_2} | {answer_2}"}.items()])
+    references = write_rows(tmp_path / "gpt-4.jsonl", [
+        {"question_id": k, "choices": [{"index": 0, "turns": turns}]} for k, turns in REFERENCE_ANSWERS.items()])
+    return {"questions": questions, "judge_prompts": prompts, "reference_answers": references,
+            "judge_model": "org/gpt-x", "output": tmp_path / "bench"}
+
+
+def write_answers(tmp_path, model):
+    return write_rows(tmp_path / f"{model}.jsonl", [
+        {"question_id": k, "answer_id": "a", "model_id": model, "tstamp": 0.0, "choices": [
+            {"index": 0, "turns": [f"{model} {k} first {{answer_2}}", f"{model} {k} second"]}]} for k, _ in QUESTIONS])
+
+
+def judge(answers, server, options):
+    """mt-judge, which must succeed -> the rows of the file of judgments."""
+    stages.run("05_eval", "mt-judge", answers, judge_url=server.url, **options)
+    return stages.rows(options["output"] / "model_judgment" / "gpt-x_single.jsonl")
+
+
+def test_answers_of_two_turns(tmp_path, questions, pi_init, tokenizer, monkeypatch):
+    asked, said, original = [], set(), common.sample_responses
+
+    def sample_responses(model, prompts, u, temperature, max_new_tokens, eos):
+        asked.extend((temperature, max_new_tokens, prompt) for prompt in prompts)
+        sampled = original(model, prompts, u, temperature, min(12, max_new_tokens), eos)
+        said.update(tokenizer.decode(ids, skip_special_tokens=True).strip() for [(ids, _)] in sampled)
+        return sampled
+
+    monkeypatch.setattr(common, "sample_responses", sample_responses)
+    stages.run("05_eval", "mt-sample", model=pi_init, questions=questions, output=tmp_path / "bench")
+    rows = stages.rows(tmp_path / "bench" / "model_answer" / "pi_init.jsonl")
+    assert [row["question_id"] for row in rows] == [101, 102, 103, 104]
+    for row in rows:
+        assert set(row) == {"question_id", "answer_id", "model_id", "choices", "tstamp"}
+        assert row["model_id"] == "pi_init" and row["tstamp"] > 1e9
+        [choice] = row["choices"]
+        assert choice["index"] == 0 and len(choice["turns"]) == 2 and all(isinstance(t, str) for t in choice["turns"])
+        assert set(choice["turns"]) <= said
+        second = tokenizer.apply_chat_template(
+            [{"role": "user", "content": "the lid is wet ."}, {"role": "assistant", "content": choice["turns"][0]},
+             {"role": "user", "content": "and now ?"}], add_generation_prompt=True, return_dict=False)
+        assert second in [prompt for _, _, prompt in asked]
+    assert len({row["answer_id"] for row in rows}) == 4
+    assert sorted(t for t, *_ in asked) == [0, 0, 0, 0, 0.1, 0.1, 0.7, 0.7]
+    assert {n for _, n, _ in asked} == {1024}
+
+
+def test_temperatures_and_rating():
+    assert mt_bench.TEMPERATURES == {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1}
+    for text, score in [("Rating: [[5]]", 5), ("[[7.5]] then [[2]]", 7.5), ("no rating", -1), ("[[rating]]", -1),
+                        ("Rating: [8]", 8), ("[1] is cited, [[3]]", 3), ("", -1)]:
+        assert mt_bench.read_rating(text) == score
+
+
+def test_summary_by_hand():
+    """First turn (8 + 4) / 2 = 6, second turn 3 (the -1 is left out), all valid rows (8 + 4 + 3) / 3 = 5."""
+    rows = [{"question_id": 1, "turn": 1, "score": 8.0}, {"question_id": 1, "turn": 2, "score": -1},
+            {"question_id": 2, "turn": 1, "score": 4.0}, {"question_id": 2, "turn": 2, "score": 3.0}]
+    found = mt_bench.mt_bench_metrics(rows, {1: "math", 2: "writing"})
+    assert found == {"mt_bench": 5.0, "mt_bench_turn_1": 6.0, "mt_bench_turn_2": 3.0, "n_judged": 4,
+                     "n_without_rating": 1, "mt_bench_categories": {"writing": 3.5, "math": 8.0}}
+    assert list(found["mt_bench_categories"]) == ["writing", "math"]  # in Figure 5a's order
+    none = mt_bench.mt_bench_metrics([{"question_id": 1, "turn": 1, "score": -1}], {1: "math"})
+    assert none["mt_bench"] is None and none["mt_bench_turn_2"] is None
+
+
+def respond(request, before):
+    """Rates 10 the first turns of 101, nothing those of 102, 4 what else there is."""
+    text = request["messages"][1]["content"]
+    return says("Fine. Rating: [[10]]" if " 101 " in text and text.startswith("one") else
+                "no idea" if " 102 " in text and text.startswith("one") else "Rating: [[4]]")
+
+
+def test_judgments_and_scores(tmp_path, judge_options):
+    with serving(respond) as server:
+        rows = judge(write_answers(tmp_path, "ours"), server, judge_options)
+        assert {(r["model"], r["temperature"], r["max_tokens"]) for r in server.requests} == {("org/gpt-x", 0, 2048)}
+        assert all("logprobs" not in r for r in server.requests) and len(server.requests) == 8
+        systems = {r["messages"][1]["content"]: r["messages"][0] for r in server.requests}
+    assert [(row["question_id"], row["turn"]) for row in rows] == [(k, t) for k, _ in QUESTIONS for t in (1, 2)]
+    for row in rows:
+        assert list(row) == ["question_id", "model", "judge", "user_prompt", "judgment", "score", "turn", "tstamp"]
+        assert row["model"] == "ours" and row["tstamp"] > 1e9 and systems[row["user_prompt"]]["role"] == "system"
+    assert rows[0]["judge"] == ["org/gpt-x", "single-v1"]
+    assert rows[0]["user_prompt"] == "one the lid is wet . | ours 101 first {answer_2}"
+    assert rows[0]["judgment"] == "Fine. Rating: [[10]]"
+    assert systems[rows[0]["user_prompt"]]["content"] == "of single-v1"
+    assert rows[1]["judge"][1] == "single-v1-multi-turn"
+    assert rows[1]["user_prompt"] == "two the lid is wet . | ours 101 first {answer_2} | and now ? | ours 101 second"
+    assert rows[4]["judge"][1] == "single-math-v1" and "103 first right" in rows[4]["user_prompt"]
+    assert rows[5]["judge"][1] == "single-math-v1-multi-turn" and "103 second right" in rows[5]["user_prompt"]
+    assert [row["score"] for row in rows] == [10, 4, -1, 4, 4, 4, 4, 4]
+    scores = json.loads((tmp_path / "bench" / "model_score" / "ours_gpt-x.json").read_text())
+    assert scores["mt_bench"] == pytest.approx(34 / 7) and scores["mt_bench_turn_1"] == 6
+    assert scores["mt_bench_turn_2"] == 4 and scores["n_without_rating"] == 1
+    assert scores["mt_bench_categories"] == {"writing": 7.0, "math": 4.0, "extraction": 4.0, "stem": 4.0}
+    assert KEY.encode() not in b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+
+
+def test_a_second_model_joins_the_file_and_a_model_judged_again_replaces_its_judgments(tmp_path, judge_options):
+    with serving(respond) as server:
+        ours, both = (judge(write_answers(tmp_path, model), server, judge_options) for model in ("ours", "theirs"))
+        assert [row["model"] for row in both] == ["ours"] * 8 + ["theirs"] * 8
+        answers = tmp_path / "ours.jsonl"
+        answers.write_text(answers.read_text().replace("101 first", "101 another"))
+        error = stages.refused("05_eval", "mt-judge", answers, judge_url=server.url, **judge_options)
+        assert "ours_gpt-x.json" in error and "--answers" in error and len(server.requests) == 16
+        (tmp_path / "bench" / "model_score" / "ours_gpt-x.json").unlink()
+        again = judge(answers, server, judge_options)
+    assert again[:8] == both[8:] and [row["model"] for row in again[8:]] == ["ours"] * 8
+    assert "101 another" in again[8]["user_prompt"] and len(server.requests) == 24
+
+
+def test_a_stopped_run_resumes(tmp_path, judge_options):
+    answers = write_answers(tmp_path, "ours")
+    with serving(respond) as server:
+        ran = stages.attempt("05_eval", "mt-judge", answers, judge_url=server.url, max_requests=3, **judge_options)
+        assert ran.status == 2 and "--max-requests 3" in ran.err and ran.err.count("\n") == 1
+        assert not (tmp_path / "bench" / "model_judgment").exists()
+        assert len(judge(answers, server, judge_options | {"max_requests": 5})) == 8 == len(server.requests)
+
+
+def test_a_local_judge_writes_judgments(tmp_path, judge_options, pi_init, monkeypatch):
+    monkeypatch.setattr(endpoint, "MAX_TOKENS", 9)
+    stages.run("05_eval", "mt-judge", write_answers(tmp_path, "ours"), **judge_options | {"judge_model": pi_init})
+    rows = stages.rows(tmp_path / "bench" / "model_judgment" / "pi_init_single.jsonl")
+    assert len(rows) == 8 and all(row["judgment"] and row["score"] == -1 for row in rows)
+
+
+def test_bad_input_is_one_line(tmp_path, judge_options, questions, pi_init):
+    answers = write_answers(tmp_path, "ours")
+    short = write_rows(tmp_path / "short.jsonl", stages.rows(answers)[:2])
+    one_turn = write_rows(tmp_path / "one_turn.jsonl", [{"question_id": 1, "category": "math", "turns": ["a"]}])
+    no_prompt = write_rows(tmp_path / "no_prompt.jsonl", stages.rows(judge_options["judge_prompts"])[:1])
+    for words, changes, said in [
+            (["mt-judge", short], {}, "question 103"),
+            (["mt-judge", answers], {"reference_answers": None}, "--reference-answers"),
+            (["mt-judge", answers], {"judge_model": None}, "--judge-model"),
+            (["mt-judge", answers], {"judge_prompts": no_prompt}, "single-v1-multi-turn"),
+            (["mt-judge", answers, answers], {}, "ours.jsonl"),
+            (["mt-judge", answers], {"questions": one_turn}, "one_turn.jsonl, row 1"),
+            (["mt-sample", "--model", pi_init, "--questions", one_turn], None, "one_turn.jsonl, row 1"),
+            (["mt-sample", "--model", pi_init, "--questions", tmp_path / "none"], None, "none")]:
+        options = {} if changes is None else judge_options | {"judge_url": "http://127.0.0.1:9/v1"} | changes
+        options = {key: value for key, value in options.items() if value} | {"output": tmp_path / "bench"}
+        assert said in stages.refused("05_eval", *words, **options)
+
+
+def test_the_benchmarks_own_files(tmp_path, judge_options):
+    """The 80 questions and the official judging prompts: every prompt filled, references for 30 questions."""
+    folder = stages.ROOT.parent / "shared" / "data" / "mt_bench"
+    if not folder.exists():
+        pytest.skip("needs MT-Bench's files in ../shared/data/mt_bench")
+    questions = stages.rows(folder / "question.jsonl")
+    answers = write_rows(tmp_path / "m.jsonl", [{"question_id": row["question_id"], "choices": [
+        {"index": 0, "turns": ["first answer", "second answer"]}]} for row in questions])
+    with serving(lambda request, before: says("[[6]]")) as server:
+        rows = judge(answers, server, judge_options | {
+            "questions": folder / "question.jsonl", "judge_prompts": folder / "judge_prompts.jsonl",
+            "reference_answers": folder / "reference_answer_gpt-4.jsonl"})
+    assert len(rows) == 160 and sum("-math" in row["judge"][1] for row in rows) == 60
+    names = r"\{(question|answer|ref_answer)(_[12])?\}"
+    assert not any(re.search(names, row["user_prompt"]) for row in rows)
+    assert all("first answer" in row["user_prompt"] for row in rows)
+    scores = json.loads((tmp_path / "bench" / "model_score" / "m_gpt-x.json").read_text())
+    assert len(scores["mt_bench_categories"]) == 8 and scores["mt_bench"] == 6

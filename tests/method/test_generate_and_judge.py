@@ -1,0 +1,182 @@
+"""02 samples and 03 labels: the files they write, against what they read."""
+
+import json
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import AutoModelForCausalLM
+
+import common
+from conftest import save_tiny
+from stages import digest, refused, rows, run, write_rows
+
+
+@pytest.fixture(scope="module")
+def sampler(tokenizer, tmp_path_factory):
+    """A model whose generation config names many end tokens, so that a few responses end before the limit."""
+    folder = save_tiny(tmp_path_factory.mktemp("sampler") / "model", tokenizer, noise=0.02)
+    config = {"eos_token_id": [tokenizer.eos_token_id, *range(40, 60)]}
+    (folder / "generation_config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def generate(sampler, world, tmp_path_factory):
+    def start(**options):
+        return run("02_generate", **dict(model=sampler, input=world / "prompts_1.jsonl", max_new_tokens=10,
+                                         output=tmp_path_factory.mktemp("out") / "responses.jsonl") | options)
+    return start
+
+
+@pytest.fixture(scope="module")
+def responses(generate):
+    return generate()
+
+
+def record(output):
+    return json.loads(output.with_name(output.name + ".args.json").read_text())
+
+
+# ---------------------------------------------------------------------------------------------
+# 02
+
+
+def test_02_writes_two_different_responses_per_prompt_in_the_order_of_the_prompts(responses, world, tokenizer):
+    prompts = rows(world / "prompts_1.jsonl")
+    for prompt, row in zip(prompts, rows(responses), strict=True):
+        assert list(row) == ["id", "prompt", "prompt_ids", "responses"]
+        assert (row["id"], row["prompt"]) == (prompt["id"], prompt["prompt"])
+        assert row["prompt_ids"] == common.prompt_ids(tokenizer, row["prompt"], "")
+        one, two = row["responses"]
+        assert one["ids"] != two["ids"]
+        for y in (one, two):
+            assert y["text"] == tokenizer.decode(y["ids"], skip_special_tokens=True).strip()
+            assert y["finish"] in ("eos", "length")
+
+
+def test_02_gives_the_same_whatever_the_batches_and_another_with_another_seed(responses, generate):
+    assert digest(generate(micro_batch_size=3)) == digest(responses)
+    one, two = rows(responses), rows(generate(seed=1))
+    assert sum(a["responses"] != b["responses"] for a, b in zip(one, two)) > len(one) / 2
+
+
+def test_02_samples_a_prompt_alike_in_another_file(responses, generate, world, tmp_path):
+    some = rows(world / "prompts_1.jsonl")[::-3]
+    again = {row["id"]: row for row in rows(generate(input=write_rows(tmp_path / "some.jsonl", some)))}
+    assert len(again) == len(some)
+    assert all(row == again[row["id"]] for row in rows(responses) if row["id"] in again)
+
+
+def test_02_counts_what_it_does_with_responses_that_hit_the_limit(responses, generate, tokenizer):
+    opened, dropped = rows(generate(on_length_limit="open")), generate(on_length_limit="drop")
+    ours, theirs = ([y for row in prompts for y in row["responses"]] for prompts in (rows(responses), opened))
+    cut = [y for y in theirs if y["finish"] == "length"]
+    assert 0 < len(cut) < len(theirs) and all(len(y["ids"]) == 10 for y in cut)
+    # eos: an EOS is added to those only; open: they stay as they are
+    for one, other in zip(ours, theirs, strict=True):
+        added = [tokenizer.eos_token_id] if other["finish"] == "length" else []
+        assert one == {**other, "ids": other["ids"] + added}
+    # drop: only prompts with both responses finished are left
+    whole = [row for row in opened if all(y["finish"] == "eos" for y in row["responses"])]
+    assert rows(dropped) == whole and 0 < len(whole) < len(opened)
+    counts = record(dropped)["counts"]
+    assert (counts["prompts read"], counts["responses at the length limit"]) == (len(opened), len(cut))
+    assert (counts["prompts kept"], counts["prompts dropped for them"]) == (len(whole), len(opened) - len(whole))
+
+
+def test_02_drops_and_counts_long_prompts(generate, responses):
+    lengths = sorted(len(row["prompt_ids"]) for row in rows(responses))
+    output = generate(max_prompt_length=lengths[5])
+    left = [row for row in rows(responses) if len(row["prompt_ids"]) <= lengths[5]]
+    assert rows(output) == left and 0 < len(left) < len(lengths)
+    assert record(output)["counts"]["dropped as too long"] == len(lengths) - len(left)
+
+
+def test_02_takes_more_than_two_samples(generate, responses):
+    for three, two in zip(rows(generate(samples=3)), rows(responses), strict=True):
+        assert three["responses"][:2] == two["responses"] and len(three["responses"]) == 3
+
+
+# ---------------------------------------------------------------------------------------------
+# 03
+
+
+@pytest.fixture
+def judged(responses, sampler, pi_init, tmp_path):
+    """Start 03 with these options -> its output."""
+    def start(name="out", **options):
+        options = dict(model=sampler, init_model=pi_init, input=responses) | options
+        return run("03_judge", **options, output=tmp_path / name)
+    return start
+
+
+@torch.no_grad()
+def logp(model, prompt, response):
+    logits = model(input_ids=torch.tensor([prompt + response])).logits[0, len(prompt) - 1:-1]
+    return -F.cross_entropy(logits, torch.tensor(response), reduction="sum").item()
+
+
+@pytest.mark.parametrize("judge, ref", [("init", "init_model"), ("previous", "ref_model"), ("none", None)])
+def test_03_labels_by_equations_7_and_8(responses, sampler, pi_init, tmp_path, judge, ref):
+    models = {"policy": AutoModelForCausalLM.from_pretrained(sampler)}
+    if ref:
+        models["ref"] = AutoModelForCausalLM.from_pretrained(pi_init)
+    output = run("03_judge", judge=judge, model=sampler, input=responses, beta=0.3, output=tmp_path / "out",
+                 **{ref: pi_init} if ref else {})
+    first = longer = 0
+    for row, labelled in zip(rows(responses), rows(output), strict=True):
+        y = row["responses"]
+        logps = {name: [logp(model, row["prompt_ids"], y[k]["ids"]) for k in (0, 1)] for name, model in models.items()}
+        assert labelled["logps"] == {name: pytest.approx(values, abs=1e-3) for name, values in logps.items()}
+        ratios = [a - b for a, b in zip(logps["policy"], logps.get("ref", [0, 0]))]
+        p = 1 / (1 + math.exp(-0.3 * (ratios[0] - ratios[1])))
+        assert labelled["p"] == pytest.approx(p, abs=1e-3)
+        w, l = (0, 1) if p > 0.5 else (1, 0)
+        assert (labelled["chosen"], labelled["rejected"]) == (y[w], y[l])
+        assert labelled["judge"] == judge and all(labelled[key] == row[key] for key in ("id", "prompt", "prompt_ids"))
+        first, longer = first + (w == 0), longer + len(y[w]["ids"]) - len(y[l]["ids"])
+    assert 0 < first < len(rows(output))
+    counts = record(output)["counts"]
+    assert counts["pairs with the first response chosen"] == first
+    assert counts["mean extra tokens of the chosen response"] == pytest.approx(longer / counts["pairs"], abs=1e-3)
+
+
+def test_03_scores_a_model_against_itself_with_p_one_half(responses, sampler, tmp_path):
+    # every pair is a tie then, which the line says, and nothing is written
+    line = refused("03_judge", model=sampler, init_model=sampler, input=responses, output=tmp_path / "out")
+    assert f"{responses}: " in line and f": {len(rows(responses))}" in line and "--init-model" in line
+
+
+def test_03_drops_and_counts_identical_responses(responses, judged, tmp_path):
+    sampled = rows(responses)
+    sampled[0]["responses"][1] = sampled[0]["responses"][0]
+    sampled[2]["responses"] = [sampled[2]["responses"][1]] * 3
+    path = write_rows(tmp_path / "in.jsonl", sampled)
+    output = judged(input=path)
+    assert [row["id"] for row in rows(output)] == [row["id"] for k, row in enumerate(sampled) if k not in (0, 2)]
+    counts = record(output)["counts"]
+    assert counts["dropped for identical responses"] == 2 and counts["pairs"] == len(sampled) - 2
+
+
+@pytest.mark.parametrize("samples", [3, 4])
+def test_03_pairs_the_best_with_the_worst(generate, judged, samples):
+    sampled = generate(samples=samples)
+    middle = 0
+    for row, labelled in zip(rows(sampled), rows(judged(input=sampled)), strict=True):
+        ratios = [a - b for a, b in zip(labelled["logps"]["policy"], labelled["logps"]["ref"], strict=True)]
+        assert len(ratios) == samples
+        best, worst = ratios.index(max(ratios)), ratios.index(min(ratios))
+        assert (labelled["chosen"], labelled["rejected"]) == (row["responses"][best], row["responses"][worst])
+        assert (labelled["p"] > 0.5) == (best < worst)
+        margin = 0.1 * (ratios[best] - ratios[worst])
+        assert abs(2 * labelled["p"] - 1) == pytest.approx(math.tanh(margin / 2), abs=1e-6)
+        middle += {best, worst} != {0, 1}
+    assert middle > 0
+
+
+def test_03_gives_the_same_labels_whatever_the_batches(judged):
+    one, two = (rows(judged(f"out_{size}", micro_batch_size=size)) for size in (1, 16))
+    assert [row["chosen"] for row in one] == [row["chosen"] for row in two]
+    assert [row["p"] for row in one] == pytest.approx([row["p"] for row in two], abs=1e-5)

@@ -1,0 +1,241 @@
+"""00_inputs: the seed and the prompt sets, from a person's file, from UltraFeedback and from the small world."""
+
+import json
+
+import pytest
+
+import common
+import runs
+import stages
+from conftest import WORLD
+from extras import small_world
+from stages import digest, refused, rows, run
+
+NAMES = ["seed", "prompts_1", "prompts_2", "eval"]
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def assistant(text):
+    return {"role": "assistant", "content": text}
+
+
+TALK = [{"role": "system", "content": "be brief"}, user("name a fish"), assistant("eel"), user("another")]
+PERSON = [  # the same kinds of rows that people have
+    {"prompt": "text 0", "chosen": "good 0", "rejected": "bad 0"},
+    {"prompt": [user("text 1")], "chosen": [user("text 1"), assistant("good 1")],
+     "rejected": [user("text 1"), assistant("bad 1")]},
+    {"chosen": [user("text 2"), assistant("good 2")], "rejected": [user("text 2"), assistant("bad 2")]},
+    {"prompt": TALK, "chosen": [assistant("good 3")], "rejected": "bad 3"},
+    {"chosen": TALK + [assistant("good 4"), user("and 4"), assistant("good 4")],
+     "rejected": TALK + [assistant("good 4"), user("and 4"), assistant("bad 4")]},
+    {"prompt": "text 5\n", "chosen": "text 5\ngood 5", "rejected": "text 5\n bad 5"}]
+PROMPTS = [[user("text 0")], [user("text 1")], [user("text 2")], TALK,
+           TALK + [assistant("good 4"), user("and 4")], [user("text 5\n")]]
+
+
+def write(path, rows):
+    """As JSON Lines, JSON or Parquet, by the name's end."""
+    if path.suffix == ".jsonl":
+        return stages.write_rows(path, rows)
+    if path.suffix == ".json":
+        path.write_text(json.dumps(rows))
+    else:
+        from datasets import Dataset
+        Dataset.from_list(rows).to_parquet(path)
+    return path
+
+
+def made(folder, name):
+    return rows(folder / f"{name}.jsonl")
+
+
+def lengths(folder):
+    return [len(made(folder, name)) for name in NAMES]
+
+
+def by_prompt(folder, name):
+    return {json.dumps(row["prompt"]): row for row in made(folder, name)}
+
+
+def sizes(*values, **more):
+    seed_size, *prompt_sizes, eval_size = values
+    return dict(seed_size=seed_size, prompt_sizes=prompt_sizes, eval_size=eval_size) | more
+
+
+# ---------------------------------------------------------------------------------------------
+# A person's file
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "json"])
+def test_a_prompt_is_read_from_strings_and_messages_and_split_off_the_answers(tmp_path, kind):
+    source = write(tmp_path / f"mine.{kind}", PERSON + [{"prompt": "a prompt without labels"}])
+    output = run("00_inputs", source=source, **sizes(6, 1, 0), output=tmp_path / "out")
+    seed = {row["chosen"]: row for row in made(output, "seed")}
+    assert sorted(seed) == [f"good {k}" for k in range(6)]
+    for k, prompt in enumerate(PROMPTS):
+        assert seed[f"good {k}"]["prompt"] == prompt and seed[f"good {k}"]["rejected"] == f"bad {k}"
+    assert [row["prompt"] for row in made(output, "prompts_1")] == [[user("a prompt without labels")]]
+
+
+def pairs_of_messages(count):
+    return [{"prompt": f"text {k}", "chosen": [user(f"text {k}"), assistant("yes")], "rating": 5.0,
+             "rejected": [user(f"text {k}"), assistant("no")]} for k in range(count)]
+
+
+def test_parquet_is_read_as_well(tmp_path):
+    unlabelled = {"prompt": "more", "chosen": None, "rejected": None}  # Parquet's missing fields
+    source = write(tmp_path / "mine.parquet", [*pairs_of_messages(8), unlabelled])
+    output = run("00_inputs", source=source, **sizes(3, 2, 3, 1), llm_judge=True, output=tmp_path / "out")
+    assert lengths(output) == [3, 2, 3, 1] and not (output / "all_gold.jsonl").exists()
+    assert all((row["chosen"], row["rejected"]) == ("yes", "no") for row in made(output, "seed"))
+    # what LLM-as-judge learns is made of the seed alone
+    ids = [row["id"] for row in made(output, "seed")]
+    assert [row["id"] for row in made(output, "judge_sft")] == [f"{k}-{letter}" for k in ids for letter in "AB"]
+
+
+def test_ultrafeedback_is_read_through_datasets_without_empty_answers(tmp_path, monkeypatch):
+    import datasets
+    pairs, asked = pairs_of_messages(9), []
+    pairs.insert(4, {"prompt": "mute", "chosen": [user("mute"), assistant("yes")], "rating": 5.0,
+                     "rejected": [user("mute"), assistant(" ")]})
+
+    def load_dataset(name, split):
+        asked.append((name, split))
+        return datasets.Dataset.from_list(pairs)
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    output = run("00_inputs", source="ultrafeedback", **sizes(2, 3, 4, 0), output=tmp_path / "out")
+    assert asked == [("argilla/ultrafeedback-binarized-preferences-cleaned", "train")]
+    assert lengths(output) == [2, 3, 4, 0]
+    assert {row["id"] for name in NAMES for row in made(output, name)} == {str(k) for k in range(9)}
+    assert "mute" not in "".join(prompt for name in NAMES for prompt in by_prompt(output, name))
+
+
+@pytest.fixture
+def source(tmp_path):
+    return write(tmp_path / "many.jsonl", [{"id": k, "prompt": f"text {k}", "chosen": f"yes {k}", "rejected": f"no {k}"}
+                                           for k in range(40)])
+
+
+def test_the_sets_are_disjoint_and_only_the_seed_has_labels(source, tmp_path):
+    output = run("00_inputs", source=source, **sizes(6, 10, 12, 4), all_gold=True, output=tmp_path / "out")
+    assert lengths(output) == [6, 10, 12, 4]
+    prompts = [prompt for name in NAMES for prompt in by_prompt(output, name)]
+    assert len(set(prompts)) == len(prompts) == 32
+    assert all(list(row) == ["id", "prompt", "chosen", "rejected"] for row in made(output, "seed"))
+    assert all(list(row) == ["id", "prompt"] for name in NAMES[1:3] for row in made(output, name))
+    assert all(row["reference"] == f"yes {row['id']}" for row in made(output, "eval"))
+    ids = [row["id"] for name in NAMES for row in made(output, name)]
+    assert len(set(ids)) == len(ids)
+    # all_gold: the labels of the seed and of all prompts
+    assert sorted(by_prompt(output, "all_gold")) == sorted(prompts[:28])
+    assert all(row["chosen"] == f"yes {row['id']}" for row in made(output, "all_gold"))
+    assert not (output / "judge_sft.jsonl").exists()
+
+
+def test_repeated_prompts_are_dropped_and_counted(tmp_path):
+    pairs = [{"prompt": f"text {k % 9}", "chosen": f"yes {k}", "rejected": "no"} for k in range(12)]
+    pairs += [{"prompt": [user(" text 3 ")], "chosen": "again", "rejected": "no"}]  # as messages, with blanks
+    others = [{"role": "system", "content": "be long"}, *TALK[1:]]  # another system message: another prompt
+    source = write(tmp_path / "mine.jsonl", [*pairs, *({"prompt": prompt} for prompt in (TALK, others, TALK))])
+    output = run("00_inputs", source=source, **sizes(3, 5, 3, 0), output=tmp_path / "out")
+    counts = json.loads((output / "args.json").read_text())["counts"]
+    assert (counts["rows read"], counts["repeated prompts dropped"]) == (16, 5)
+    contents = [row["prompt"][0]["content"] for name in NAMES[:3] for row in made(output, name)]
+    assert sorted(contents) == ["be brief", "be long", *(f"text {k}" for k in range(9))]
+
+
+def test_a_larger_seed_leaves_the_prompt_sets_as_they_are(source, world, tmp_path):
+    small, large = (run("00_inputs", source=source, **sizes(size, 10, 12, 4), output=tmp_path / f"out_{size}")
+                    for size in (2, 12))
+    larger_world = run("00_inputs", **WORLD | {"seed_size": 30}, output=tmp_path / "world")
+    for name in NAMES[1:]:
+        assert made(small, name) == made(large, name) and made(world, name) == made(larger_world, name)
+    assert by_prompt(small, "seed").items() <= by_prompt(large, "seed").items()
+
+
+def test_no_seed_data_needs_no_labels(tmp_path):
+    source = write(tmp_path / "prompts.jsonl", [{"prompt": f"text {k}"} for k in range(9)])
+    assert lengths(run("00_inputs", source=source, **sizes(0, 3, 4, 2), output=tmp_path / "out")) == [0, 3, 4, 2]
+
+
+def test_the_sets_follow_the_seed_not_blank_lines_windows_line_ends_or_a_byte_order_mark(source, tmp_path):
+    other = tmp_path / "other.jsonl"
+    other.write_bytes(b"\xef\xbb\xbf" + "\r\n\r\n".join(source.read_text().splitlines()).encode())
+    one, two, three = (run("00_inputs", source=path, seed=seed, **sizes(6, 10, 12, 4), output=tmp_path / f"out_{k}")
+                       for k, (path, seed) in enumerate([(source, 0), (other, 0), (other, 1)]))
+    assert all(digest(one / f"{name}.jsonl") == digest(two / f"{name}.jsonl") for name in NAMES)
+    assert made(one, "seed") != made(three, "seed")
+
+
+# ---------------------------------------------------------------------------------------------
+# The small world
+
+
+def test_the_world_is_decided_by_its_seed(world, tmp_path):
+    again, other = (run("00_inputs", **WORLD | {"seed": seed}, output=tmp_path / f"world_{seed}") for seed in (0, 1))
+    files = sorted(path.relative_to(world) for path in world.rglob("*") if path.is_file() and path.name != "args.json")
+    assert {path.name for path in files} >= {*(f"{name}.jsonl" for name in NAMES), "sft.jsonl", "sft_kind.jsonl",
+                                             "all_gold.jsonl", "gold.json", "model.safetensors"}
+    for file in files:
+        assert digest(again / file) == digest(world / file), file
+    assert all(made(other, name) != made(world, name) for name in NAMES)
+
+
+def test_the_world_s_sets_are_disjoint_and_labelled_by_gold(world):
+    gold = small_world.read_gold(world / "gold.json")
+    names = NAMES + ["sft"]
+    assert [len(made(world, name)) for name in names] == [20, 14, 10, 12, 48]
+    prompts = [json.dumps(runs.as_messages(row["prompt"])) for name in names for row in made(world, name)]
+    assert len(set(prompts)) == len(prompts)
+    for row in made(world, "all_gold"):
+        chosen, rejected = (small_world.gold_score(gold, row["prompt"], row[y]) for y in ("chosen", "rejected"))
+        assert chosen > rejected
+    for row in made(world, "sft"):
+        assert None not in small_world.gold_values(gold, runs.as_messages(row["prompt"]), row["response"])
+    assert all(set(row) == {"id", "prompt"} for name in NAMES[1:3] for row in made(world, name))
+
+
+def test_the_world_s_words_are_all_in_its_vocabulary(world, tokenizer):
+    for name, key in (("sft", "response"), ("seed", "chosen"), ("eval", "reference")):
+        for row in made(world, name):
+            assert tokenizer.unk_token_id not in tokenizer(row[key]).input_ids
+            assert tokenizer.decode(tokenizer(row[key]).input_ids) == row[key]
+            prompt = common.prompt_ids(tokenizer, runs.as_messages(row["prompt"]), "")
+            assert tokenizer.unk_token_id not in prompt and prompt.count(tokenizer.bos_token_id) == 1
+
+
+# ---------------------------------------------------------------------------------------------
+# What is rejected
+
+
+@pytest.mark.parametrize("row, field", [
+    ({"prompt": "x", "chosen": "y"}, '"rejected"'), ({"chosen": "y", "rejected": "z"}, "prompt"),
+    ({"prompt": "x", "chosen": "", "rejected": "z"}, '"chosen"'),
+    ({"prompt": "x", "chosen": 3, "rejected": "z"}, '"chosen"'),
+    ({"prompt": "", "chosen": "y", "rejected": "z"}, '"prompt"'),
+    ({"prompt": "x", "chosen": [user("x")], "rejected": "z"}, '"chosen"'),
+    ({"chosen": [user("a"), assistant("y")], "rejected": [user("b"), assistant("z")]}, "rejected"), ([1], ""), (3, ""),
+    ({"id": "0", "prompt": "x"}, "mine.jsonl:1")])  # an id that is there twice
+def test_a_bad_row_is_named(tmp_path, row, field):
+    source = write(tmp_path / "mine.jsonl", [PERSON[0], row])
+    line = refused("00_inputs", source=source, **sizes(1, 1, 0), output=tmp_path / "out")
+    assert f"{source}:2: " in line and field in line
+
+
+def test_too_few_rows_are_counted_out(source, tmp_path):
+    line = refused("00_inputs", source=source, **sizes(20, 10, 12, 4), output=tmp_path / "out")
+    assert str(source) in line and "40" in line and "--seed-size" in line
+    assert "--sft-size" in refused("00_inputs", **WORLD | {"sft_size": 10 ** 6}, output=tmp_path / "out")
+
+
+@pytest.mark.parametrize("name, content", [
+    ("no.jsonl", None), ("bad.jsonl:2", b'{"prompt": "x"}\n{"prompt": '), ("bad.json", b"[1, "),
+    ("bad.parquet", b"PAR1"), ("latin.jsonl:2", b'{"prompt": "x"}\n{"prompt": "\xe9"}')])
+def test_a_source_that_cannot_be_read_is_named(tmp_path, name, content):
+    source = tmp_path / name.split(":")[0]
+    if content is not None:
+        source.write_bytes(content)
+    assert f"{tmp_path / name}: " in refused("00_inputs", source=source, **sizes(0, 1, 0), output=tmp_path / "out")

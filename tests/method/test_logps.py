@@ -1,0 +1,189 @@
+"""Log-probs of responses and their gradients, against the model's own full logits and torch's cross-entropy."""
+
+import math
+import types
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.profiler import ProfilerActivity, profile
+from transformers import Gemma2Config, Gemma3Config, LlamaConfig
+
+import common
+import runs
+from families import FAMILIES, SHAPE, make
+
+CPU = torch.device("cpu")
+SEQUENCES = [([5, 6, 7], [8, 9, 10, 11, 2]), ([3], [4]), ([12, 13, 14, 15, 16, 17], [18, 19, 2]),
+             ([5, 6], [7, 7, 7, 2]), ([5] * 15, [6] * 15)]
+ANSWERED = [([5, 6, 7], [[8, 9, 10, 11, 2], [4]]), ([3], [[4], [5, 6]]), ([12, 13, 14], [[9, 2], [9, 2]]),
+            ([12, 13, 14, 15, 16, 17], [[18, 19, 2], [7, 7, 7, 2], [2]])]  # as 01, 03 and 04 have them
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def model(request):
+    return make(request.param)
+
+
+def batch_of(sequences):
+    """As 00_sft makes one."""
+    return common.collate([(x, [y]) for x, y in sequences], CPU)
+
+
+def full_logits(model, sequences):
+    """(N, V) of the response tokens: each sequence alone, without padding, through the model's own head."""
+    return torch.cat([model(input_ids=torch.tensor([x + y])).logits[0, len(x) - 1:-1].float() for x, y in sequences])
+
+
+def label_logps(logits, sequences):
+    labels = torch.tensor([i for _, y in sequences for i in y])
+    return -F.cross_entropy(logits, labels, reduction="none")
+
+
+def plain_logps(model, sequences):
+    return label_logps(full_logits(model, sequences), sequences)
+
+
+def gradients(model, logp):
+    """The gradient of every weight, where each token's log-prob has another factor."""
+    model.zero_grad()
+    (logp * torch.linspace(-1, 1, len(logp))).sum().backward()
+    return [weight.grad for weight in model.parameters()]
+
+
+@pytest.mark.parametrize("rows", [1, 3, 100])
+def test_logps_and_their_gradients_are_those_of_the_full_logits(model, rows, monkeypatch):
+    monkeypatch.setattr(common, "chunk_rows", lambda weight: rows)
+    ours, expected = common.ResponseLogps(model)(batch_of(SEQUENCES)), plain_logps(model, SEQUENCES)
+    torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(gradients(model, ours), gradients(model, expected), rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("rows", [1, 3, 100])
+def test_two_models_and_the_combination_of_their_logits(rows, monkeypatch):
+    monkeypatch.setattr(common, "chunk_rows", lambda weight: rows)
+    theta, ref = make("phi", seed=1), make("phi", seed=2)  # their heads have a bias
+    with torch.no_grad():
+        theta.lm_head.bias += torch.randn(40)
+        ref.lm_head.bias += torch.randn(40)
+    ours = common.ResponseLogps(theta)(batch_of(SEQUENCES), common.ResponseLogps(ref), lambda a, b: 1.5 * a - 0.5 * b)
+    logits, logits_ref = full_logits(theta, SEQUENCES), full_logits(ref, SEQUENCES)
+    expected = [label_logps(values, SEQUENCES) for values in (logits, logits_ref, 1.5 * logits - 0.5 * logits_ref)]
+    torch.testing.assert_close(list(ours), expected, rtol=1e-5, atol=1e-4)
+    assert [logp.requires_grad for logp in ours] == [True, False, False]
+    torch.testing.assert_close(gradients(theta, ours[0]), gradients(theta, expected[0]), rtol=1e-4, atol=1e-3)
+    assert all(weight.grad is None for weight in ref.parameters())
+
+
+def peak_memory(compute):
+    """The most bytes that compute() has in use at a time, beyond what is there before."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        compute()
+    events = [event for event in recorded.profiler.kineto_results.events() if event.name() == "[memory]"]
+    used = torch.tensor([event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]).cumsum(0)
+    return used.max().item()
+
+
+@pytest.mark.parametrize("two", [False, True], ids=["one model", "two models"])
+def test_the_full_logits_are_never_in_memory(two, monkeypatch):
+    model, ref = (make(LlamaConfig(**SHAPE | dict(vocab_size=4000, hidden_size=8))) for _ in range(2))
+    batch, whole = batch_of([([5, 6], [*range(6, 36)])] * 8), 4 * 8 * 30 * 4000  # bytes of (N, V) in float32
+    more = (common.ResponseLogps(ref), torch.add) if two else ()
+
+    def train():
+        logp = common.ResponseLogps(model)(batch, *more)
+        (logp[0] if two else logp).sum().backward()
+
+    assert peak_memory(train) > whole  # by default so few tokens are one chunk
+    monkeypatch.setattr(common, "chunk_rows", lambda weight: 8)
+    assert peak_memory(train) < 0.5 * whole
+    with torch.no_grad():
+        assert peak_memory(lambda: common.ResponseLogps(model)(batch, *more)) < 0.5 * whole
+
+
+class Table(torch.nn.Module):
+    """A model whose logits after token i are the i-th row of a table (V, V), without attention."""
+
+    def __init__(self, table):
+        super().__init__()
+        self.head = torch.nn.Linear(*table.shape, bias=False)
+        self.head.weight.data = table.T.clone()
+
+    def base_model(self, input_ids, **_):
+        return types.SimpleNamespace(last_hidden_state=F.one_hot(input_ids, len(self.head.weight)).float())
+
+    def get_output_embeddings(self):
+        return self.head
+
+
+@pytest.mark.parametrize("shift", [0.0, 1e4, -1e4])  # exp(1e4) would overflow; 1e4 + ln 3 has 3 digits after the point
+def test_logps_and_their_gradient_by_hand(shift):
+    # softmax of (0, ln 3) = (1/4, 3/4), of (0, 0) = (1/2, 1/2). The prompt is 0, the responses are (1, 0) and (1):
+    # ln 3/4 + ln 1/2 = ln 3/8, and ln 3/4. The gradient by the logits is the one-hot label less the softmax.
+    model = Table(torch.tensor([[0.0, math.log(3)], [0.0, 0.0]]) + shift)
+    near = dict(rtol=0, atol=1e-3 if shift else 1e-6)
+    batch = batch_of([([0], [1, 0]), ([0], [1])])
+    logp = common.ResponseLogps(model)(batch)
+    torch.testing.assert_close(logp, torch.tensor([0.75, 0.5, 0.75]).log(), **near)
+    logps = common.response_logps(logp, batch.lengths)
+    torch.testing.assert_close(logps, torch.tensor([3 / 8, 3 / 4]).log(), **near)
+    logps.sum().backward()
+    torch.testing.assert_close(model.head.weight.grad, torch.tensor([[-0.5, 0.5], [0.5, -0.5]]), **near)
+
+
+def test_logits_of_a_bf16_model_are_summed_in_float32():
+    model, sequence = make("llama").to(torch.bfloat16), ([5], [*range(6, 36)])
+    with torch.no_grad():
+        logp, logits = common.ResponseLogps(model)(batch_of([sequence])), full_logits(model, [sequence])
+    assert logp.dtype == torch.float32
+    assert logp.sum().item() == pytest.approx(label_logps(logits.double(), [sequence]).sum().item(), abs=1e-3)
+
+
+@pytest.mark.parametrize("rows", [3, 100])
+def test_gradients_under_autocast_are_near_those_in_float32(rows, monkeypatch):
+    monkeypatch.setattr(common, "chunk_rows", lambda weight: rows)
+    model = make("phi")
+    with torch.autocast("cpu", torch.bfloat16):
+        logp = common.ResponseLogps(model)(batch_of(SEQUENCES))
+    assert logp.dtype == torch.float32
+    ours = gradients(model, logp)
+    exact = gradients(model, plain_logps(model, SEQUENCES))
+    for one, two in zip(ours, exact, strict=True):
+        assert one.dtype == torch.float32 and (one - two).norm() < 0.05 * two.norm() + 1e-3
+
+
+def test_a_prompt_is_computed_once_for_all_its_responses_where_that_is_exact(model, request):
+    span = common.max_shared_length(model)
+    assert span == {"mistral": 4, "mamba": 0}.get(request.node.callspec.params["model"], math.inf)
+    for rows in [ANSWERED] + [[row] for row in ANSWERED]:
+        batch, sequences = common.collate(rows, CPU, span), [(x, y) for x, ys in rows for y in ys]
+        shares = all(len(x) + len(y) <= span for x, y in sequences)
+        assert len(batch.ids) == len(rows if shares else sequences)
+        with torch.no_grad():
+            ours, expected = common.ResponseLogps(model)(batch), plain_logps(model, sequences)
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-4)
+
+
+# ---------------------------------------------------------------------------------------------
+# What load_model makes of a checkpoint
+
+
+def test_a_model_that_caps_its_logits_is_refused(tmp_path):
+    # Gemma 2 takes tanh of its logits after the head, which ResponseLogps does not
+    make(Gemma2Config(**SHAPE, head_dim=16, final_logit_softcapping=5.0)).save_pretrained(tmp_path / "gemma")
+    with pytest.raises(runs.InputError, match=str(tmp_path / "gemma")):
+        common.load_model(str(tmp_path / "gemma"), CPU)
+
+
+def test_dropout_is_zero_in_the_config_of_a_multimodal_model(tmp_path):
+    Gemma3Config(text_config={"attention_dropout": 0.5}).save_pretrained(tmp_path)
+    assert common.load_config(str(tmp_path)).get_text_config().attention_dropout == 0
+
+
+def test_a_bf16_checkpoint_with_dropout_is_trained_in_float32_without(tmp_path):
+    # attention dropout is a number in the config, which eval() and train() do not reach
+    make(LlamaConfig(**SHAPE, attention_dropout=0.5)).to(torch.bfloat16).save_pretrained(tmp_path / "model")
+    model = common.load_model(str(tmp_path / "model"), CPU).train()
+    assert {weight.dtype for weight in model.parameters()} == {torch.float32}
+    one, two = (common.ResponseLogps(model)(batch_of(SEQUENCES)) for _ in range(2))
+    assert torch.equal(one, two)

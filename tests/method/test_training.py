@@ -1,0 +1,401 @@
+"""00_sft, 01 and 04 on small models: against a plain loop written here, against each other, and on odd input."""
+
+import json
+import math
+import re
+import types
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import AutoModelForCausalLM
+
+import common
+import runs
+import stages
+from conftest import save_tiny
+from stages import farthest, metrics, other_steps, rows, run, weights
+
+STEPS = 18  # 41 pairs, 8 a step, 3 epochs
+REFINED = dict(lr=1e-3, beta=0.3, batch_size=8, epochs=3, window=16, k_percent=25, alpha=0.3)
+
+
+# ---------------------------------------------------------------------------------------------
+# The oracle: one pair at a time, whole logits, everything spelt out
+
+
+def rate(step, steps, lr):
+    """Linear over the first tenth of the steps, from 0, then a cosine to 0."""
+    warm_up = math.ceil(0.1 * steps)
+    if step < warm_up:
+        return lr * step / warm_up
+    return lr * 0.5 * (1 + math.cos(math.pi * (step - warm_up) / (steps - warm_up)))
+
+
+def response_logits(model, prompt, response):
+    return model(input_ids=torch.tensor([prompt + response])).logits[0, len(prompt) - 1:-1]
+
+
+def logp(logits, response):
+    return -F.cross_entropy(logits, torch.tensor(response), reduction="sum")
+
+
+@torch.no_grad()
+def plain_logp(model, prompt, response):
+    return logp(response_logits(model, prompt, response), response).item()
+
+
+def counts(output):
+    return json.loads((output / "args.json").read_text())["counts"]
+
+
+def percentile(values, k_percent):
+    """The k-th smallest of n values, k = K % of n + 1, between two of them in proportion."""
+    position = k_percent / 100 * (len(values) + 1)
+    below, part = int(position), position % 1
+    values = sorted(values)
+    return values[below - 1] + part * (values[below] - values[below - 1])
+
+
+def train_plainly(pi, pi_ref, pairs, options, lam=0.0, refine=True):
+    """Eq. 5 and 9 to 12 as in the paper -> the metrics that 04 logs, and the weights."""
+    model, ref = (AutoModelForCausalLM.from_pretrained(name) for name in (pi, pi_ref))
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0)
+    steps = common.epoch_batches(len(pairs), options["batch_size"], options["epochs"], 0)
+    known, logged = [], []  # p_theta~ of every pair so far
+    for step, batch in enumerate(steps):
+        ready = refine and step >= 0.2 * len(steps) and len(known) >= options["window"]
+        tau = percentile(known[-options["window"]:], options["k_percent"]) if ready else 0.0
+        losses, flagged = [], 0
+        for i in batch:
+            theta, extrapolated, reference = {}, {}, {}
+            for y in ("chosen", "rejected"):
+                ids = pairs[i][y]["ids"]
+                with torch.no_grad():
+                    h_ref = response_logits(ref, pairs[i]["prompt_ids"], ids)
+                h = response_logits(model, pairs[i]["prompt_ids"], ids)
+                theta[y], reference[y] = logp(h, ids), logp(h_ref, ids)
+                extrapolated[y] = logp((1 + lam) * h.detach() - lam * h_ref, ids)
+
+            def p(policy):  # Eq. 5
+                ratio = {y: policy[y] - reference[y] for y in policy}
+                return torch.sigmoid(options["beta"] * (ratio["chosen"] - ratio["rejected"]))
+
+            z = float(p(extrapolated) < tau)
+            alpha = options["alpha"]
+            losses.append(-((1 - alpha * z) * p(theta).log() + alpha * z * (1 - p(theta)).log()))
+            known.append(p(extrapolated).item())
+            flagged += z
+        optimizer.zero_grad()
+        loss = sum(losses) / len(batch)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
+        optimizer.param_groups[0]["lr"] = rate(step, len(steps), options["lr"])
+        optimizer.step()
+        logged.append({"step": step + 1, "loss": loss.item(), "tau": tau, "flagged": flagged / len(batch),
+                       "confidence": np.mean(known[-len(batch):]), "grad_norm": norm,
+                       "lr": rate(step, len(steps), options["lr"])})
+    return logged, model.state_dict()
+
+
+def check_equal(output, logged, state, unknown=0):
+    """unknown: steps at the start in which p_theta~ is not needed yet, nor known."""
+    assert [ours["step"] for ours in metrics(output) if "confidence" not in ours] == list(range(1, unknown + 1))
+    for ours, theirs in zip(metrics(output), logged, strict=True):
+        for key in theirs.keys() - ({"confidence"} if theirs["step"] <= unknown else {}):
+            assert ours[key] == pytest.approx(theirs[key], rel=1e-3, abs=1e-4), f"{key} of step {theirs['step']}"
+    for name, weight in weights(output).items():
+        torch.testing.assert_close(weight, state[name], rtol=0, atol=1e-4)
+
+
+# ---------------------------------------------------------------------------------------------
+# 04
+
+
+@pytest.fixture(scope="module")
+def decoupled(pi_0, pi_init, preferences):
+    return train_plainly(pi_0, pi_init, rows(preferences), REFINED, lam=0.5)
+
+
+@pytest.fixture(scope="module")
+def train_04(pi_0, pi_init, preferences, tmp_path_factory):
+    """Run 04, with a reference other than theta, so that confidences are spread from the first step on."""
+    def train(**options):
+        return run("04_refined_dpo", **dict(model=pi_0, ref_model=pi_init, input=preferences,
+                                            output=tmp_path_factory.mktemp("out") / "pi", **REFINED) | options)
+    return train
+
+
+@pytest.mark.parametrize("micro_batch_size", [1, 4, 8])
+def test_04_is_equations_10_to_12_at_any_micro_batch_size(decoupled, train_04, micro_batch_size):
+    # 16 pairs, the window, before the fifth step, the first that flags
+    check_equal(train_04(micro_batch_size=micro_batch_size, lam=0.5), *decoupled, unknown=2)
+
+
+@pytest.mark.parametrize("refine", ["self", "none"])
+def test_04_is_equation_9_with_self_and_equation_6_with_none(pi_0, pi_init, preferences, train_04, refine):
+    expected = train_plainly(pi_0, pi_init, rows(preferences), REFINED, refine=refine == "self")
+    check_equal(train_04(refine=refine, lam=0.5), *expected)
+
+
+def test_the_oracle_tells_the_modes_of_refinement_apart(decoupled):
+    logged = decoupled[0]
+    assert len(logged) == STEPS
+    # 20 % of 18 steps are 3.6: the first 4 steps flag nothing, though the window of 16 is full after 2
+    assert [line["tau"] > 0 for line in logged] == [False] * 4 + [True] * 14
+    assert 0.1 < np.mean([line["flagged"] for line in logged[4:]]) < 0.4  # K = 25 %
+
+
+def test_lambda_0_is_equation_9(train_04):
+    one, two = train_04(refine="decoupled", lam=0), train_04(refine="self")
+    assert farthest(one, two) == 0 and other_steps(one, two) == []
+    assert farthest(two, train_04(refine="decoupled", lam=1)) > 1e-4
+
+
+def test_alpha_0_is_equation_6(train_04):
+    one, two = train_04(alpha=0), train_04(refine="none")
+    assert farthest(one, two) < 1e-5  # the reference's log-probs come from other batches
+    assert any(line["flagged"] for line in metrics(one)) and not any(line["flagged"] for line in metrics(two))
+    assert farthest(one, train_04(alpha=0.3)) > 1e-4
+
+
+def test_04_without_refinement_is_01(pi_init, tokenizer, world, tmp_path):
+    # the same pairs as token ids and as texts
+    options = dict(model=pi_init, lr=1e-3, beta=0.3, batch_size=8, epochs=2)
+    one = run("01_seed_dpo", input=world / "seed.jsonl", output=tmp_path / "01", **options)
+    pairs = []
+    for row in rows(world / "seed.jsonl"):
+        prompt, responses = cut_text(tokenizer, row, ["chosen", "rejected"])
+        chosen, rejected = ({"text": "", "ids": ids, "finish": "eos"} for ids in responses)
+        pairs.append(row | {"prompt_ids": prompt, "chosen": chosen, "rejected": rejected})
+    two = run("04_refined_dpo", input=stages.write_rows(tmp_path / "pairs.jsonl", pairs), output=tmp_path / "04",
+              refine="none", **options)
+    assert farthest(one, two) == 0
+    for ours, theirs in zip(metrics(one), metrics(two), strict=True):
+        assert ours == {key: theirs[key] for key in ours}
+
+
+def test_nothing_is_flagged_before_50_pairs_are_known(train_04):
+    # 41 pairs: with the default window, a single epoch never knows 50 of them
+    logged = metrics(train_04(epochs=1, window=50))
+    assert all(line["flagged"] == 0 and line["tau"] == 0 for line in logged)
+    # three epochs do: after 8 + 8 + 8 + 8 + 8 + 1 pairs of the first and 8 + 8 of the second, that is from step 9 on
+    logged = metrics(train_04(window=50))
+    assert [line["tau"] > 0 for line in logged] == [False] * 8 + [True] * 10
+
+
+@pytest.mark.parametrize("stage, words, defaults", [
+    ("00_inputs", ["--source", "ultrafeedback"], dict(seed_size=2000, prompt_sizes=[8000, 20000, 30000])),
+    ("00_sft", [], dict(lr=2e-5, batch_size=128, epochs=1)),
+    ("01_seed_dpo", [], dict(beta=0.1, lr=5e-7, batch_size=32, epochs=3)),
+    ("02_generate", [], dict(samples=2, temperature=0.7, max_new_tokens=300)),
+    ("03_judge", ["--init-model", "m"], dict(beta=0.1, judge="init")),
+    ("04_refined_dpo", [], dict(beta=0.1, alpha=0.1, k_percent=10, lam=0.5, window=50, refine_after=0.2, lr=5e-7,
+                                batch_size=32, epochs=1, refine="decoupled"))])
+def test_the_defaults_are_the_paper_s(stage, words, defaults):
+    required = ["--output", "o"] + ["--model", "m", "--input", "i"] * (stage != "00_inputs")
+    args = stages.parsed(stage, words + required)
+    assert {name: getattr(args, name) for name in defaults} == defaults
+
+
+# ---------------------------------------------------------------------------------------------
+# What 01, 04 and 00_sft share
+
+
+@pytest.fixture(params=["00_sft", "01_seed_dpo", "04_refined_dpo"])
+def stage(request, world, pi_init, preferences, tmp_path):
+    """Run one of the training stages with given options, in a new folder; its input is stage.input."""
+    inputs = {"00_sft": world / "sft.jsonl", "01_seed_dpo": world / "seed.jsonl", "04_refined_dpo": preferences}
+    options = dict(model=pi_init, input=inputs[request.param], lr=1e-3, batch_size=7, epochs=2)
+    if request.param == "04_refined_dpo":
+        options |= dict(window=16, k_percent=25)
+
+    def start(output, run=run, **more):
+        return run(request.param, **options | {"output": tmp_path / output} | more)
+    start.input = inputs[request.param]
+    return start
+
+
+@pytest.mark.parametrize("stage", ["01_seed_dpo", "04_refined_dpo"], indirect=True)
+def test_on_the_first_step_policy_and_reference_agree_exactly(stage, tokenizer, tmp_path):
+    # also with a model that has dropout, in train mode under activation checkpointing
+    model = save_tiny(tmp_path / "model", tokenizer, attention_dropout=0.5)
+    first = metrics(stage("out", model=model, activation_checkpointing=True))[0]
+    assert first["margin"] == 0
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-7)
+    if "confidence" in first:
+        assert first["confidence"] == pytest.approx(0.5, abs=1e-6)
+
+
+def test_micro_batches_equal_one_large_batch(stage):
+    large = stage("large", micro_batch_size=7)
+    for size in (1, 3):
+        small = stage(f"small_{size}", micro_batch_size=size)
+        assert farthest(small, large) < 2e-5
+        for one, two in zip(metrics(small), metrics(large), strict=True):
+            assert one == pytest.approx(two, rel=1e-3, abs=1e-5)
+
+
+def test_activation_checkpointing_changes_nothing(stage):
+    on, off = stage("on", activation_checkpointing=True), stage("off")
+    assert farthest(on, off) < 1e-6
+    assert [line["loss"] for line in metrics(on)] == pytest.approx([line["loss"] for line in metrics(off)], abs=1e-6)
+
+
+@pytest.mark.parametrize("on", [False, True])
+def test_activation_checkpointing_computes_each_layer_twice(pi_init, on):
+    args, calls = types.SimpleNamespace(model=str(pi_init), activation_checkpointing=on, fsdp=False), []
+    model, policy = common.load_policy(args, common.Ranks(0, 1, torch.device("cpu")))
+    model.base_model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
+    policy(common.collate([([5, 6], [[7, 8]])], "cpu")).sum().backward()
+    assert len(calls) == 1 + on
+
+
+def test_the_learning_rate_rises_over_a_tenth_of_the_steps_and_falls_as_a_cosine(stage):
+    logged = metrics(stage("out", batch_size=2))
+    n, lr = len(logged), [line["lr"] for line in logged]
+    assert lr == pytest.approx([rate(step, n, 1e-3) for step in range(n)], rel=1e-6)
+    warm_up = math.ceil(n / 10)
+    assert lr[0] == 0 and lr[warm_up] == 1e-3 == max(lr)  # the first step, the first after the warm-up
+    assert 0 < lr[-1] < 1e-3 * (math.pi / (n - warm_up)) ** 2 / 4 * 1.01  # the last: cos x = 1 - x^2 / 2
+
+
+def test_every_row_is_visited_once_an_epoch_and_counted(stage):
+    output = stage("out")
+    count = len(rows(stage.input))
+    assert counts(output)["steps"] == len(metrics(output)) == 2 * math.ceil(count / 7)
+    batches = common.epoch_batches(count, 7, 2, 0)
+    one, two = batches[:len(batches) // 2], batches[len(batches) // 2:]
+    assert sorted(sum(one, [])) == sorted(sum(two, [])) == list(range(count)) and one != two
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(stage, tmp_path):
+    # the first step's rate is 0; after the second, which is far too large, attention is NaN
+    line = stage("out", stages.refused, lr=1e15, save_every=2, micro_batch_size=7)
+    assert "step 3" in line and "--lr" in line and str(tmp_path / "out.partial") in line
+    row_ids = [row["id"] for row in rows(stage.input)]
+    named = set(re.search(r"ids ([^)]*)", line)[1].split(", "))
+    assert named <= {row_ids[i] for i in common.epoch_batches(len(row_ids), 7, 2, 0)[2]}
+    [path] = (tmp_path / "out.partial").glob("state-*")
+    state = torch.load(path, weights_only=True)
+    assert state["step"] == 2 and all(weight.isfinite().all() for weight in state["model"].values())
+
+
+# ---------------------------------------------------------------------------------------------
+# What is read
+
+CUTS = [{}, dict(max_prompt_length=17), dict(max_length=20)]  # prompts have 15 to 19 tokens, responses 26 to 40
+
+
+def cut_text(tokenizer, row, keys, max_prompt_length=99, max_length=99):
+    """(prompt ids, [ids of each response]), or None where the prompt is too long."""
+    prompt = common.prompt_ids(tokenizer, runs.as_messages(row["prompt"]), "")
+    responses = [tokenizer(row[key]).input_ids + [tokenizer.eos_token_id] for key in keys]
+    return (prompt, [ids[:max_length - len(prompt)] for ids in responses]) if len(prompt) <= max_prompt_length else None
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_00_sft_is_the_cross_entropy_on_response_tokens_only(world, pi_init, tokenizer, tmp_path, cut):
+    output = run("00_sft", model=pi_init, input=world / "sft.jsonl", output=tmp_path / "out", lr=1e-12, batch_size=20,
+                 micro_batch_size=3, **cut)
+    examples = [cut_text(tokenizer, row, ["response"], **cut) for row in rows(world / "sft.jsonl")]
+    kept, model = [*filter(None, examples)], AutoModelForCausalLM.from_pretrained(pi_init)
+    for line, batch in zip(metrics(output), common.epoch_batches(len(kept), 20, 1, 0), strict=True):
+        tokens = sum(len(kept[i][1][0]) for i in batch)
+        loss = -sum(logp(response_logits(model, kept[i][0], kept[i][1][0]), kept[i][1][0]) for i in batch) / tokens
+        model.zero_grad()
+        loss.backward()
+        assert line["loss"] == pytest.approx(loss.item(), rel=1e-5)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
+        assert line["grad_norm"] == pytest.approx(norm, rel=1e-3)
+    assert counts(output)["rows read"] == len(examples) == counts(output)["dropped as too long"] + len(kept)
+    assert (len(kept) < len(examples)) == ("max_prompt_length" in cut)
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_01_cuts_responses_and_drops_long_prompts_and_then_equal_pairs(world, pi_init, tokenizer, tmp_path, cut):
+    output = run("01_seed_dpo", model=pi_init, input=world / "seed.jsonl", output=tmp_path / "out", batch_size=20,
+                 **cut)
+    model, found = AutoModelForCausalLM.from_pretrained(pi_init), counts(output)
+    pairs = [cut_text(tokenizer, row, ["chosen", "rejected"], **cut) for row in rows(world / "seed.jsonl")]
+    kept = [(prompt, pair) for prompt, pair in filter(None, pairs) if pair[0] != pair[1]]
+    long, equal = pairs.count(None), len(pairs) - pairs.count(None) - len(kept)
+    assert [found[f"dropped as {name}"] for name in ("too long", "equal after cutting")] == [long, equal]
+    assert found["pairs read"] == len(pairs)
+    assert (long > 0, equal > 0) == ("max_prompt_length" in cut, "max_length" in cut)
+    for k, name in enumerate(("logp_chosen", "logp_rejected")):
+        expected = np.mean([plain_logp(model, prompt, pair[k]) for prompt, pair in kept])
+        assert metrics(output)[0][name] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("max_length, chosen", [(99, [7, 7, 7]), (4, [7, 7])])  # cut to fit, as text would be
+def test_04_trains_on_the_sampled_ids_as_they_are(pi_init, tmp_path, max_length, chosen):
+    # ids that no tokenizer would give for the text: decoding and tokenising again would lose them
+    row = {"id": 1, "prompt": "x", "prompt_ids": [9, 8], "chosen": {"text": "a", "ids": [7, 7, 7], "finish": "length"},
+           "rejected": {"text": "b", "ids": [10], "finish": "eos"}}
+    path = stages.write_rows(tmp_path / "in.jsonl", [row])
+    line = metrics(run("04_refined_dpo", model=pi_init, input=path, epochs=2, max_length=max_length,
+                       output=tmp_path / "out"))[0]
+    model = AutoModelForCausalLM.from_pretrained(pi_init)
+    assert line["logp_chosen"] == pytest.approx(plain_logp(model, [9, 8], chosen), rel=1e-5)
+    assert line["logp_rejected"] == pytest.approx(plain_logp(model, [9, 8], [10]), rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def labelled(pi_0, pi_init, world, tmp_path_factory):
+    """Preferences with the log-probs that 03 judged by, under pi_0 and pi_init."""
+    folder = tmp_path_factory.mktemp("labelled")
+    responses = run("02_generate", model=pi_0, input=world / "prompts_1.jsonl", max_new_tokens=8,
+                    output=folder / "responses.jsonl")
+    return run("03_judge", model=pi_0, init_model=pi_init, input=responses, output=folder / "preferences.jsonl")
+
+
+NUDGE = 5e-4  # of a recorded log-prob: too little to be taken for another model's
+BAD = [None, 3, {}, {"policy": [1.0]}, {"policy": ["a", 1]}, {"policy": {"a": 1, "b": 2}}]
+
+
+@pytest.mark.parametrize("reference, cut", [("pi_0", False), ("pi_0", True), ("pi_init", False)])
+def test_04_takes_the_log_probs_that_03_recorded_where_they_are_its_reference_s(labelled, pi_0, tmp_path, reference,
+                                                                                cut, request):
+    pairs, nudged, kept, unchanged = rows(labelled), [], 0, 0
+    assert len({pair["p"] > 0.5 for pair in pairs}) == 2  # y_1 is chosen, and y_2
+    max_length = 26 if cut else 99  # a response of 8 tokens, with EOS, fits after a prompt of 17
+    for pair in pairs:
+        ids, room = [pair[y]["ids"] for y in ("chosen", "rejected")], max_length - len(pair["prompt_ids"])
+        kept += ids[0][:room] != ids[1][:room]
+        unchanged += max(map(len, ids)) <= room
+        policy = [logp + NUDGE * (k == (pair["p"] < 0.5)) for k, logp in enumerate(pair["logps"]["policy"])]
+        nudged.append(pair | {"logps": {"policy": policy}})
+
+    def margin(name, pairs):
+        """Before any update, enlarged by beta so that a nudge shows."""
+        path = stages.write_rows(tmp_path / f"{name}.jsonl", pairs)
+        output = run("04_refined_dpo", model=pi_0, ref_model=request.getfixturevalue(reference), input=path, beta=100,
+                     refine="none", batch_size=100, epochs=2, max_length=max_length, output=tmp_path / name)
+        return metrics(output)[0]["margin"]
+
+    computed = margin("bad", [pair | {"logps": BAD[k % len(BAD)]} for k, pair in enumerate(pairs)])
+    used = unchanged if reference == "pi_0" else 0
+    assert margin("nudged", nudged) - computed == pytest.approx(-100 * NUDGE * used / kept, abs=5e-3)
+    assert (abs(computed) < 5e-3) == (reference == "pi_0") and 0 < unchanged and (unchanged < kept) == cut
+
+
+def test_micro_batches_hold_their_budget_of_tokens():
+    lengths = [5, 30, 2, 9, 9, 40, 3]
+    batches = common.length_batches(lengths, 3, tokens=30)
+    assert batches == [[2, 6, 0], [3, 4], [1], [5]]  # 40 tokens alone: a pair is never left out
+    assert common.length_batches(lengths, 3) == [[2, 6, 0], [3, 4, 1], [5]]
+
+
+@pytest.mark.parametrize("world, size, shares", [
+    (1, 16, [[16]]),
+    (4, 16, [[4], [4], [4], [4]]),  # one micro-batch of 16 would leave three ranks idle
+    (2, 6, [[4, 4], [4, 4]]),  # 6, 6, 4 would be 12 rows on one rank and 6, twice, on the other
+    (3, 2, [[2, 2, 2], [2, 2, 2], [2, 2, 0]])])
+def test_micro_batches_give_every_rank_its_share(world, size, shares):
+    args, rows = types.SimpleNamespace(micro_batch_size=size, micro_batch_tokens=None), list(range(16))
+    ranks = [common.Ranks(rank, world, torch.device("cpu")) for rank in range(world)]
+    taken = [common.micro_batches(rows, args, rank, length=lambda row: row) for rank in ranks]
+    assert [[weight * len(micro) for micro, weight in mine] for mine in taken] == shares
+    assert sorted(row for mine in taken for micro, weight in mine for row in weight * micro) == rows

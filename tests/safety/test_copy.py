@@ -1,0 +1,84 @@
+"""A stage is copied with common.py and runs.py, or the README's stand-in for it, and nothing else."""
+
+import ast
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+import stages
+from stages import ROOT, digest, run
+
+PAGE = {path.stem: path for folder in ("", "extras") for path in (ROOT / folder).glob("*.py")}
+STAND_IN = re.search(r"## Copy a stage\n.*?```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
+
+
+@pytest.fixture(scope="module")
+def made(world, pi_init, tmp_path_factory):
+    """{stage: (its options, the output that it makes here)} of the paper's path, from 01 to 04."""
+    folder, training = tmp_path_factory.mktemp("made"), dict(lr=1e-3, batch_size=4, epochs=1)
+    pi_0, responses, preferences, pi_1 = (folder / name for name in ("pi_0", "responses", "preferences", "pi_1"))
+    options = {
+        "01_seed_dpo": (dict(model=pi_init, input=world / "seed.jsonl", **training), pi_0),
+        "02_generate": (dict(model=pi_0, input=world / "prompts_1.jsonl", max_new_tokens=8), responses),
+        "03_judge": (dict(model=pi_0, init_model=pi_init, input=responses), preferences),
+        "04_refined_dpo": (dict(model=pi_0, input=preferences, window=4, k_percent=25, **training), pi_1)}
+    for stage, (words, output) in options.items():
+        run(stage, output=output, **words)
+    return options
+
+
+@pytest.mark.parametrize("with_runs", ["runs.py", "stand-in"])
+@pytest.mark.parametrize("stage", ["01_seed_dpo", "02_generate", "03_judge", "04_refined_dpo"])
+def test_a_copied_stage_makes_the_same(made, tmp_path, stage, with_runs):
+    options, output = made[stage]
+    for name in (stage, "common", "runs"):
+        shutil.copy(PAGE[name], tmp_path)
+    if with_runs == "stand-in":
+        (tmp_path / "runs.py").write_text(STAND_IN)
+    done = subprocess.run([sys.executable, f"{stage}.py", *stages.command_line(options | {"output": "out"})],
+                          cwd=tmp_path, env=stages.NO_RANKS, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    for path in [output] if output.is_file() else output.iterdir():
+        if path.name != "args.json":
+            assert digest(tmp_path / "out" / path.relative_to(output)) == digest(path), path
+    assert not (tmp_path / "out.partial").exists()
+
+
+def test_the_stand_in_is_short():
+    assert STAND_IN.count("\n") <= 60
+
+
+# ---------------------------------------------------------------------------------------------
+# Who imports whom
+
+
+def imports(path):
+    """{module of this project that a file imports: the names that it takes from it}"""
+    found = {}
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.removeprefix("extras."): {"*"} for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module == "extras":
+            found |= {alias.name: {"*"} for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.setdefault(node.module.removeprefix("extras."), set()).update(alias.name for alias in node.names)
+    return {name: names for name, names in found.items() if name in PAGE}
+
+
+def test_imports_go_one_way_and_common_knows_little_of_runs():
+    imported = {name: imports(path) for name, path in PAGE.items()}
+    assert imported["runs"] == {} and imported["common"].keys() == {"runs"}
+    assert "*" not in imported["common"]["runs"] and len(imported["common"]["runs"]) <= 5
+
+    def below(name, *above):
+        assert name not in above, (*above, name)
+        for other in imported[name]:
+            below(other, *above, name)
+
+    for name, path in PAGE.items():
+        below(name)
+        # the name of a stage begins with a digit: only these could import one
+        assert not re.search(r"import_module|runpy|__import__|spec_from", path.read_text()), path

@@ -1,0 +1,159 @@
+"""Stopped anywhere, by a kill or a signal, a stage resumes and gives what an undisturbed run gives, on any ranks."""
+
+import math
+import re
+import signal
+
+import pytest
+
+import common
+import runs
+from children import (STAGES, TRAINED, at_end, at_event, content, fork, good, in_step, kill, no_child_outlives_its_test,
+                      stop_with, two_ranks, whole)
+from stages import attempt, farthest, metrics, rows
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("number, status, every, at_least", [
+    (signal.SIGKILL, -signal.SIGKILL, 3, 6), (signal.SIGTERM, 143, 7, 2)], ids=["SIGKILL", "SIGTERM"])
+def test_stopped_ever_later_a_stage_ends_the_same(good, whole, tmp_path, stage, number, status, every, at_least):
+    output, stops = tmp_path / "out", 0
+    for n in range(1, 300, every):
+        ran = fork(stage, good[stage] | {"output": output}, lambda: at_event(n, stop_with(number), output))()
+        if ran.status == 0:
+            break
+        assert ran.status == status and ran.err.count("\n") == (number == signal.SIGTERM), ran
+        assert number == signal.SIGKILL or ran.err.startswith(f"{stage.split()[0]}.py: ") and "SIGTERM" in ran.err
+        stops += 1
+    assert ran.status == 0 and stops >= at_least
+    assert content(output) == whole(stage)
+
+
+# ---------------------------------------------------------------------------------------------
+# Training
+
+
+@pytest.mark.parametrize("stage", TRAINED)
+@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_a_signal_in_training_loses_no_step(good, whole, tmp_path, stage, number, status):
+    options, partial = good[stage] | {"output": tmp_path / "out", "save_every": 100}, tmp_path / "out.partial"
+    ran = fork(stage, options, lambda: in_step(5, stop_with(number)))()
+    assert ran.status == status and ran.err.splitlines()[-1].startswith(f"{stage}.py: ") and ran.err.count("\n") == 1
+    assert f"{partial} has the state after step 5: " in ran.err
+    assert fork(stage, options, lambda: in_step(2, kill))().status == -signal.SIGKILL  # which loses no state
+    again = attempt(stage, **options)
+    assert again.status == 0 and "after step 5\n" in again.out
+    assert content(tmp_path / "out") == whole(stage)
+
+
+def test_a_second_ctrl_c_stops_at_once(good, whole, tmp_path):
+    options = good["01_seed_dpo"] | {"output": tmp_path / "out"}
+    ran = fork("01_seed_dpo", options, lambda: in_step(6, lambda: [stop_with(signal.SIGINT)() for _ in "12"]))()
+    assert ran.status == 130 and ran.err.count("\n") == 1 and "after step 4: " in ran.err
+    assert attempt("01_seed_dpo", **options).status == 0
+    assert content(tmp_path / "out") == whole("01_seed_dpo")
+
+
+@pytest.mark.parametrize("stage", TRAINED)
+@pytest.mark.parametrize("spoil, step", [
+    (lambda newest, before: None, 6),
+    (lambda newest, before: newest.unlink(), 4),
+    (lambda newest, before: newest.write_bytes(newest.read_bytes()[:-1000]), 4),
+    (lambda newest, before: newest.write_bytes(b""), 4),
+    (lambda newest, before: [path.write_bytes(b"\0" * 99) for path in (newest, before)], 0)])
+def test_the_newest_whole_state_is_taken_and_metrics_follow_it(good, whole, tmp_path, stage, spoil, step):
+    options, partial = good[stage] | {"output": tmp_path / "out"}, tmp_path / "out.partial"
+    assert fork(stage, options, lambda: in_step(7, kill))().status == -signal.SIGKILL
+    newest, before = partial / "state-6.pt", partial / "state-4.pt"
+    assert {*partial.glob("state*")} == {newest, before}
+    assert [line["step"] for line in rows(partial / "metrics.jsonl")] == [1, 2, 3, 4, 5, 6]
+    spoil(newest, before)
+    (partial / "metrics.jsonl").write_text((partial / "metrics.jsonl").read_text()[:100])  # as a power cut may leave it
+    damaged = [path for path in (newest, before) if path.exists() and int(path.stem[-1]) > step]
+    ran = attempt(stage, **options)
+    assert ran.status == 0 and ran.err == ""
+    assert [line.split(":")[0] for line in ran.out.splitlines() if ".pt: " in line] == [str(path) for path in damaged]
+    assert (f"after step {step}\n" in ran.out) == (step > 0)
+    assert content(tmp_path / "out") == whole(stage)
+
+
+# ---------------------------------------------------------------------------------------------
+# Batches
+
+
+def recorded(partial):
+    """{journal: the numbers of its batches}, those of all ranks."""
+    labels = {path.name.rsplit(".", 2)[0] for path in partial.glob("*.*.jsonl")}
+    return {label: sorted(k for k, _ in runs.read_journal(partial, label)) for label in sorted(labels)}
+
+
+JOURNALS = {"01_seed_dpo": (6, [3]), "02_generate": (12, [3]), "03_judge": (11, [3, 3]), "05_eval sample": (12, [3])}
+
+
+@pytest.mark.parametrize("stage", JOURNALS)
+@pytest.mark.parametrize("left_by", ["one rank", "another rank", "two, to two ranks"])
+def test_finished_batches_are_not_computed_again(good, whole, tmp_path, stage, left_by):
+    forwards, batches = JOURNALS[stage]
+    options, partial = good[stage] | {"output": tmp_path / "out"}, tmp_path / "out.partial"
+    assert fork(stage, options, lambda: at_event(forwards, kill))().status == -signal.SIGKILL
+    before = recorded(partial)
+    [*_, journal] = sorted(partial.glob("*.0.jsonl"), key=lambda path: path.stat().st_mtime_ns)
+    assert 0 < sum(map(len, before.values())) < sum(batches)
+    with open(journal, "a") as file:
+        file.write('[1234, [1, [[[7, 8')  # killed while it wrote
+    if left_by != "one rank":
+        journal.rename(str(journal).replace(".0.", ".1."))
+    assert recorded(partial) == before
+    if left_by == "two, to two ranks":
+        assert [rank.status for rank in two_ranks(stage, options)] == [0, 0]
+    else:
+        assert fork(stage, options, lambda: at_end(kill, tmp_path / "out"))().status == -signal.SIGKILL
+        assert list(recorded(partial).values()) == [list(range(count)) for count in batches]
+        assert attempt(*stage.split(), **options).status == 0
+    if stage != "01_seed_dpo" or left_by != "two, to two ranks":  # gradients are summed in another order
+        assert content(tmp_path / "out") == whole(stage)
+
+
+@pytest.mark.parametrize("stage", ["02_generate", "03_judge"])
+def test_a_damaged_batch_is_computed_again(good, whole, tmp_path, stage):
+    options, partial = good[stage] | {"output": tmp_path / "out"}, tmp_path / "out.partial"
+    assert fork(stage, options, lambda: at_end(kill, tmp_path / "out"))().status == -signal.SIGKILL
+    for journal in partial.glob("*.0.jsonl"):
+        journal.write_text(re.sub(r"(?<=\[\[)-?\d", lambda digit: str(int(digit[0]) + 1), journal.read_text(), count=1))
+    assert {tuple(batches) for batches in recorded(partial).values()} == {(1, 2)}
+    assert attempt(stage, **options).status == 0
+    assert content(tmp_path / "out") == whole(stage)
+
+
+def test_results_are_in_the_order_of_the_rows_and_read_where_they_are_known(tmp_path):
+    rows, batches = [{"id": k, "prompt_ids": [0] * length} for k, length in enumerate([4, 1, 7, 2, 2, 9, 3])], []
+
+    def compute(batch):
+        batches.append([row["id"] for row in batch])
+        return [[float("nan"), {"é": row["id"]}, [row["id"]]] for row in batch]
+
+    for _ in range(2):  # the second time nothing is computed
+        found = common.map_rows(compute, rows, 3, tmp_path, common.Ranks(0, 1, None), "work of {t-1} [1]")
+        assert [(value["é"], list(ids)) for _, value, ids in found] == [(k, [k]) for k in range(7)]
+        assert all(math.isnan(number) for number, *_ in found)
+    assert batches == [[1, 3, 4], [6, 0, 2], [5]]
+
+
+# ---------------------------------------------------------------------------------------------
+# Two ranks
+
+
+@pytest.mark.parametrize("stage", TRAINED)
+def test_two_ranks_of_which_one_is_stopped_both_save_and_resume_exactly(good, tmp_path, stage):
+    options = good[stage] | {"micro_batch_size": 1, "save_every": 100}
+    plain = two_ranks(stage, options | {"output": tmp_path / "plain"})
+    assert [ran.status for ran in plain] == [0, 0]
+    options |= {"output": tmp_path / "stopped"}
+    ran = two_ranks(stage, options, lambda: in_step(3, stop_with(signal.SIGTERM)))
+    assert [rank.status for rank in ran] == [143, 143]
+    assert (ran[0].err + ran[1].err).count("\n") == 1 and "after step 3: " in ran[0].err + ran[1].err
+    again = two_ranks(stage, options)
+    assert [rank.status for rank in again] == [0, 0] and again[1].out == ""
+    assert again[0].out.count("after step 3\n") == 1
+    assert farthest(tmp_path / "plain", tmp_path / "stopped") == 0
+    assert metrics(tmp_path / "plain") == metrics(tmp_path / "stopped")
