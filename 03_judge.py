@@ -82,7 +82,8 @@ def parse_args():
     add("--ref-model", help="--judge previous: pi_{t-2}, at t = 1 pi_init")
     add("--reward-model", help="--judge reward: a sequence classifier with one label")
     add("--judge-model", help="--judge llm: what 00_sft.py trained on judge_sft.jsonl of 00_inputs.py")
-    add("--llm-order", choices=("both", "first"), default="both", help="--judge llm: both orders of a pair, or as sampled")
+    add("--llm-order", choices=("both", "first"), default="both",
+        help="--judge llm: both orders of a pair, or the order of sampling alone")
     add("--gold", help="--judge gold: gold.json of the small world, or JSON Lines (.jsonl) of id, label: "
         "1 or 2, the better response")
     add("--length-penalty", type=penalty, help="alpha in Eq. 13 for each token of a response, or auto: the one that "

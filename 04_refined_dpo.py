@@ -19,7 +19,6 @@ Departs from the paper: none. The authors' code leaves lambda at 0, so that Eq. 
 the means of micro-batches, so that the flagged share depends on their size.
 """
 
-import contextlib
 import math
 from collections import deque
 
@@ -111,55 +110,27 @@ def read_pairs(args):
         if pair["chosen"] == pair["rejected"]:
             counts["dropped as equal after cutting"] += 1
             continue
-        if (pair["chosen"], pair["rejected"]) == (chosen, rejected):  # not cut
-            pair["logps_ref"] = recorded_logps(row)
         pairs.append(pair)
     if not pairs:
         raise runs.InputError(f"{args.input}: no pair is left ({counts}): raise --max-prompt-length or --max-length")
     return pairs, counts
 
 
-def recorded_logps(row):
-    """[log pi_{t-1}(y_w | x), log pi_{t-1}(y_l | x)] where 03 recorded those of both responses, else None."""
-    with contextlib.suppress(KeyError, TypeError, ValueError):
-        first, second = map(float, row["logps"]["policy"])
-        return [first, second] if row["p"] > 0.5 else [second, first]
-
-
-def load_reference(pairs, batches, logits_from, args, partial, ranks):
-    """pi_ref, or None where its log-probs, stored in the pairs, are enough: those that 03 recorded, if they agree."""
+def load_reference(pairs, args, partial, ranks):
+    """pi_ref where Eq. 12 needs its logits; else None, and its log-probs are stored in the pairs, as in 01."""
     ref = common.load_reference(args.ref_model or args.model, args, ranks)
     for pair in pairs:
         common.check_ids(args.input, pair["id"], pair["prompt"] + pair["chosen"] + pair["rejected"], ref.model)
-    known = [pair for pair in pairs if pair.get("logps_ref")][:8]
-    logps = common.pair_logps(ref, known) if known else []
-    same = np.allclose(logps, [pair["logps_ref"] for pair in known], rtol=1e-4, atol=1e-3)
-    if not all(ranks.gather([same])):  # they are another model's, or were computed in another dtype
-        for pair in pairs:
-            pair["logps_ref"] = None
-    early = sorted({i for batch in batches[:logits_from] for i in batch})
-    common.store_logps(ref, [pairs[i] for i in early if not pairs[i].get("logps_ref")], args, partial, ranks)
-    if logits_from == len(batches):
-        return None
-    if common.is_sharded(args, ranks):
-        common.shard(ref, ranks, "hidden")  # which the policy's forward calls
-    return ref
-
-
-def first_step_with_logits(batches, refine_from, args):
-    """The step from which Eq. 12 needs the logits of pi_ref: early enough to fill tau's window by refine_from."""
     if args.lam == 0:
-        return len(batches)
-    first = refine_from
-    while first > 0 and sum(map(len, batches[first:refine_from])) < args.window:
-        first -= 1
-    return first
+        common.store_logps(ref, pairs, args, partial, ranks)
+        return None
+    return common.shard(ref, ranks, "hidden") if common.is_sharded(args, ranks) else ref
 
 
 def pair_losses(policy, ref, batch, logps_ref, tau, args):
-    """Eq. 10 of the b pairs in a batch: losses (b,), what is logged {name: (b,)}. logps_ref: (b, 2), y_w and y_l
+    """Eq. 10 of the b pairs in a batch: losses (b,), what is logged {name: (b,)}.
 
-    ref: pi_ref where Eq. 12 needs its logits; None before, where logps_ref is all that is needed of it.
+    ref: pi_ref; None where lambda = 0, and its stored log-probs are enough: logps_ref (b, 2), of y_w and y_l
     """
     def summed(logp):
         return common.response_logps(logp, batch.lengths).view(-1, 2)  # of y_w and y_l in turn
@@ -169,18 +140,15 @@ def pair_losses(policy, ref, batch, logps_ref, tau, args):
             logps_theta, logps_ref, logps_tilde = map(summed, policy(
                 batch, ref, lambda logits_theta, logits_ref: extrapolate(logits_theta, logits_ref, args.lam)))
         else:
-            logps_theta = logps_tilde = summed(policy(batch))
+            logps_theta = logps_tilde = summed(policy(batch))  # theta~ is theta
     margin = dpo_margin(logps_theta, logps_ref, args.beta)  # (b,)
     with torch.no_grad():
         confidence = torch.sigmoid(dpo_margin(logps_tilde, logps_ref, args.beta))  # p_theta~(y_w > y_l | x), (b,)
         z = (confidence < tau).float()  # Eq. 11; Eq. 9 where lambda = 0
     losses = refined_loss(margin, z, args.alpha)
     chosen, rejected = logps_theta.unbind(1)
-    logged = {"loss": losses, "margin": margin, "accuracy": (margin > 0).float(),
-              "logp_chosen": chosen, "logp_rejected": rejected, "confidence": confidence, "flagged": z}
-    if args.lam > 0 and not ref:
-        del logged["confidence"]  # p_theta; the window needs p_theta~
-    return losses, logged
+    return losses, {"loss": losses, "margin": margin, "accuracy": (margin > 0).float(),
+                    "logp_chosen": chosen, "logp_rejected": rejected, "confidence": confidence, "flagged": z}
 
 
 def main():
@@ -194,8 +162,7 @@ def main():
 
     batches = common.epoch_batches(len(pairs), args.batch_size, args.epochs, args.seed)
     refine_from = math.ceil(args.refine_after * len(batches))
-    logits_from = first_step_with_logits(batches, refine_from, args)
-    ref = load_reference(pairs, batches, logits_from, args, partial, ranks)
+    ref = load_reference(pairs, args, partial, ranks)
     model, policy = common.load_policy(args, ranks)
     optimizer, scheduler = common.make_optimizer(model, args.lr, len(batches))
     state = runs.load_state(partial, ranks, model, optimizer, scheduler)
@@ -203,7 +170,11 @@ def main():
     worst_case = None
     if args.refine == "worst-case":
         from extras.worst_case import WorstCase
-        worst_case = WorstCase(pairs, refine_from, len(batches), args, ranks, state)
+
+        def confidences(micro):
+            return pair_losses(policy, ref, *common.collate_pairs(micro, model), 0.0, args)[1]["confidence"]
+
+        worst_case = WorstCase(confidences, pairs, refine_from, len(batches), args, ranks, state)
 
     bar = common.progress(range(state["step"], len(batches)), "refined DPO", ranks)
     for step in bar:
@@ -213,13 +184,12 @@ def main():
         if args.refine in ("self", "decoupled") and step >= refine_from and len(window) == args.window:
             tau = threshold(window, args.k_percent)
         if worst_case:
-            worst_case.solve_if_due(step, lambda micro: pair_losses(policy, None, *common.collate_pairs(micro, model),
-                                                                    tau, args)[1]["confidence"])
+            worst_case.solve_if_due(step)
         optimizer.zero_grad()
         for k, (micro, weight) in enumerate(micros):
             batch, logps_ref = common.collate_pairs(micro, model)
             with common.grad_sync(policy, last=k == len(micros) - 1):
-                losses, logged = pair_losses(policy, ref if step >= logits_from else None, batch, logps_ref, tau, args)
+                losses, logged = pair_losses(policy, ref, batch, logps_ref, tau, args)
                 if worst_case:
                     losses, logged = worst_case.losses(micro, logged)
                 # the mean over the step's pairs, whatever the micro-batches; DDP divides by the ranks
@@ -229,7 +199,7 @@ def main():
         grad_norm = common.clip_gradient(model)
         place = {pair["id"]: k for k, pair in enumerate(step_pairs)}  # the same order on any number of ranks
         logged_rows = sorted(ranks.gather(logged_rows), key=lambda row: place[row["id"]])
-        window.extend(row["confidence"] for row in logged_rows if "confidence" in row)
+        window.extend(row["confidence"] for row in logged_rows)
         common.check_finite(step, logged_rows, grad_norm, partial)
         lr = scheduler.get_last_lr()[0]
         optimizer.step()

@@ -2,11 +2,11 @@
 # SPA, Algorithm 1.
 #
 #   bash run_all.sh                     the small world, on a laptop's CPU
-#   bash run_all.sh mistral-7b          one of the paper's settings, see below
+#   bash run_all.sh mistral-7b          one of the paper's settings, which `settings` lists
 #   bash run_all.sh SETTING --dry-run   print the commands without running them
 #   bash run_all.sh test                run the tests (further words go to pytest)
 #
-# Every variable of `settings` can be set from the environment: SEED=1 LR=1e-6 bash run_all.sh mistral-7b
+# The environment can set every variable of `settings`: SEED=1 LR=1e-6 bash run_all.sh mistral-7b
 # Results are in runs/$NAME. Run again, the script skips the stages that are complete and resumes the one that is not.
 set -euo pipefail
 cd "$(dirname "$0")"
@@ -113,7 +113,8 @@ evaluate() {  # folder, name in the table, share of gold labels, model, more opt
   evaluated+=("$R/eval/$1")
 }
 
-plan() {  # checks the settings before the first stage, and makes the options that several stages share
+# ---- What is planned is checked before the first stage --------------------------------------------------------------
+plan() {  # checks the settings, and makes the options that several stages share
   must_be "a whole number for each of $ITERATIONS iterations" "( *$WHOLE( |\$)){$ITERATIONS,} *" PROMPT_SIZES
   must_be "a number for each of $ITERATIONS iterations" "( *$NUMBER( |\$)){$ITERATIONS,} *" LAMBDAS
   must_be "a number or auto" "-?$NUMBER|auto|" LENGTH_PENALTY
@@ -163,6 +164,7 @@ must_be() {  # what, its pattern, names of variables
 
 fail() { echo "run_all.sh: $1" >&2; exit "${2:-2}"; }  # message, status
 
+# ---- How a stage is launched ----------------------------------------------------------------------------------------
 find_python() {  # $PYTHON, else that of .venv, with requirements.txt installed
   [ -z "${PYTHON:=}" ] || return 0
   PYTHON=.venv/bin/python
@@ -175,6 +177,7 @@ find_python() {  # $PYTHON, else that of .venv, with requirements.txt installed
 }
 
 single() { [ "$NODE_RANK" != 0 ] || run "$1" "$PYTHON" "$@"; }
+
 stage() {
   local launch=("$PYTHON") torchrun=(-m torch.distributed.run --max-restarts "$MAX_RESTARTS")
   if (( NNODES > 1 )); then  # one rendezvous port per stage

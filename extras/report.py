@@ -58,7 +58,7 @@ def read_metrics(path):
     """(metrics, responses or None) of a folder that the command sample wrote, or of a metrics file."""
     file = Path(path) / "metrics.json" if Path(path).is_dir() else Path(path)
     metrics = runs.parse_json(read_text(file, "what 05_eval.py wrote"), file)
-    try:
+    try:  # what can be shown alone can be shown beside others
         figure([metrics])
         tables([metrics])
     except (AttributeError, KeyError, TypeError, ValueError, OverflowError):
@@ -147,7 +147,7 @@ def panel(metrics, key, left, colors):
         return left + 40 + 320 * (t - iterations[0]) / max(1, iterations[-1] - iterations[0])
 
     def y(value):
-        return 310 - 280 * (value - low) / (high - low)
+        return 310 - 280 * (value - low) / (high - low)  # counted from the top
 
     def path(points, color, style=""):  # points: [(pixels from the left, value)]
         d = " L".join(f"{at:.1f},{y(value):.1f}" for at, value in points)
@@ -155,7 +155,7 @@ def panel(metrics, key, left, colors):
 
     parts = [label(left, 20, COLUMNS[key], "start"), label(left + 200, 346, "Iteration")]
     parts += [label(x(t), 328, t) for t in iterations]
-    for value in range(low, high + 1, (high - low) // 5):
+    for value in range(low, high + 1, (high - low) // 5):  # both are multiples of 10
         parts += [path([(left, value), (left + 400, value)], "#e0e0e0"), label(left - 8, y(value) + 4, value, "end")]
     parts += [path([(x(t), line[t][key]) for t in sorted(line)], colors[method]) for method, line in lines.items()]
     for row in rows:

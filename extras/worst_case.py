@@ -58,9 +58,10 @@ def worst_case_loss(margin, moved, shift, xi_min):
 class WorstCase:
     """The worst distribution during training: when it is solved, and the loss under it."""
 
-    def __init__(self, pairs, refine_from, steps, args, ranks, state):
-        """pairs: of D_t, {"id", "prompt", "chosen", "rejected"}; state: what 04 resumes from, may hold our `state()`"""
-        self.pairs, self.refine_from, self.args, self.ranks = pairs, refine_from, args, ranks
+    def __init__(self, confidences, pairs, refine_from, steps, args, ranks, state):
+        """confidences: a list of b pairs -> p_theta (b,); pairs: those of D_t; state: what 04 resumes from"""
+        self.confidences, self.pairs, self.refine_from = confidences, pairs, refine_from
+        self.args, self.ranks = args, ranks
         self.every = args.resolve_steps or steps // args.epochs
         self.atoms = state.get("atoms") or {pair["id"]: [0.0, 0.0] for pair in pairs}  # {id: [moved, shift]}
 
@@ -68,15 +69,15 @@ class WorstCase:
         return {"atoms": self.atoms}
 
     @torch.no_grad()
-    def solve_if_due(self, step, confidences):
-        """Find the atoms at refine_from and every `every` steps. confidences: a list of b pairs -> p_theta (b,)"""
+    def solve_if_due(self, step):
+        """Find the atoms at step refine_from, and then at every multiple of `every`."""
         if step != self.refine_from and (step < self.refine_from or step % self.every):
             return
         args, known = self.args, []
         batches = common.length_batches([common.pair_length(pair) for pair in self.pairs], args.micro_batch_size,
                                         args.micro_batch_tokens)
         for indices, weight in common.split_over_ranks(batches, self.ranks):
-            found = confidences([self.pairs[i] for i in indices]).tolist()
+            found = self.confidences([self.pairs[i] for i in indices]).tolist()
             if weight:
                 known += zip(indices, found)
         xi = np.array([confidence for _, confidence in sorted(self.ranks.gather(known))])  # (N,)

@@ -254,8 +254,8 @@ def test_an_unknown_word_is_refused_before_anything_is_installed(clone, words):
     "PROMPT_SIZES='1 2 3 4' ITERATIONS=4 LAMBDAS=", "LAMBDAS='0.5 0.25'", "LAMBDAS='1/2 1/4 1/8'", "ITERATIONS=three",
     "ITERATIONS='a[$(touch evil)]'", "SEED_SIZE=08", "NNODES=two", "NPROC=-1", "LR=1e-", "BETA=nan",
     "JUDGE_EPOCHS=many", "LENGTH_PENALTY=some", "NNODES=2 RDZV_ENDPOINT=", "NNODES=2 RDZV_ENDPOINT=host",
-    "ON_LENGTH_LIMIT=cut", "REFINE=yes", "JUDGE=gpt-4", "JUDGE=reward REWARD_MODEL=", "JUDGE=llm JUDGE_MODEL=../no/such/model", "INIT=/no/such/model",
-    "PI_0=./pi_0", "SOURCE=/no/such.jsonl"])
+    "ON_LENGTH_LIMIT=cut", "REFINE=yes", "JUDGE=gpt-4", "JUDGE=reward REWARD_MODEL=", "INIT=/no/such/model",
+    "JUDGE=llm JUDGE_MODEL=../no/such/model", "PI_0=./pi_0", "SOURCE=/no/such.jsonl"])
 def test_a_plan_that_cannot_be_carried_out_is_refused_before_the_first_stage(clone, setting, variables):
     bash, log = clone
     environment = dict(pair.split("=", 1) for pair in shlex.split(variables))
