@@ -53,21 +53,21 @@ transformers.utils.logging.set_verbosity_error()
 # Text to token ids
 
 
-def check_name(name):
-    """A model is a folder here or a name on the Hub."""
+def from_pretrained(loader, name, what, **options):
+    """loader.from_pretrained(name), a folder here or a name on the Hub. Never runs a model's own code."""
     if not Path(name).is_dir() and not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name):
         raise InputError(f"{name}: no such folder: give the folder of a model, or its name on the Hub")
+    try:
+        return loader.from_pretrained(name, trust_remote_code=False, **options)
+    except Exception as error:  # transformers raises many kinds, most of them pages long
+        raise InputError(f"{name}: cannot load {what} from this folder or from the Hub "
+                         f"({type(error).__name__}: {str(error)[:100]}): give another")
 
 
 def load_tokenizer(model, tokenizer=None, chat_template=None):
     """The tokenizer of that name, else the model's own; with the chat template of that file, else its own."""
     name = tokenizer or model
-    check_name(name)
-    try:
-        loaded = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except Exception as error:  # transformers raises many kinds, most of them pages long
-        raise InputError(f"{name}: cannot load a tokenizer from this folder or from the Hub ({type(error).__name__}): "
-                         "--tokenizer names another")
+    loaded = from_pretrained(AutoTokenizer, name, "a tokenizer (--tokenizer)")
     if not loaded.is_fast:
         raise InputError(f"{name}: its tokenizer is not of the tokenizers library: --tokenizer names one that is")
     if chat_template:
@@ -431,12 +431,7 @@ def sample_responses(model, prompts, u, temperature, max_new_tokens, eos):
 
 def load_config(name):
     """The model's config with every dropout at 0: policy and reference must agree in train mode too."""
-    check_name(name)
-    try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-    except Exception as error:
-        raise InputError(f"{name}: cannot load a model config from it ({type(error).__name__}): "
-                         "give the folder of a model, or its name on the Hub")
+    config = from_pretrained(AutoConfig, name, "a model's config")
     for part in (config, config.get_text_config()):  # the second is the first, but for a multimodal model
         for key, value in part.to_dict().items():
             if "drop" in key and isinstance(value, float):
@@ -447,12 +442,8 @@ def load_config(name):
 def load_model(name, device, dtype=torch.float32):
     """A causal language model in eval mode. Raises InputError where its log-probs could not be computed as here."""
     config = load_config(name)
-    try:
-        model = AutoModelForCausalLM.from_pretrained(name, config=config, dtype=dtype, use_safetensors=True,
-                                                     trust_remote_code=False)
-    except Exception as error:
-        raise InputError(f"{name}: cannot load a causal language model in safetensors from it "
-                         f"({type(error).__name__}: {str(error)[:100]})")
+    model = from_pretrained(AutoModelForCausalLM, name, "a causal language model in safetensors", config=config,
+                            dtype=dtype, use_safetensors=True)
     model = model.to(device).eval()
     model.max_shared_length = max_shared_length(model)
     probe = torch.arange(5) % config.get_text_config().vocab_size

@@ -14,7 +14,7 @@ cd "$(dirname "$0")"
 settings() {
   case $SETTING in
     world)  # 30 tokens a response, not 300: the margin, a sum over tokens, needs a larger beta (README.md)
-      default BETA=10.0 LR=1e-4 BATCH_SIZE=16 MICRO_BATCH_SIZE=16 SEED_SIZE=200 PROMPT_SIZES="800 2000 3000"
+      default BETA=10 LR=1e-4 BATCH_SIZE=16 MICRO_BATCH_SIZE=16 SEED_SIZE=200 PROMPT_SIZES="800 2000 3000"
       default EVAL_SIZE=500 MAX_NEW_TOKENS=56 ON_LENGTH_LIMIT=drop SAMPLING_BATCH_SIZE=128 GOLD_LABEL_SHARE="3.3 %"
       default SFT_SIZE=8000 SFT_LR=3e-3 SFT_EPOCHS=3 SFT_BATCH_SIZE=32
       default JUDGE_LR=1e-3 JUDGE_EPOCHS=20 JUDGE_BATCH_SIZE=16 ;;
@@ -32,9 +32,9 @@ settings() {
   default INIT= INIT_NAME="SFT (pi_init)" INIT_TOKENIZER= PI_0= PI_0_NAME="DPO on the seed (pi_0)"
   default SEED_SIZE=2000 PROMPT_SIZES="8000 20000 30000" EVAL_SIZE=200 ITERATIONS=3
   default BETA=0.1 LR=5e-7 SEED_EPOCHS=3 BATCH_SIZE=32 MICRO_BATCH_SIZE=2
-  default TEMPERATURE=0.7 MAX_NEW_TOKENS=300 ON_LENGTH_LIMIT="eos|open|drop" SAMPLING_BATCH_SIZE=32 SAVE_EVERY=100
-  default REFINE="decoupled|none|self|worst-case" ALPHA=0.1 K_PERCENT=10.0 LAMBDAS="0.5 0.25 0.125"
-  default JUDGE="init|previous|none|reward|llm" REWARD_MODEL= JUDGE_MODEL= LENGTH_PENALTY=             # Tables 2, 7, 10
+  default TEMPERATURE=0.7 MAX_NEW_TOKENS=300 ON_LENGTH_LIMIT=eos SAMPLING_BATCH_SIZE=32 SAVE_EVERY=100
+  default REFINE=decoupled ALPHA=0.1 K_PERCENT=10 LAMBDAS="0.5 0.25 0.125"
+  default JUDGE=init REWARD_MODEL= JUDGE_MODEL= LENGTH_PENALTY=             # Tables 2, 7, 10
   default JUDGE_LR=2e-5 JUDGE_EPOCHS=3 JUDGE_BATCH_SIZE=32                                             # App. B.2
   default NNODES=1 NODE_RANK=0 RDZV_ENDPOINT= MAX_RESTARTS=0                                           # torchrun's
   default NPROC="$(tr , '\n' <<< "${CUDA_VISIBLE_DEVICES-$(nvidia-smi --list-gpus 2>/dev/null)}" | grep -c . || true)"
@@ -115,12 +115,18 @@ evaluate() {  # folder, name in the table, share of gold labels, model, more opt
 
 # ---- What is planned is checked before the first stage --------------------------------------------------------------
 plan() {  # checks the settings, and makes the options that several stages share
+  must_be "a whole number" "$WHOLE" SEED SEED_SIZE EVAL_SIZE ITERATIONS SEED_EPOCHS BATCH_SIZE MICRO_BATCH_SIZE \
+    MAX_NEW_TOKENS SAMPLING_BATCH_SIZE SAVE_EVERY JUDGE_EPOCHS JUDGE_BATCH_SIZE NPROC NNODES NODE_RANK MAX_RESTARTS
+  must_be "a number" "$NUMBER" BETA LR TEMPERATURE ALPHA K_PERCENT JUDGE_LR
   must_be "a whole number for each of $ITERATIONS iterations" "( *$WHOLE( |\$)){$ITERATIONS,} *" PROMPT_SIZES
   must_be "a number for each of $ITERATIONS iterations" "( *$NUMBER( |\$)){$ITERATIONS,} *" LAMBDAS
   must_be "a number or auto" "-?$NUMBER|auto|" LENGTH_PENALTY
+  must_be "eos, open or drop" "eos|open|drop" ON_LENGTH_LIMIT
+  must_be "decoupled, self, none or worst-case" "decoupled|self|none|worst-case" REFINE
+  must_be "init, previous, none, reward or llm" "init|previous|none|reward|llm" JUDGE
   [ "$JUDGE" != reward ] || must_be "a model for JUDGE=reward" ".+" REWARD_MODEL
   [ "$NNODES" -le 1 ] || must_be "the host:port of one of the $NNODES nodes" ".+:[0-9]+" RDZV_ENDPOINT
-  local name all=60000 share
+  local name all=60000  # of UltraFeedback, as the paper counts
   for name in SOURCE INIT PI_0 INIT_TOKENIZER REWARD_MODEL JUDGE_MODEL; do
     [[ ${!name} != -* ]] || printf -v "$name" './%s' "${!name}"  # or it would be read as an option
     # a path, not a name on the Hub
@@ -130,10 +136,8 @@ plan() {  # checks the settings, and makes the options that several stages share
   WORLD= LLM= R=${RUNS/#-/./-}/$NAME sizes=($PROMPT_SIZES) lambdas=($LAMBDAS)
   [ "$SETTING" != world ] || WORLD=1 SOURCE=world
   [ "$JUDGE" != llm ] || LLM=1
-  [ "$SOURCE" = ultrafeedback ] || all=$(IFS=+; echo $(( SEED_SIZE + ${sizes[*]} )))  # the paper counts all 60,000
-  printf -v share %02d $(( (1000 * SEED_SIZE + all / 2) / all ))  # tenths of a percent
-  [ "$SEED_SIZE" != 0 ] || default GOLD_LABEL_SHARE="0 %"
-  default GOLD_LABEL_SHARE="${share%?}.${share: -1} %"
+  [ "$SOURCE" = ultrafeedback ] || all=$(IFS=+; echo $(( SEED_SIZE + ${sizes[*]} )))
+  default GOLD_LABEL_SHARE="$(awk "BEGIN { printf $SEED_SIZE ? \"%.1f %%\" : \"0 %%\", 100 * $SEED_SIZE / $all }")"
   memory=(--save-every "$SAVE_EVERY")
   [ -n "$WORLD" ] || memory+=(--activation-checkpointing --fsdp)  # with one GPU there is nothing to shard
   sampling=(--temperature "$TEMPERATURE" --max-new-tokens "$MAX_NEW_TOKENS" --seed "$SEED"
@@ -144,14 +148,11 @@ plan() {  # checks the settings, and makes the options that several stages share
 
 WHOLE='(0|[1-9][0-9]*)' NUMBER='([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?'
 
-default() {  # NAME=VALUE...: where the environment gives nothing. What it gives must be of VALUE's kind; a|b: a or b
-  local name value
-  for value in "$@"; do
-    name=${value%%=*} value=${value#*=}
-    [ -n "${!name:-}" ] || printf -v "$name" %s "${value%%|*}"
-    if [[ $value = *\|* ]]; then must_be "one of $value" "$value" "$name"; fi
-    if [[ $value =~ ^$WHOLE$ ]]; then must_be "a whole number" "$WHOLE" "$name"; fi
-    if [[ $value =~ ^$NUMBER$ ]]; then must_be "a number" "$NUMBER" "$name"; fi
+default() {  # NAME=VALUE...: where the environment gives none
+  local pair
+  for pair in "$@"; do
+    local name=${pair%%=*}
+    [ -n "${!name:-}" ] || printf -v "$name" %s "${pair#*=}"
   done
 }
 

@@ -3,7 +3,8 @@
     python benchmarks/small_world.py --jobs 2             # the ten seeds the README reports: half an hour on two cores
     python benchmarks/small_world.py --seeds 100 101 --jobs 2
 
-Runs `bash run_all.sh world` once a seed (what is complete is not run again), then prints the table and what it claims.
+Runs `bash run_all.sh world` once a seed (what is complete is not run again), then prints the table and what it claims,
+and draws the means and their standard errors: benchmarks/small_world.svg.
 Data, base model, order of the pairs and samples all follow the seed.
 """
 
@@ -20,6 +21,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
+from extras.report import figure
 from extras.small_world import gold_values, read_gold
 
 ROWS = ["sft", "dpo", "spa_1", "spa_2", "spa_3", "dpo_all_gold"]
@@ -58,6 +60,17 @@ def cell(values):
     return f"{statistics.mean(values):.1f} ± {statistics.stdev(values) if len(values) > 1 else 0:.1f}"
 
 
+def mean_row(rows):
+    """The metrics of one row of the table, over the seeds, as the report draws them."""
+    def mean_and_error(key):
+        values = [row[key] for row in rows]
+        return statistics.mean(values), statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0
+
+    (win_rate, error), (lc, lc_error) = map(mean_and_error, ("win_rate", "length_controlled_winrate"))
+    return {"name": rows[0]["name"], "win_rate": win_rate, "standard_error": error,
+            "length_controlled_winrate": lc, "lc_standard_error": lc_error}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=range(1, 11), help="(it was tuned on 100 ...)")
@@ -72,6 +85,7 @@ def main():
     for row in ROWS:
         cells = [cell([seed[row].get(key) for seed in seeds]) for key in COLUMNS]
         print("| " + " | ".join([seeds[0][row]["name"], seeds[0][row]["gold_labels"], *cells]) + " |")
+    (HERE / "small_world.svg").write_text(figure([mean_row([seed[row] for seed in seeds]) for row in ROWS]))
     wins = {row: [seed[row]["win_rate"] for seed in seeds] for row in ROWS}
     print("\nWin rate by seed")
     for row in ROWS:

@@ -32,14 +32,10 @@ def judge_reward(rows, args, partial, ranks):
 def load_reward_model(name, device):
     """(a sequence classifier with one output, its tokenizer). float32 everywhere: bf16 rounding would create ties."""
     config = common.load_config(name)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        model, info = AutoModelForSequenceClassification.from_pretrained(
-            name, config=config, dtype=torch.float32, use_safetensors=True, trust_remote_code=False,
-            output_loading_info=True)
-    except Exception as error:  # transformers raises many kinds
-        raise runs.InputError(f"{name}: cannot load a sequence classifier in safetensors, with a tokenizer, from it "
-                              f"({type(error).__name__}: {str(error)[:100]}): give a reward model")
+    tokenizer = common.from_pretrained(AutoTokenizer, name, "a tokenizer")
+    model, info = common.from_pretrained(AutoModelForSequenceClassification, name, "a reward model in safetensors",
+                                         config=config, dtype=torch.float32, use_safetensors=True,
+                                         output_loading_info=True)
     if config.num_labels != 1 or info["missing_keys"]:  # transformers would make up weights that are missing
         raise runs.InputError(f"{name}: is not a reward model (labels: {config.num_labels}, missing weights: "
                               f"{sorted(info['missing_keys'])[:3]}): give a sequence classifier with one label")

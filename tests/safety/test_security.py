@@ -33,9 +33,10 @@ def test_the_code_runs_and_unpickles_nothing_that_it_reads(script):
         assert options.get("shell", "False") == "False" and "allow_pickle" not in options
         if called == "torch.load":
             assert options["weights_only"] == "True"
-        if called.startswith("Auto") and called.endswith("from_pretrained"):
+        if called == "loader.from_pretrained" or called.startswith("Auto") and called.endswith(".from_pretrained"):
             assert options["trust_remote_code"] == "False"
-            assert "Model" not in called or options["use_safetensors"] == "True"
+        if called.endswith("from_pretrained") and "Model" in ast.unparse(node):
+            assert options["use_safetensors"] == "True"
 
 
 # ---------------------------------------------------------------------------------------------
