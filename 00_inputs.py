@@ -8,16 +8,16 @@ Sources
 Writes a folder: seed.jsonl        {"id", "prompt", "chosen", "rejected"}: the only labels that SPA sees
                  prompts_t.jsonl   {"id", "prompt"}
                  eval.jsonl        {"id", "prompt", "reference"}: a response to compare with, where the source has one
-                 all_gold.jsonl    with --all-gold: the labels of the seed and of all prompts, for the 100 % rows
-                 judge_sft.jsonl   with --llm-judge: {"id", "prompt", "response"}, what LLM-as-judge learns (App. B.2)
+                 all_gold.jsonl    with --all-gold: labelled pairs of the seed and of all prompt sets (100 % rows)
+                 judge_sft.jsonl   with --llm-judge: {"id", "prompt", "response"} for LLM-as-judge (App. B.2)
        world also: base/ (a model with random weights), gold.json (its judge), sft.jsonl {"id", "prompt", "response"},
                  sft_kind.jsonl    the part of sft.jsonl by kind writers, in place of an instruct model (Figure 4)
 
     python 00_inputs.py --source ultrafeedback --output data
     python 00_inputs.py --source my.jsonl --seed-size 500 --prompt-sizes 1000 2000 --output data
 
-Departs from the paper: rows that repeat a prompt are dropped, so that no X_t shares a prompt with another set, and so
-are rows of UltraFeedback with an empty answer.
+Departs from the paper: rows that repeat a prompt are dropped, so that no two sets share one, and so are rows of
+UltraFeedback with an empty answer.
 """
 
 import json
@@ -32,8 +32,8 @@ ULTRAFEEDBACK = "argilla/ultrafeedback-binarized-preferences-cleaned"
 def split(rows, args):
     """(D_0, held-out rows, [X_1, ..., X_T]): lists that share no row. rows: shuffled, each prompt once.
 
-    The prompt sets are taken from the front and the seed from the back, so that a larger seed leaves the prompt sets as
-    they are, as in Table 3. Raises InputError where there are too few rows.
+    The prompt sets are taken from the front and the seed from the back: if every row is labelled, a larger seed leaves
+    the prompt sets as they are, as in Table 3. Raises InputError where there are too few rows.
     """
     pairs = [row for row in rows if "chosen" in row]
     if len(pairs) < args.seed_size or len(rows) < args.seed_size + args.eval_size + sum(args.prompt_sizes):
@@ -49,7 +49,7 @@ def split(rows, args):
 
 
 def drop_repeats(rows):
-    """The rows whose prompt no earlier row has. Roles and contents are compared, without outer blanks."""
+    """The rows whose prompt no earlier row has. Roles and contents are compared, ignoring outer white space."""
     first = {}  # a dict keeps the order of the rows
     for row in rows:
         first.setdefault(json.dumps([[m["role"], m["content"].strip()] for m in row["prompt"]]), row)

@@ -25,26 +25,26 @@ def parse_args():
     add("--model", required=True, help="the base model")
     add("--input", required=True, help="JSON Lines of id, prompt, response")
     add("--output", required=True, help="folder for pi_init")
-    add("--tokenizer", help="folder or name of a tokenizer, where --model has none")
-    add("--chat-template", help="file with a Jinja chat template, where the tokenizer has none")
+    add("--tokenizer", help="tokenizer folder or Hub name (default: --model's)")
+    add("--chat-template", help="Jinja chat template file (default: the tokenizer's)")
     # App. B.1
     add("--lr", type=runs.nonnegative, default=2e-5, help="peak learning rate")
     add("--epochs", type=runs.positive, default=1)
-    add("--batch-size", type=runs.positive, default=128, help="responses of one optimizer step, over all ranks")
-    add("--seed", type=runs.natural, default=0, help="decides the order of the rows")
+    add("--batch-size", type=runs.positive, default=128, help="responses per optimizer step, over all ranks")
+    add("--seed", type=runs.natural, default=0, help="random seed for the order of the rows")
     # lengths, memory, safety
     add("--max-prompt-length", type=runs.positive, default=1024, help="rows with a longer prompt are dropped")
-    add("--max-length", type=runs.number(int, 2), default=2048, help="prompt and response; responses are cut to fit")
-    add("--micro-batch-size", type=runs.positive, default=8, help="responses of one forward pass of a rank, at most")
-    add("--micro-batch-tokens", type=runs.positive, help="token budget of one (a single response may exceed it)")
+    add("--max-length", type=runs.number(int, 2), default=2048, help="prompt + response; responses are cut to fit")
+    add("--micro-batch-size", type=runs.positive, default=8, help="most responses per forward pass on a rank")
+    add("--micro-batch-tokens", type=runs.positive, help="most tokens of one (a single response may exceed it)")
     add("--activation-checkpointing", action="store_true", help="less memory for more compute")
     add("--fsdp", action="store_true", help="shard weights, gradients and optimizer over the ranks, for less memory")
-    add("--save-every", type=runs.positive, default=100, help="steps between the states to resume from")
+    add("--save-every", type=runs.positive, default=100, help="save a state to resume from every N steps")
     return parser.parse_args()
 
 
 def read_examples(args, tokenizer):
-    """[{"id", "prompt", "response"}], token ids in place of the strings, and how many rows were read and dropped."""
+    """([{"id", "prompt", "response"}] with token ids, counts of what was read and dropped)"""
     rows = runs.read_jsonl(args.input, runs.EXAMPLES)
     eos, examples = common.eos_ids(args.model, tokenizer), []
     for row in rows:
@@ -54,7 +54,8 @@ def read_examples(args, tokenizer):
             response = response[:args.max_length - len(prompt)]
             examples.append({"id": row["id"], "prompt": array("i", prompt), "response": array("i", response)})
     if not examples:
-        raise runs.InputError(f"{args.input}: all {len(rows)} prompts are too long: raise --max-prompt-length")
+        raise runs.InputError(f"{args.input}: all {len(rows)} prompts are too long: raise --max-prompt-length or "
+                              "--max-length")
     return examples, {"rows read": len(rows), "dropped as too long": len(rows) - len(examples)}
 
 
@@ -86,7 +87,7 @@ def main():
                 with common.autocast(ranks.device):
                     logp_theta = policy(batch)  # (N,)
                 losses = -common.response_logps(logp_theta, batch.lengths)  # (b,)
-                # the mean over the step's response tokens, whatever the micro-batches; DDP divides by the ranks
+                # these add up to the mean over the step's response tokens; DDP and FSDP average over the ranks
                 (weight * losses.sum() / tokens * ranks.world).backward()
             # scaled so that the mean over the step's rows, which log_step takes, is the mean over its tokens
             logged_rows += common.per_row(micro, {"loss": losses / tokens * len(step_examples)}, weight)

@@ -4,7 +4,7 @@
                                      - beta log[pi_theta(y_l | x) / pi_ref(y_l | x)])       (5)
     L_DPO = E[-log p_theta(y_w > y_l | x)]                                                  (6)
 
-pi_theta starts as pi_init, and pi_ref is pi_init.
+pi_theta starts as pi_init, and pi_ref is pi_init. It does not change, so its log-probs are computed once, at the start.
 
 Reads  seed.jsonl    {"id": "7", "prompt": "Name a fish.", "chosen": "The eel.", "rejected": "A whale."}
                      a prompt may be a list of messages, of any number of turns
@@ -13,7 +13,7 @@ Writes a model folder with metrics.jsonl (one line a step) and args.json
     python 01_seed_dpo.py --model pi_init --input seed.jsonl --output pi_0
     torchrun --nproc-per-node 4 01_seed_dpo.py --model pi_init --input seed.jsonl --output pi_0
 
-Departs from the paper: none.
+Departs from the paper: none. Not in the paper: the clipped gradient norm (1.0), weight decay (0), the length limits.
 """
 
 import torch.nn.functional as F
@@ -41,49 +41,37 @@ def parse_args():
     add("--ref-model", help="pi_ref in Eq. 5 (default: --model)")
     add("--input", required=True, help="D_0: JSON Lines of id, prompt, chosen, rejected")
     add("--output", required=True, help="folder for pi_0")
-    add("--tokenizer", help="folder or name of a tokenizer, where --model has none")
-    add("--chat-template", help="file with a Jinja chat template, where the tokenizer has none")
+    add("--tokenizer", help="tokenizer folder or Hub name (default: --model's)")
+    add("--chat-template", help="Jinja chat template file (default: the tokenizer's)")
     # Section 5.1
     add("--beta", type=runs.nonnegative, default=0.1, help="KL strength, beta in Eq. 5")
     add("--lr", type=runs.nonnegative, default=5e-7, help="peak learning rate, eta")
     add("--epochs", type=runs.positive, default=3)
-    add("--batch-size", type=runs.positive, default=32, help="pairs of one optimizer step, over all ranks")
-    add("--seed", type=runs.natural, default=0, help="decides the order of the pairs")
+    add("--batch-size", type=runs.positive, default=32, help="pairs per optimizer step, over all ranks")
+    add("--seed", type=runs.natural, default=0, help="random seed for the order of the pairs")
     # lengths, memory, safety
     add("--max-prompt-length", type=runs.positive, default=1024, help="pairs with a longer prompt are dropped")
-    add("--max-length", type=runs.number(int, 2), default=2048, help="prompt and response; responses are cut to fit")
-    add("--micro-batch-size", type=runs.positive, default=4, help="pairs of one forward pass of a rank, at most")
-    add("--micro-batch-tokens", type=runs.positive, help="token budget of one (a single pair may exceed it)")
+    add("--max-length", type=runs.number(int, 2), default=2048, help="prompt + response; responses are cut to fit")
+    add("--micro-batch-size", type=runs.positive, default=4, help="most pairs per forward pass on a rank")
+    add("--micro-batch-tokens", type=runs.positive, help="most tokens of one (a single pair may exceed it)")
     add("--activation-checkpointing", action="store_true", help="less memory for more compute")
     add("--fsdp", action="store_true", help="shard weights, gradients and optimizer over the ranks, for less memory")
-    add("--save-every", type=runs.positive, default=100, help="steps between the states to resume from")
+    add("--save-every", type=runs.positive, default=100, help="save a state to resume from every N steps")
     return parser.parse_args()
 
 
 def read_pairs(args, tokenizer):
-    """[{"id", "prompt", "chosen", "rejected"}], token ids in place of strings, and how many were read and dropped."""
-    eos, pairs = common.eos_ids(args.model, tokenizer), []
-    counts = {"pairs read": 0, "dropped as too long": 0, "dropped as equal after cutting": 0}
+    """Yields {"id", "prompt", "chosen", "rejected"} with token ids in place of the strings."""
+    eos = common.eos_ids(args.model, tokenizer)
     for row in runs.read_jsonl(args.input, runs.SEED):
-        counts["pairs read"] += 1
         prompt = common.prompt_ids(tokenizer, row["prompt"], f"{args.input}, id {row['id']}")
-        if len(prompt) > min(args.max_prompt_length, args.max_length - 1):
-            counts["dropped as too long"] += 1
-            continue
         chosen, rejected = (common.response_ids(tokenizer, row["prompt"], prompt, row[key], eos)
                             for key in ("chosen", "rejected"))
-        pair = {"id": row["id"]} | common.cut_pair(prompt, chosen, rejected, args.max_length)
-        if pair["chosen"] == pair["rejected"]:
-            counts["dropped as equal after cutting"] += 1
-            continue
-        pairs.append(pair)
-    if not pairs:
-        raise runs.InputError(f"{args.input}: no pair is left ({counts}): raise --max-prompt-length or --max-length")
-    return pairs, counts
+        yield {"id": row["id"], "prompt": prompt, "chosen": chosen, "rejected": rejected}
 
 
 def pair_losses(policy, batch, logps_ref, args):
-    """Eq. 6 of the b pairs in a batch: losses (b,), what is logged {name: (b,)}. logps_ref: (b, 2), y_w and y_l"""
+    """(Eq. 6 of each of b pairs, (b,); {metric: (b,)} to log). logps_ref: (b, 2), of y_w and y_l"""
     with common.autocast(batch.ids.device):
         logp_theta = policy(batch)  # (N,)
     logps_theta = common.response_logps(logp_theta, batch.lengths).view(-1, 2)  # of y_w and y_l in turn
@@ -99,7 +87,7 @@ def main():
     partial = runs.open_output(args, "model", "ref_model", "input")
     ranks = common.start_ranks()
     tokenizer = common.load_tokenizer(args.model, args.tokenizer, args.chat_template)
-    pairs, counts = read_pairs(args, tokenizer)
+    pairs, counts = common.cut_pairs(read_pairs(args, tokenizer), args)
     if args.ref_model:
         common.check_same_vocabulary(args.model, args.ref_model)
 
@@ -120,7 +108,7 @@ def main():
             batch, logps_ref = common.collate_pairs(micro, model)
             with common.grad_sync(policy, last=k == len(micros) - 1):
                 losses, logged = pair_losses(policy, batch, logps_ref, args)
-                # the mean over the step's pairs, whatever the micro-batches; DDP divides by the ranks
+                # these add up to the mean over the step's pairs; DDP and FSDP average over the ranks
                 (weight * losses.sum() / len(step_pairs) * ranks.world).backward()
             logged_rows += common.per_row(micro, logged, weight)
 

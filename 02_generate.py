@@ -12,7 +12,7 @@ Writes responses_t.jsonl  {"id": "12", "prompt": [...], "prompt_ids": [1, 733, .
 Every token is decided by one uniform number, drawn from (seed, prompt id, sample, step), so a response is the same on
 any number of ranks and after resuming. Its ids, not its text, are judged and trained on.
 
-Departs from the paper: it does not say what becomes of a response that hit the length limit (--on-length-limit).
+Departs from the paper: none. It does not say how it treats a response that hits the length limit (--on-length-limit).
 """
 
 from array import array
@@ -23,7 +23,7 @@ import common
 import runs
 
 ON_LENGTH_LIMIT = """what to do with a response of --max-new-tokens tokens without an EOS.
-eos: append one, as in the authors' release (its log-ratio then says nothing of the response).
+eos: append one, as in the authors' release (it was not sampled, so its log-ratio is noise).
 open: keep it without an EOS (nothing then teaches the model to end it).
 drop: drop it, and its prompt where fewer than two are left (set the limit well above a normal answer)."""
 
@@ -35,8 +35,8 @@ def parse_args():
     add("--model", required=True, help="pi_{t-1}")
     add("--input", required=True, help="X_t: JSON Lines of id, prompt")
     add("--output", required=True, help="JSON Lines of id, prompt, prompt_ids, responses")
-    add("--tokenizer", help="folder or name of a tokenizer, where --model has none")
-    add("--chat-template", help="file with a Jinja chat template, where the tokenizer has none")
+    add("--tokenizer", help="tokenizer folder or Hub name (default: --model's)")
+    add("--chat-template", help="Jinja chat template file (default: the tokenizer's)")
     # Section 5.1, App. B.4
     add("--samples", type=runs.number(int, 2), default=2, help="responses to each prompt")
     add("--temperature", type=runs.nonnegative, default=0.7, help="0: greedy")
@@ -50,7 +50,7 @@ def parse_args():
 
 
 def read_prompts(args, tokenizer):
-    """The rows with their "prompt_ids", less those that are too long, and how many were read and dropped."""
+    """(the rows with their "prompt_ids", without those that are too long; counts of what was read and dropped)"""
     rows, kept = runs.read_jsonl(args.input, runs.PROMPTS), []
     for row in rows:
         ids = common.prompt_ids(tokenizer, row["prompt"], f"{args.input}, id {row['id']}")
@@ -63,7 +63,7 @@ def read_prompts(args, tokenizer):
 
 
 def make_records(args, rows, sampled, tokenizer, eos, counts):
-    """The rows with their "responses"; adds what became of them to counts. sampled: [(ids, finish), ...] for each row"""
+    """The rows with their "responses"; counts what became of them. sampled: [(ids, finish), ...] for each row"""
     records = []
     for row, samples in zip(rows, sampled, strict=True):
         responses = []
@@ -81,8 +81,8 @@ def make_records(args, rows, sampled, tokenizer, eos, counts):
                "responses at the length limit": sum(finish == "length" for _, finish in samples),
                "prompts dropped for them": len(rows) - len(records), "prompts kept": len(records)}
     if not records:
-        raise runs.InputError(f"{args.model}: every response hit the limit of {args.max_new_tokens} tokens: "
-                              "raise --max-new-tokens or choose another --on-length-limit")
+        raise runs.InputError(f"{args.input}: no prompt has two responses that end within {args.max_new_tokens} tokens"
+                              ": raise --max-new-tokens or choose another --on-length-limit")
     return records
 
 

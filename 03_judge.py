@@ -6,9 +6,8 @@
     (y_w, y_l) = (y_1, y_2) if p_{t-1}(y_1 > y_2 | x) > 0.5 else (y_2, y_1)                     (8)
     r_penalty(x, y) = r(x, y) - alpha |y|, |y| in tokens, with --length-penalty alpha           (13)
 
-The reference is the fixed pi_init here, and pi_{t-1} in 04_refined_dpo.py: they are easily confused.
-What the paper compares this with is another r(x, y): --judge previous has another reference, none has no reference, and
---judge reward, llm and gold are functions of extras/judges.py.
+Do not confuse the references: here the fixed pi_init, in 04_refined_dpo.py pi_{t-1}. The paper's baselines change
+r(x, y): --judge previous uses another reference, none uses no reference, reward, llm and gold are in extras/judges.py.
 
 Reads  responses_t.jsonl    what 02_generate.py writes; of more than two responses the best and the worst are paired
 Writes preferences_t.jsonl  {"id": "12", "prompt": [...], "prompt_ids": [1, 733, ...],
@@ -56,7 +55,7 @@ def penalised(rewards, lengths, alpha):
     return [reward - alpha * length for reward, length in zip(rewards, lengths)]
 
 
-# what each judge takes: all of it, and nothing of the others
+# the options that each judge requires; those of the others are refused
 NEEDS = {"init": ["--model", "--init-model"], "previous": ["--model", "--ref-model"], "none": ["--model"],
          "reward": ["--reward-model"], "llm": ["--judge-model"], "gold": ["--gold"]}
 
@@ -75,7 +74,8 @@ def parse_args():
     add("--input", required=True, help="responses of 02_generate.py")
     add("--output", required=True, help="D_t: JSON Lines of labelled pairs")
     # Section 5.1
-    add("--beta", type=runs.nonnegative, default=0.1, help="beta in Eq. 7; without --length-penalty it only scales p")
+    add("--beta", type=runs.nonnegative, default=0.1,
+        help="beta in Eq. 7; without --length-penalty no label depends on it")
     # what it is compared with
     add("--judge", choices=NEEDS, default="init", help="init: Eq. 7 (default); previous, none: Table 7; reward, llm: "
         "Table 2; gold: labels from outside, for the 100 %% rows")
@@ -100,9 +100,11 @@ def parse_args():
 
 
 def read_responses(args):
-    """The rows whose responses differ, and how many were read and dropped."""
+    """(the rows whose responses are not all identical, counts of what was read and dropped)"""
     read = runs.read_jsonl(args.input, runs.RESPONSES)
     rows = [row for row in read if any(y["ids"] != row["responses"][0]["ids"] for y in row["responses"])]
+    if not rows:
+        raise runs.InputError(f"{args.input}: the responses to every prompt are identical: raise 02's --temperature")
     if args.length_penalty == "auto" and any(len(row["responses"]) != 2 for row in rows):
         raise runs.InputError(f"{args.input}: --length-penalty auto takes two responses to each prompt: "
                               "give the penalty as a number")
@@ -146,7 +148,7 @@ def judge_by_likelihood(rows, args, partial, ranks):
 
 
 def make_pairs(args, rows, rewards, extra, counts):
-    """D_t, as it is written. Updates the counts. Raises InputError where no pair carries a preference."""
+    """The rows of D_t; updates the counts. Raises InputError where no pair carries a preference."""
     pairs = []
     for row, of_row, fields in zip(rows, rewards, extra, strict=True):
         one, two = best_and_worst(of_row)

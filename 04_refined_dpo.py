@@ -5,9 +5,10 @@
     L_rf = E[-((1 - alpha z) log p_theta(y_w > y_l | x) + alpha z log p_theta(y_l > y_w | x))]                  (10)
 
 pi_theta starts as pi_{t-1}, and pi_ref is pi_{t-1}, not pi_init. tau is the K-th percentile of p_theta~ over the last
-50 pairs (App. B.4) before the current step, over all ranks. No label is refined in the first 20 % of the steps.
-With lambda = 0, theta~ is theta, and Eq. 11 is Eq. 9. `diff 01_seed_dpo.py 04_refined_dpo.py` is what SPA adds to DPO.
---refine worst-case is another treatment of low-confidence labels, not the paper's: see extras/worst_case.py.
+50 pairs (App. B.4) before the current step, over all ranks. No label is refined in the first 20 % of the steps, nor
+before 50 pairs are known. With lambda = 0, theta~ is theta, and Eq. 11 is Eq. 9.
+`diff 01_seed_dpo.py 04_refined_dpo.py` shows what SPA adds to DPO. --refine worst-case is not the paper's: see
+extras/worst_case.py.
 
 Reads  preferences_t.jsonl  what 03_judge.py writes; uses id, prompt_ids, chosen.ids, rejected.ids
 Writes a model folder with metrics.jsonl (one line a step) and args.json
@@ -15,8 +16,8 @@ Writes a model folder with metrics.jsonl (one line a step) and args.json
     python 04_refined_dpo.py --model pi_0 --input preferences_1.jsonl --output pi_1 --lam 0.5
     torchrun --nproc-per-node 4 04_refined_dpo.py --model pi_0 --input preferences_1.jsonl --output pi_1 --lam 0.5
 
-Departs from the paper: none. The authors' code leaves lambda at 0, so that Eq. 11 and 12 do nothing, and takes tau from
-the means of micro-batches, so that the flagged share depends on their size.
+Departs from the paper: none. Not in the paper: as in 01_seed_dpo.py. The authors' code leaves lambda at 0, so that
+Eq. 11 and 12 do nothing, and takes tau from means of micro-batches, so that the flagged share depends on their size.
 """
 
 import math
@@ -42,7 +43,7 @@ def extrapolate(logits_theta, logits_ref, lam):
 
 
 def threshold(window, k_percent):
-    """tau in Eq. 9 and 11: the confidence that K % of the pairs stay below, judging by those in the window.
+    """tau in Eq. 9 and 11: the confidence that K % of the pairs stay below, estimated from the window.
 
     A new value falls below the k-th smallest of n with probability k / (n + 1), so numpy's "weibull" flags K % on
     average; its default, linear, flags 11.6 % for K = 10 and n = 50.
@@ -63,34 +64,34 @@ def parse_args():
     add("--ref-model", help="pi_ref in Eq. 5 and 12 (default: --model)")
     add("--input", required=True, help="D_t: preferences of 03_judge.py")
     add("--output", required=True, help="folder for pi_t")
-    add("--tokenizer", help="folder or name of a tokenizer, where --model has none")
-    add("--chat-template", help="file with a Jinja chat template, where the tokenizer has none")
+    add("--tokenizer", help="tokenizer folder or Hub name (default: --model's)")
+    add("--chat-template", help="Jinja chat template file (default: the tokenizer's)")
     # Section 5.1
     add("--beta", type=runs.nonnegative, default=0.1, help="KL strength, beta in Eq. 5")
     add("--lr", type=runs.nonnegative, default=5e-7, help="peak learning rate, eta")
     add("--epochs", type=runs.positive, default=1)
-    add("--batch-size", type=runs.positive, default=32, help="pairs of one optimizer step, over all ranks")
+    add("--batch-size", type=runs.positive, default=32, help="pairs per optimizer step, over all ranks")
     add("--refine", choices=("none", "self", "decoupled", "worst-case"), default="decoupled",
-        help="the rows of Table 6: plain DPO (Eq. 6), Eq. 9 and 10, Eq. 10 to 12; worst-case: not in the paper")
+        help="Table 6: none: plain DPO (Eq. 6); self: Eq. 9, 10; decoupled: Eq. 10 to 12; worst-case: not the paper's")
     add("--alpha", type=runs.share, default=0.1, help="label smoothing of low-confidence pairs, alpha in Eq. 10")
-    add("--k-percent", type=runs.number(float, 0, 100), default=10, help="K: the percentile that is tau")
+    add("--k-percent", type=runs.number(float, 0, 100), default=10, help="K: tau is the K-th percentile of confidences")
     add("--lam", type=runs.nonnegative, default=0.5, help="lambda in Eq. 12: 1/2, 1/4, 1/8 for t = 1, 2, 3")
-    add("--refine-after", type=runs.share, default=0.2, help="share of the steps before labels are refined")
+    add("--refine-after", type=runs.share, default=0.2, help="fraction of the steps before labels are refined")
     add("--window", type=runs.positive, default=50, help="latest pairs tau is taken from (App. B.4)")
-    add("--seed", type=runs.natural, default=0, help="decides the order of the pairs")
+    add("--seed", type=runs.natural, default=0, help="random seed for the order of the pairs")
     # --refine worst-case
-    add("--epsilon", type=runs.nonnegative, default=0.01, help="Wasserstein radius: mean shift of a pair's confidence")
-    add("--pieces", type=runs.positive, default=10, help="affine pieces of the loss, K")
+    add("--epsilon", type=runs.nonnegative, default=0.01, help="Wasserstein radius: largest mean shift of confidences")
+    add("--pieces", type=runs.positive, default=10, help="affine pieces of the loss")
     add("--xi-min", type=runs.number(float, 1e-6, 0.5), default=0.05, help="lower end of the support")
-    add("--resolve-steps", type=runs.positive, help="solve again every so many steps (default: each epoch)")
+    add("--resolve-steps", type=runs.positive, help="solve again every N steps (default: each epoch)")
     # lengths, memory, safety
     add("--max-prompt-length", type=runs.positive, default=1024, help="pairs with a longer prompt are dropped")
-    add("--max-length", type=runs.number(int, 2), default=2048, help="prompt and response; responses are cut to fit")
-    add("--micro-batch-size", type=runs.positive, default=4, help="pairs of one forward pass of a rank, at most")
-    add("--micro-batch-tokens", type=runs.positive, help="token budget of one (a single pair may exceed it)")
+    add("--max-length", type=runs.number(int, 2), default=2048, help="prompt + response; responses are cut to fit")
+    add("--micro-batch-size", type=runs.positive, default=4, help="most pairs per forward pass on a rank")
+    add("--micro-batch-tokens", type=runs.positive, help="most tokens of one (a single pair may exceed it)")
     add("--activation-checkpointing", action="store_true", help="less memory for more compute")
     add("--fsdp", action="store_true", help="shard weights, gradients and optimizer over the ranks, for less memory")
-    add("--save-every", type=runs.positive, default=100, help="steps between the states to resume from")
+    add("--save-every", type=runs.positive, default=100, help="save a state to resume from every N steps")
     args = parser.parse_args()
     if args.refine != "decoupled":
         args.lam = 0.0  # theta~ is theta
@@ -98,26 +99,17 @@ def parse_args():
 
 
 def read_pairs(args):
-    """[{"id", "prompt", "chosen", "rejected"}], the token ids that were sampled, and how many were read and dropped."""
-    pairs, counts = [], {"pairs read": 0, "dropped as too long": 0, "dropped as equal after cutting": 0}
+    """Yields {"id", "prompt", "chosen", "rejected"}, the token ids that were sampled and judged."""
     for row in runs.read_jsonl(args.input, runs.PREFERENCES):
-        counts["pairs read"] += 1
-        prompt, chosen, rejected = row["prompt_ids"], row["chosen"]["ids"], row["rejected"]["ids"]
-        if len(prompt) > min(args.max_prompt_length, args.max_length - 1):
-            counts["dropped as too long"] += 1
-            continue
-        pair = {"id": row["id"]} | common.cut_pair(prompt, chosen, rejected, args.max_length)
-        if pair["chosen"] == pair["rejected"]:
-            counts["dropped as equal after cutting"] += 1
-            continue
-        pairs.append(pair)
-    if not pairs:
-        raise runs.InputError(f"{args.input}: no pair is left ({counts}): raise --max-prompt-length or --max-length")
-    return pairs, counts
+        yield {"id": row["id"], "prompt": row["prompt_ids"], "chosen": row["chosen"]["ids"],
+               "rejected": row["rejected"]["ids"]}
 
 
 def load_reference(pairs, args, partial, ranks):
-    """pi_ref where Eq. 12 needs its logits; else None, and its log-probs are stored in the pairs, as in 01."""
+    """pi_ref if lambda > 0: Eq. 12 needs its logits. Else None: its log-probs are stored in the pairs, as in 01.
+
+    Checks the pairs' token ids first.
+    """
     ref = common.load_reference(args.ref_model or args.model, args, ranks)
     for pair in pairs:
         common.check_ids(args.input, pair["id"], pair["prompt"] + pair["chosen"] + pair["rejected"], ref.model)
@@ -128,9 +120,9 @@ def load_reference(pairs, args, partial, ranks):
 
 
 def pair_losses(policy, ref, batch, logps_ref, tau, args):
-    """Eq. 10 of the b pairs in a batch: losses (b,), what is logged {name: (b,)}.
+    """(Eq. 10 of each of b pairs, (b,); {metric: (b,)} to log).
 
-    ref: pi_ref; None where lambda = 0, and its stored log-probs are enough: logps_ref (b, 2), of y_w and y_l
+    ref: pi_ref, or None if lambda = 0: then its stored log-probs are enough, logps_ref (b, 2), of y_w and y_l
     """
     def summed(logp):
         return common.response_logps(logp, batch.lengths).view(-1, 2)  # of y_w and y_l in turn
@@ -156,7 +148,7 @@ def main():
     partial = runs.open_output(args, "model", "ref_model", "input")
     ranks = common.start_ranks()
     tokenizer = common.load_tokenizer(args.model, args.tokenizer, args.chat_template)
-    pairs, counts = read_pairs(args)
+    pairs, counts = common.cut_pairs(read_pairs(args), args)
     if args.ref_model:
         common.check_same_vocabulary(args.model, args.ref_model)
 
@@ -192,13 +184,13 @@ def main():
                 losses, logged = pair_losses(policy, ref, batch, logps_ref, tau, args)
                 if worst_case:
                     losses, logged = worst_case.losses(micro, logged)
-                # the mean over the step's pairs, whatever the micro-batches; DDP divides by the ranks
+                # these add up to the mean over the step's pairs; DDP and FSDP average over the ranks
                 (weight * losses.sum() / len(step_pairs) * ranks.world).backward()
             logged_rows += common.per_row(micro, logged, weight)
 
         grad_norm = common.clip_gradient(model)
-        place = {pair["id"]: k for k, pair in enumerate(step_pairs)}  # the same order on any number of ranks
-        logged_rows = sorted(ranks.gather(logged_rows), key=lambda row: place[row["id"]])
+        position = {pair["id"]: k for k, pair in enumerate(step_pairs)}  # the same order on any number of ranks
+        logged_rows = sorted(ranks.gather(logged_rows), key=lambda row: position[row["id"]])
         window.extend(row["confidence"] for row in logged_rows)
         common.check_finite(step, logged_rows, grad_norm, partial)
         lr = scheduler.get_last_lr()[0]

@@ -25,25 +25,25 @@ import numpy as np
 
 import common
 import runs
+from extras import alpaca_eval, mt_bench, report
+from extras.answers import Sampler
+from extras.small_world import gold_score, gold_values, read_gold
 
 
 def sample(args):
     """Write the folder of a model's responses to --input and, with --gold, their scores."""
-    from extras.answers import Sampler
-    from extras.small_world import read_gold
     partial = runs.open_output(args, "model", "input", "gold", "preferences")
     gold = read_gold(args.gold) if args.gold else None
     rows = runs.read_jsonl(args.input, runs.PROMPTS | ({"reference": runs.is_text} if gold else {}))
-    sampler = Sampler(args, args.model)
+    counts, sampler = {"prompts read": len(rows)}, Sampler(args, args.model)
     prompts = [common.prompt_ids(sampler.tokenizer, row["prompt"], f"{args.input}, id {row['id']}") for row in rows]
-    kept = [i for i, ids in enumerate(prompts) if len(ids) <= args.max_prompt_length]
+    kept = [(row, ids) for row, ids in zip(rows, prompts) if len(ids) <= args.max_prompt_length]
     if not kept:
         raise runs.InputError(f"{args.input}: all {len(rows)} prompts are longer than --max-prompt-length "
                               f"{args.max_prompt_length}: raise it")
-    counts = {"prompts read": len(rows), "dropped as too long": len(rows) - len(kept)}
-    rows = [rows[i] for i in kept]
-    answers = sampler.generate_answers(partial, [prompts[i] for i in kept], [row["id"] for row in rows],
-                                       [args.temperature] * len(rows))
+    counts["dropped as too long"] = len(rows) - len(kept)
+    rows, prompts = zip(*kept)
+    answers = sampler.generate_answers(partial, prompts, [row["id"] for row in rows])
 
     def write():
         for row, (text, finish) in zip(rows, answers):
@@ -69,23 +69,20 @@ def sample(args):
 
 def score(rows, gold, name):
     """(metrics in percent, the rows in AlpacaEval's format) by gold, which also gives each row its preference."""
-    from extras.alpaca_eval import alpaca_eval_metrics, annotation
-    from extras.small_world import gold_score, gold_values
     annotations, values = [], []
     for row in rows:
-        pair = [row["reference"], row["response"]]
-        theirs, ours = (gold_score(gold, row["prompt"], text) for text in pair)
+        theirs, ours = (gold_score(gold, row["prompt"], row[key]) for key in ("reference", "response"))
         row["preference"] = 1.0 if ours > theirs else 0.5 if ours == theirs else 0.0
-        instruction = {"instruction": row["prompt"][-1]["content"]}
-        annotations.append(annotation(instruction, pair, ["reference", name], "gold", 1 + row["preference"]))
+        pair = ({"instruction": row["prompt"][-1]["content"], "output": row["reference"]},
+                {"output": row["response"], "generator": name})
+        annotations.append(alpaca_eval.annotation(*pair, "gold", 1 + row["preference"]))
         values += gold_values(gold, row["prompt"], row["response"])
     malformed = 100 * sum(value is None for value in values) / max(1, len(values))
-    return alpaca_eval_metrics(annotations) | {"malformed": malformed}, annotations
+    return alpaca_eval.alpaca_eval_metrics(annotations) | {"malformed": malformed}, annotations
 
 
 def judge_accuracy(path, gold):
     """Percent of the pairs in which gold agrees with the label. Pairs that gold finds equal do not count."""
-    from extras.small_world import gold_score
     fields = runs.PROMPTS | {"chosen": runs.is_response, "rejected": runs.is_response}
     scores = [[gold_score(gold, row["prompt"], row[y]["text"]) for y in ("chosen", "rejected")]
               for row in runs.read_jsonl(path, fields)]
@@ -93,10 +90,8 @@ def judge_accuracy(path, gold):
     return 100 * sum(agrees) / len(agrees) if agrees else None
 
 
-LABEL_SHARE = {"default": "-", "help": "share of gold labels that the model has seen, for tables"}
-
-
 def parse_args():
+    label_share = {"default": "-", "help": "share of gold labels that the model has seen, for tables"}
     parser = runs.Parser(description="Evaluate a model, or put evaluated models side by side.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     add = add_command(commands, "sample", "answer held-out prompts; with --gold, score the answers")
@@ -105,7 +100,7 @@ def parse_args():
     add("--max-prompt-length", type=runs.positive, default=1024, help="longer prompts are dropped")
     add("--gold", help="gold.json of the small world, its judge; without it nothing is scored")
     add("--preferences", help="D_t that the model was trained on: how often its labels agree with --gold")
-    add("--label-share", **LABEL_SHARE)
+    add("--label-share", **label_share)
 
     add = add_command(commands, "alpaca-sample", "answer AlpacaEval's instructions")
     add_sampling(add, max_new_tokens=2048)
@@ -120,7 +115,7 @@ def parse_args():
     add("annotations", help="annotations.json, plain or gzip")
     add("--df-gamed", required=True, help="AlpacaEval's df_gamed.csv; none: LC win rate without difficulties")
     add("--name", help="the model in tables (default: its generator)")
-    add("--label-share", **LABEL_SHARE)
+    add("--label-share", **label_share)
 
     add = add_command(commands, "mt-sample", "answer MT-Bench's questions")
     add_sampling(add, max_new_tokens=1024, temperature=False)  # each category has its own
@@ -131,7 +126,7 @@ def parse_args():
     add("--judge-prompts", required=True, help="MT-Bench's judge_prompts.jsonl")
     add("--reference-answers", required=True, help="MT-Bench's reference_answer/gpt-4.jsonl")
     add("--name", help="the model in tables (default: MODEL)")
-    add("--label-share", **LABEL_SHARE)
+    add("--label-share", **label_share)
     add_judge(add)
     add = add_command(commands, "report", "put evaluated models side by side: tables, samples, a figure")
     add("evaluated", nargs="+", help="folders and metrics files, in the order of the rows; a name has one row")
@@ -172,7 +167,6 @@ def add_model(add, option, help):
 
 
 def main():
-    from extras import alpaca_eval, mt_bench, report
     functions = {"sample": sample, "alpaca-sample": alpaca_eval.sample, "alpaca-judge": alpaca_eval.judge,
                  "alpaca-score": alpaca_eval.score, "mt-sample": mt_bench.sample, "mt-judge": mt_bench.judge,
                  "report": report.report}

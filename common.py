@@ -33,7 +33,7 @@ import huggingface_hub
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.distributed.nn  # before the ranks meet: its default arguments would keep their group, and threads, alive
+import torch.distributed.nn  # before init_process_group: its default arguments would capture the group and its threads
 import torch.nn.functional as F
 import transformers
 from torch import nn
@@ -61,15 +61,15 @@ def from_pretrained(loader, name, what, **options):
         return loader.from_pretrained(name, trust_remote_code=False, **options)
     except Exception as error:  # transformers raises many kinds, most of them pages long
         raise InputError(f"{name}: cannot load {what} from this folder or from the Hub "
-                         f"({type(error).__name__}: {str(error)[:100]}): give another")
+                         f"({type(error).__name__}: {str(error)[:100]}): check the name")
 
 
 def load_tokenizer(model, tokenizer=None, chat_template=None):
-    """The tokenizer of that name, else the model's own; with the chat template of that file, else its own."""
+    """The tokenizer named `tokenizer` (default: the model's), with the chat template of a file (default: its own)."""
     name = tokenizer or model
     loaded = from_pretrained(AutoTokenizer, name, "a tokenizer (--tokenizer)")
     if not loaded.is_fast:
-        raise InputError(f"{name}: its tokenizer is not of the tokenizers library: --tokenizer names one that is")
+        raise InputError(f"{name}: its tokenizer is not a fast one: name one that is with --tokenizer")
     if chat_template:
         try:
             loaded.chat_template = Path(chat_template).read_text(encoding="utf-8-sig")
@@ -148,13 +148,13 @@ def render(tokenizer, messages, **options):
 
 
 def prompt_ids(tokenizer, messages, where):
-    """The prompt as the model sees it, up to where its answer begins."""
+    """The prompt's token ids, with the template's generation prompt."""
     try:
         ids = render(tokenizer, messages, add_generation_prompt=True)
     except InputError as error:
         raise InputError(f"{where}: {error}")
     if not ids:
-        raise InputError(f"{where}: the chat template makes no tokens of this prompt: "
+        raise InputError(f"{where}: the chat template renders this prompt to no tokens: "
                          "name another template with --chat-template")
     return ids
 
@@ -171,7 +171,7 @@ def response_ids(tokenizer, messages, prompt, text, eos):
     else:
         ids = special_tokens(tokenizer)[2].encode(text, add_special_tokens=False).ids
     last = max((k for k, i in enumerate(ids) if i in eos), default=None)
-    if last is not None and not tokenizer.decode(ids[last + 1:]).strip():  # of "<|im_end|>\n" the former is the EOS
+    if last is not None and not tokenizer.decode(ids[last + 1:]).strip():  # after an EOS, ChatML has a newline
         return ids[:last + 1]
     return ids + [eos[0]]
 
@@ -224,7 +224,7 @@ def check_same_vocabulary(name, other):
 Batch = namedtuple("Batch", "ids positions mask logit_positions labels lengths")
 
 
-def collate(rows, device, span=0):
+def collate(rows, device, max_shared=0):
     """[(prompt ids, [response ids, ...]), ...] -> Batch, padded on the right. For ([5, 6], [[7, 8, 9], [4, 3]]):
 
         ids        (B, T) int64       [[5, 6, 7, 8, 4]]   without the last token of a response, which predicts nothing
@@ -234,13 +234,13 @@ def collate(rows, device, span=0):
         labels     (N,) int64         [7, 8, 9, 4, 3]     what is predicted there
         lengths    list               [3, 2]              tokens of each response, in the order of the rows
 
-    A prompt is computed once for all its responses where it has at most `span` tokens with any of them (see
-    `max_shared_length`), else once for each. Everything comes from lengths, never from `ids == pad`: an EOS that is
-    also the padding keeps its label.
+    Each prompt is computed once for all its responses if no prompt + response is longer than `max_shared` (see
+    `max_shared_length`), else once per response. Everything comes from lengths, never from `ids == pad`: an EOS that
+    is also the padding keeps its label.
     """
     lengths = [len(y) for _, ys in rows for y in ys]
     labels = torch.tensor([i for _, ys in rows for y in ys for i in y])
-    if any(len(x) + len(y) > span for x, ys in rows for y in ys):
+    if any(len(x) + len(y) > max_shared for x, ys in rows for y in ys):
         rows = [(x, [y]) for x, ys in rows for y in ys]
     ids, logit_positions = padded([[*x, *(i for y in ys for i in y[:-1])] for x, ys in rows]), []
     for b, (x, ys) in enumerate(rows):
@@ -270,7 +270,7 @@ def padded(rows, fill=0, side="right"):
 
 
 def length_batches(lengths, size, tokens=None):
-    """Indices in order of length, at most `size` to a batch, and no more than `tokens` with the padding.
+    """Batches of indices in order of length, each of at most `size`, and of at most `tokens` tokens with the padding.
 
     Batches depend on the input alone, not on the number of ranks.
     """
@@ -323,11 +323,11 @@ class ResponseLogps(nn.Module):
             if ref:
                 with torch.no_grad():
                     logits_ref = F.linear(hidden_ref, *head_ref).float()
-                    combined = combine_logits(logits, logits_ref)
+                    combined = combine_logits(logits, logits_ref)  # first: LabelLogps overwrites what it is given
                     logps = [LabelLogps.apply(values, labels) for values in (logits_ref, combined)]
             return torch.stack([LabelLogps.apply(logits, labels), *logps])
 
-        # the full logits (N, V) never exist: unless there is one chunk, its logits are recomputed in the backward pass
+        # the full logits (N, V) are never held: of several chunks, each one's are recomputed in the backward pass
         chunks = list(zip(*(values.split(chunk_rows(weight)) for values in inputs)))
         if len(chunks) == 1:
             logps = chunk_logps(*chunks[0])
@@ -352,7 +352,7 @@ class LabelLogps(torch.autograd.Function):
     def forward(ctx, logits, labels):
         label_logits = logits.gather(1, labels[:, None])
         highest = logits.amax(1, keepdim=True)
-        total = logits.sub_(highest).exp_().sum(1, keepdim=True)  # logits become the softmax, but for this sum
+        total = logits.sub_(highest).exp_().sum(1, keepdim=True)  # logits now hold exp(logits - highest)
         ctx.save_for_backward(logits, total, labels)
         return (label_logits - highest - total.log())[:, 0]
 
@@ -411,12 +411,12 @@ def sample_responses(model, prompts, u, temperature, max_new_tokens, eos):
     for step in range(max_new_tokens):
         token = sample_token(logits, u[rows, step], temperature)
         tokens[rows, step] = token
-        going = ~torch.isin(token, eos)
-        if step + 1 == max_new_tokens or not going.any():
+        active = ~torch.isin(token, eos)
+        if step + 1 == max_new_tokens or not active.any():
             break
-        if not going.all():
-            cache.batch_select_indices(going.nonzero()[:, 0])
-            rows, token, mask = rows[going], token[going], mask[going]
+        if not active.all():
+            cache.batch_select_indices(active.nonzero()[:, 0])
+            rows, token, mask = rows[active], token[active], mask[active]
         mask = torch.cat([mask, mask.new_ones(len(rows), 1)], 1)
         logits = model(input_ids=token[:, None], attention_mask=mask, position_ids=mask.sum(-1, keepdim=True) - 1,
                        use_cache=True, **{cache_name: cache}).logits[:, -1]
@@ -440,7 +440,7 @@ def load_config(name):
 
 
 def load_model(name, device, dtype=torch.float32):
-    """A causal language model in eval mode. Raises InputError where its log-probs could not be computed as here."""
+    """A causal language model in eval mode. Raises InputError if its logits are not lm_head(hidden states)."""
     config = load_config(name)
     model = from_pretrained(AutoModelForCausalLM, name, "a causal language model in safetensors", config=config,
                             dtype=dtype, use_safetensors=True)
@@ -451,7 +451,7 @@ def load_model(name, device, dtype=torch.float32):
         ours = ResponseLogps(model)(collate([(probe[:1].tolist(), [probe[1:].tolist()])], device))
         logits = model(input_ids=probe[None, :-1].to(device)).logits[0].float()
         theirs = -F.cross_entropy(logits, probe[1:].to(device), reduction="none")
-    rounding = 1e-3 if dtype == torch.float32 else 0.5  # neighbours in bf16 are 0.125 apart from 16 on
+    rounding = 1e-3 if dtype == torch.float32 else 0.5  # adjacent bf16 values between 16 and 32 differ by 0.125
     if not torch.allclose(ours, theirs, rtol=1e-3, atol=rounding):
         raise InputError(f"{name}: not supported: its logits are not lm_head(hidden), e.g. soft-capped or scaled")
     return model
@@ -461,14 +461,14 @@ def load_model(name, device, dtype=torch.float32):
 def max_shared_length(model):
     """Longest prompt + response for which one pass over the prompt is exact for all its responses.
 
-    0 if the model ignores a mask and positions of our own, which is tried. Beyond a layer's window or chunk of
-    attention, which such a mask would override, it is not exact.
+    0 if the model ignores custom masks or positions (tested numerically). At most its sliding window or attention
+    chunk, which a custom mask would override.
     """
     config = model.config.get_text_config()
     limits = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
     rows = [([1, 2], [[3, 4], [2, 1], [1]])]
     try:
-        shared, alone = (ResponseLogps(model)(collate(rows, model.device, span)) for span in (4, 0))
+        shared, alone = (ResponseLogps(model)(collate(rows, model.device, length)) for length in (4, 0))
     except Exception:  # a model that takes no such mask
         return 0
     exact = torch.allclose(shared, alone, rtol=0, atol=1e-4 if model.dtype == torch.float32 else 0.1)
@@ -484,7 +484,7 @@ def save_model(model, tokenizer, folder, weights=None):
         if "os error" not in str(error):
             raise
         raise OSError(errno.EIO, f"cannot be written ({error})", str(folder))
-    for file in folder.glob("*.safetensors"):  # safetensors gives them to the owner alone
+    for file in folder.glob("*.safetensors"):  # safetensors lets only the owner read them
         file.chmod((folder / "config.json").stat().st_mode)
 
 
@@ -504,7 +504,7 @@ def scoring_dtype(device):
 
 @dataclass(frozen=True)
 class Ranks:
-    """This process's place among torchrun's, 0 of 1 without it, and its device."""
+    """This process's rank (0 of 1 without torchrun) and its device."""
     rank: int
     world: int
     device: torch.device
@@ -519,16 +519,16 @@ class Ranks:
 
     def on_first(self, finish):
         """Rank 0 calls finish(), the others wait; its error is raised on every rank."""
-        stopped = [None]
+        errors = [None]
         if self.rank == 0:
             try:
                 finish()
             except (InputError, OSError) as error:
-                stopped = [error]
+                errors = [error]
         if self.world > 1:
-            dist.broadcast_object_list(stopped)
-        if stopped[0]:
-            raise stopped[0]
+            dist.broadcast_object_list(errors)
+        if errors[0]:
+            raise errors[0]
 
     def barrier(self):
         if self.world > 1:
@@ -542,14 +542,14 @@ def start_ranks():
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
-    if world > 1:  # torchrun sees a rank that dies; the ranks wait long for one that saves a large model
+    if world > 1:  # a long timeout: saving a large model takes rank 0 long, and torchrun notices a rank that dies
         on_gpu = dict(device_id=device) if device.type == "cuda" else {}
         dist.init_process_group("nccl" if on_gpu else "gloo", timeout=datetime.timedelta(hours=1), **on_gpu)
     return Ranks(rank, world, device)
 
 
 class LogWriter:
-    """What tqdm writes to where stderr is a log: a line each time, since a bar cannot be redrawn there."""
+    """tqdm's output if stderr is not a terminal: a line per update, since a bar cannot be redrawn there."""
 
     def write(self, text):
         if text.strip():
@@ -561,11 +561,11 @@ class LogWriter:
 
 def progress(steps, label, ranks):
     """A bar with rate and time left, on rank 0; in a log, a line every half minute."""
-    look = dict(mininterval=0.2, dynamic_ncols=True)
+    options = dict(mininterval=0.2, dynamic_ncols=True)
     if not sys.stderr.isatty():
-        look = dict(mininterval=30, file=LogWriter(), bar_format="{desc}: {n_fmt} of {total_fmt} in {elapsed}, "
-                    "{remaining} left, {rate_fmt}{postfix}")
-    return tqdm(steps, desc=label, disable=ranks.rank != 0, leave=False, miniters=1, delay=2, **look)
+        options = dict(mininterval=30, file=LogWriter(), bar_format="{desc}: {n_fmt} of {total_fmt} in {elapsed}, "
+                       "{remaining} left, {rate_fmt}{postfix}")
+    return tqdm(steps, desc=label, disable=ranks.rank != 0, leave=False, miniters=1, delay=2, **options)
 
 
 def map_batches(compute, batches, partial, ranks, label):
@@ -621,7 +621,7 @@ def load_policy(args, ranks):
 
 
 def load_reference(name, args, ranks):
-    """pi_ref, computed as the policy is: from float32 weights, with --fsdp from weights in the dtype that it sends.
+    """pi_ref, computed as the policy is: from float32 weights, with --fsdp from weights in the dtype that FSDP gathers.
 
     Its weights require no gradient: else autocast caches a bf16 copy.
     """
@@ -650,26 +650,36 @@ def store_logps(ref, pairs, args, partial, ranks):
     """Set pair["logps_ref"] = [log pi_ref(y_w | x), log pi_ref(y_l | x)]. pi_ref is fixed, so once is enough."""
     batches = length_batches([pair_length(pair) for pair in pairs], args.micro_batch_size, args.micro_batch_tokens)
 
+    @torch.no_grad()
     def compute(indices):
-        return pair_logps(ref, [pairs[i] for i in indices])
+        batch, _ = collate_pairs([pairs[i] for i in indices], ref.model)
+        with autocast(ranks.device):
+            logp = ref(batch)
+        return response_logps(logp, batch.lengths).view(-1, 2).tolist()
 
     for i, logps in map_batches(compute, batches, partial, ranks, "scoring with pi_ref").items():
         pairs[i]["logps_ref"] = logps
 
 
-@torch.no_grad()
-def pair_logps(model, pairs):
-    """[[log pi(y_w | x), log pi(y_l | x)]] of the pairs, in one batch. model: a ResponseLogps"""
-    batch, _ = collate_pairs(pairs, model.model)
-    with autocast(batch.ids.device):
-        logp = model(batch)
-    return response_logps(logp, batch.lengths).view(-1, 2).tolist()
+def cut_pairs(rows, args):
+    """(the pairs, with responses cut to fit --max-length; counts of what was read and dropped).
 
-
-def cut_pair(prompt, chosen, rejected, max_length):
-    """{"prompt", "chosen", "rejected"}, arrays of token ids, with the responses cut so that each fits max_length"""
-    room = max_length - len(prompt)
-    return {"prompt": array("i", prompt), "chosen": array("i", chosen[:room]), "rejected": array("i", rejected[:room])}
+    rows: {"id", "prompt", "chosen", "rejected"} with token ids. Raises InputError where no pair is left.
+    """
+    pairs, counts = [], {"pairs read": 0, "dropped as too long": 0, "dropped as equal after cutting": 0}
+    for row in rows:
+        counts["pairs read"] += 1
+        room = args.max_length - len(row["prompt"])
+        chosen, rejected = (array("i", row[key][:room]) for key in ("chosen", "rejected"))  # 4 bytes a token
+        if len(row["prompt"]) > args.max_prompt_length or room < 1:
+            counts["dropped as too long"] += 1
+        elif chosen == rejected:
+            counts["dropped as equal after cutting"] += 1
+        else:
+            pairs.append({"id": row["id"], "prompt": array("i", row["prompt"]), "chosen": chosen, "rejected": rejected})
+    if not pairs:
+        raise InputError(f"{args.input}: no pair is left ({counts}): raise --max-prompt-length or --max-length")
+    return pairs, counts
 
 
 def pair_length(pair):
@@ -677,14 +687,17 @@ def pair_length(pair):
 
 
 def collate_pairs(pairs, model):
-    """(Batch with y_w and y_l of each pair in turn, their stored log-probs under pi_ref (b, 2) or 0)"""
+    """(Batch with y_w and y_l of each pair in turn, their log-probs under pi_ref (b, 2), zeros if not stored)"""
     rows = [(pair["prompt"], [pair["chosen"], pair["rejected"]]) for pair in pairs]
     logps_ref = torch.tensor([pair.get("logps_ref") or [0.0, 0.0] for pair in pairs], device=model.device)
     return collate(rows, model.device, model.max_shared_length), logps_ref
 
 
 def make_optimizer(model, lr, steps):
-    """AdamW without weight decay; the rate rises over the first 10 % of the steps, then falls as a cosine to 0."""
+    """AdamW without weight decay; the rate rises from 0 over 10 % of the steps, then falls as a cosine to 0."""
+    if steps == 1:
+        raise InputError("a single optimizer step has the learning rate 0, at which the warm-up starts: "
+                         "lower --batch-size or raise --epochs")
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0, fused=True)
     return optimizer, get_cosine_schedule_with_warmup(optimizer, -(-steps // 10), steps)
 
@@ -699,7 +712,7 @@ def epoch_batches(count, batch_size, epochs, seed):
 def micro_batches(rows, args, ranks, length):
     """This rank's (rows, weight) of one optimizer step, rows of similar length together (see `length_batches`).
 
-    Every rank gets equally many (32 rows, 4 ranks: 8 each), even if one micro-batch could hold all.
+    Without --micro-batch-tokens every rank gets its share (32 rows, 4 ranks: 8 each), even if one could hold all.
     """
     per_rank = math.ceil(len(rows) / ranks.world)
     size = math.ceil(per_rank / math.ceil(per_rank / args.micro_batch_size))
@@ -708,7 +721,7 @@ def micro_batches(rows, args, ranks, length):
 
 
 def split_over_ranks(batches, ranks):
-    """This rank's (batch, weight). Where there are too few batches, some ranks get the first again with weight 0:
+    """This rank's (batch, weight). If batches run out, a rank gets the first again with weight 0.
 
     DDP and FSDP need every rank in every forward pass.
     """
@@ -717,7 +730,7 @@ def split_over_ranks(batches, ranks):
 
 
 def grad_sync(policy, last):
-    """DDP sums the gradients over the ranks in the last micro-batch of a step only, FSDP in each."""
+    """DDP averages the gradients over the ranks in the last micro-batch of a step only, FSDP in each."""
     return policy.no_sync() if hasattr(policy, "no_sync") and not last else contextlib.nullcontext()
 
 

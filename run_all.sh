@@ -188,7 +188,7 @@ stage() {
   elif (( NPROC > 1 )); then
     launch+=("${torchrun[@]}" --nproc-per-node "$NPROC" --standalone --local-addr localhost)
   fi
-  # restarted processes must not meet at the old store: it names those that are gone
+  # after a restart the processes need a new store: the old one still lists those that died
   [ "$MAX_RESTARTS" = 0 ] || launch=(env TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 "${launch[@]}")
   stages=$(( stages + 1 ))
   run "$1" "${launch[@]}" "$@"
@@ -202,7 +202,7 @@ run() {  # name of the script, command
   child=$!
   set +m
   wait "$child" || status=$?
-  while [ -n "$signal" ]; do signal= status=0; wait "$child" || status=$?; done  # the signal ended only the wait
+  while [ -n "$signal" ]; do signal= status=0; wait "$child" || status=$?; done  # a signal had ended the wait
   child=
   [ "$status" = 0 ] || fail "$1 ended with status $status (see above): run the same command again to resume" "$status"
 }

@@ -1,8 +1,8 @@
-"""What makes a run safe, which every stage uses and nobody needs to understand SPA. It knows nothing of models.
+"""What makes a run safe. Every stage uses it; SPA can be understood without reading it. It knows nothing of models.
 
     errors     InputError, run: one line on stderr and an exit status, on Ctrl-C and SIGTERM too
     options    Parser, number, positive, natural, nonnegative, share
-    records    SEED, PROMPTS, RESPONSES, PREFERENCES, read_jsonl, write_jsonl
+    records    PROMPTS, EXAMPLES, SEED, RESPONSES, PREFERENCES, read_jsonl, write_jsonl
     outputs    open_output, close_output: made in OUTPUT.partial, renamed when complete, args.json beside them
     resuming   journal, read_journal (finished batches); load_state, save_due, save_state (training)
 """
@@ -13,7 +13,6 @@ import fcntl
 import glob
 import hashlib
 import json
-import math
 import os
 import shutil
 import signal
@@ -38,7 +37,7 @@ class InputError(Exception):
 
 
 class Stopped(KeyboardInterrupt):
-    """Ctrl-C or SIGTERM; args[0] is its number. A KeyboardInterrupt, so that `except Exception` cannot swallow it."""
+    """Ctrl-C or SIGTERM; args[0] is the signal. A KeyboardInterrupt, so that `except Exception` cannot swallow it."""
 
 
 @dataclass
@@ -110,7 +109,7 @@ def resume_hint():
     partial = this_run.partial
     states = saved_states(partial) if partial else []
     if states:
-        return f"{partial} has the state after step {state_step(states[-1])}: rerun the command to resume from it"
+        return f"{partial} has the state after step {states[-1][0]}: rerun the command to resume from it"
     if partial and has_work(partial) and not this_run.training:
         return f"finished work is kept in {partial}: rerun the command to resume"
     return "nothing was saved yet: rerun the command to start again"
@@ -174,7 +173,7 @@ nonnegative, share = number(float, 0), number(float, 0, 1)
 
 
 # ---------------------------------------------------------------------------------------------
-# Records. A check's docstring says in error messages what the field must be.
+# Records. A check's docstring completes the error message "it must be ...".
 
 
 def is_id(value):
@@ -241,25 +240,16 @@ def shown(value):
 
 
 def parse_json(text, where, nan=False):
-    """json.loads that rejects what cannot be written back: infinities, lone surrogates, NaN unless nan=True.
+    """json.loads that rejects what cannot be written back: lone surrogates; NaN and infinities unless nan=True.
 
-    Token ids become arrays. Raises InputError, also where lists are nested too deep to be written (RecursionError).
+    Token ids become arrays. Raises InputError, also where lists are nested too deep (RecursionError).
     """
     try:
-        value = json.loads(text, parse_float=finite, parse_constant=finite if nan else int)  # int("NaN") is an error
-        if "\\u" in text:
-            json.dumps(value, ensure_ascii=False).encode()
+        value = json.loads(text)
+        json.dumps(value, ensure_ascii=False, allow_nan=nan).encode()
         return pack(value)
     except (ValueError, RecursionError):
         raise InputError(f"{where}: cannot be read as JSON: {text[:60]!r}: write one object a line")
-
-
-def finite(text):
-    """A JSON float; infinities raise ValueError."""
-    value = float(text)
-    if math.isinf(value):
-        raise ValueError
-    return value
 
 
 def pack(value):
@@ -302,12 +292,12 @@ def read_jsonl(path, fields):
 
 
 def reason(error):
-    """The system's words for an OSError, without its path."""
+    """The system's message without the path, else the exception's class."""
     return getattr(error, "strerror", None) or type(error).__name__
 
 
 def write_jsonl(path, rows):
-    write_lines(path, (json.dumps(row, ensure_ascii=False, default=list) + "\n" for row in rows))  # list: of an array
+    write_lines(path, (json.dumps(row, ensure_ascii=False, default=list) + "\n" for row in rows))  # list: for arrays
 
 
 def write_json(path, value):
@@ -424,12 +414,12 @@ def check_made_from(path, record, made_from):
 
 
 def differences(old, new):
-    """'--lr 0.1 (now 0.2)' for each option, and '--input has changed' for each input, in which two records differ."""
+    """'--lr 0.1 (now 0.2)' and 'another content of --input': the options and inputs in which two records differ."""
     if old.get("stage") != new["stage"]:
         return f"another stage, {old.get('stage')}"
     changed = [f"--{k.replace('_', '-')} {old['args'].get(k)} (now {new['args'].get(k)})"
                for k in {**old["args"], **new["args"]} if old["args"].get(k) != new["args"].get(k)]
-    changed += [f"another --{k.replace('_', '-')}: its content has changed" for k in {**old["inputs"], **new["inputs"]}
+    changed += [f"another content of --{k.replace('_', '-')}" for k in {**old["inputs"], **new["inputs"]}
                 if old["inputs"].get(k) != new["inputs"].get(k)]
     return ", ".join(changed)
 
@@ -448,7 +438,7 @@ def lock(output, partial):
 def has_work(partial):
     """Whether a stage has written anything but its arguments."""
     return any(path.name not in ("args.json", "lock") and path.suffix != ".tmp" and path.is_file()
-               and path.stat().st_size > 1 for path in partial.rglob("*"))
+               and path.stat().st_size > 1 for path in partial.rglob("*"))  # a new journal is one newline
 
 
 def close_output(args, partial, made, counts):
@@ -475,7 +465,7 @@ def close_output(args, partial, made, counts):
 
 @contextlib.contextmanager
 def journal(partial, label, rank=0):
-    """Gives record(value), which appends a line with a checksum to partial/LABEL.RANK.jsonl."""
+    """Yields record(value), which appends a line with a checksum to partial/LABEL.RANK.jsonl."""
     with open(partial / f"{label}.{rank}.jsonl", "a", encoding="utf-8") as file:
         file.write("\n")  # ends a line that a kill left half-written
 
@@ -502,12 +492,6 @@ def read_journal(partial, label):
 # Resuming: states of training
 
 
-def whole_states():
-    """(torch's functions for states, their options for one whole state on the CPU of rank 0)"""
-    from torch.distributed.checkpoint import state_dict  # takes seconds to import
-    return state_dict, state_dict.StateDictOptions(full_state_dict=True, cpu_offload=True)
-
-
 def load_state(partial, ranks, model, optimizer, scheduler):
     """Restore the newest saved state; returns it without the weights and moments, {"step": 0} where there is none.
 
@@ -517,9 +501,10 @@ def load_state(partial, ranks, model, optimizer, scheduler):
     if len(set(ranks.gather([state["step"]]))) > 1:
         raise InputError(f"{partial}: the ranks find different states in it: put --output where all of them see it")
     if state["step"] > 0:
-        states, whole = whole_states()
-        states.set_state_dict(model, optimizer, model_state_dict=state.pop("model"),  # pop: free the device's copy
-                              optim_state_dict=state.pop("optimizer"), options=whole)
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict  # slow to import
+        whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        set_state_dict(model, optimizer, model_state_dict=state.pop("model"),  # pop: free the device's copy
+                       optim_state_dict=state.pop("optimizer"), options=whole)
         scheduler.load_state_dict(state["scheduler"])
     if ranks.rank == 0:
         if state["step"] > 0:
@@ -531,7 +516,7 @@ def load_state(partial, ranks, model, optimizer, scheduler):
 
 def newest_state(partial):
     """The newest state that can be read; damaged ones are passed over, and rank 0 says so."""
-    for path in reversed(saved_states(partial)):
+    for _, path in reversed(saved_states(partial)):
         try:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except Exception as error:  # torch raises many kinds
@@ -541,12 +526,8 @@ def newest_state(partial):
 
 
 def saved_states(partial):
-    """Paths of the states in a folder, the newest last."""
-    return sorted(partial.glob("state-*.pt"), key=state_step)
-
-
-def state_step(path):
-    return int(path.stem.removeprefix("state-"))
+    """[(step, path)] of the states in a folder, the newest last."""
+    return sorted((int(path.stem.removeprefix("state-")), path) for path in partial.glob("state-*.pt"))
 
 
 def save_due(step, steps, every, ranks):
@@ -557,13 +538,14 @@ def save_due(step, steps, every, ranks):
 
 
 def save_state(partial, ranks, step, model, optimizer, scheduler, **state):
-    """Save what `load_state` needs to resume after `step` steps; state: what else it is to return.
+    """Save what `load_state` needs to resume after `step` steps; state: further fields that it returns.
 
-    There is no random state: dropout is 0, and the order of the rows follows from --seed. Raises Stopped where a signal
+    No RNG state is saved: dropout is 0, and the order of the rows follows from --seed. Raises Stopped where a signal
     was the reason to save.
     """
-    states, whole = whole_states()
-    weights, moments = states.get_state_dict(model, optimizer, options=whole)
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict  # slow to import
+    whole = StateDictOptions(full_state_dict=True, cpu_offload=True)  # on the CPU of rank 0
+    weights, moments = get_state_dict(model, optimizer, options=whole)
     state |= {"step": step, "model": weights, "optimizer": moments, "scheduler": scheduler.state_dict()}
     ranks.on_first(lambda: write_state(partial, state))
     if this_run.agreed:
@@ -584,5 +566,5 @@ def write_state(partial, state):
         raise InputError(f"{path}: cannot be written ({cause}): {resume_hint()}")
     finally:
         temporary.unlink(missing_ok=True)  # half of it would only fill the disk
-    for old in saved_states(partial)[:-2]:
+    for _, old in saved_states(partial)[:-2]:
         old.unlink()

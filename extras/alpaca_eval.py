@@ -34,7 +34,6 @@ from extras.answers import Sampler, file_name, fill, is_string, read_rows, read_
 from extras.endpoint import FREE, ask_judge
 
 
-
 def is_preference(value):
     "a number in [1, 2], 0 for a tie, or null"
     return value is None or type(value) in (int, float) and (value != value or value == 0 or 1 <= value <= 2)
@@ -157,10 +156,11 @@ def read_pairs(baseline, outputs):
     return [(row, answered[row["instruction"]]) for row in first]
 
 
-def annotation(row, outputs, generators, annotator, preference):
-    """A row in AlpacaEval's format. row: has the instruction and perhaps its dataset"""
-    return {"dataset": row.get("dataset", ""), "instruction": row["instruction"], "output_1": outputs[0],
-            "generator_1": generators[0], "output_2": outputs[1], "generator_2": generators[1],
+def annotation(base, ours, annotator, preference):
+    """A row in AlpacaEval's format of two rows of outputs, the baseline's and the model's."""
+    return {"dataset": base.get("dataset", ""), "instruction": base["instruction"],
+            "output_1": base["output"], "generator_1": base.get("generator", "reference"),
+            "output_2": ours["output"], "generator_2": ours.get("generator", "model"),
             "annotator": annotator, "preference": preference}
 
 
@@ -170,8 +170,7 @@ def sample(args):
     partial = runs.open_output(args, "model", "instructions")
     sampler = Sampler(args, args.model)
     prompts = sampler.prompt_ids([runs.as_messages(row["instruction"]) for row in asked], args.instructions)
-    answers = sampler.generate_answers(partial, prompts, [row["instruction"] for row in asked],
-                                       [args.temperature] * len(asked))
+    answers = sampler.generate_answers(partial, prompts, [row["instruction"] for row in asked])
 
     def write():
         rows = [{"dataset": row.get("dataset", ""), "instruction": row["instruction"], "output": text,
@@ -191,12 +190,10 @@ def judge(args):
     swapped = [common.uniforms(args.seed, base["instruction"], 0, 1)[0] < 0.5 for base, _ in pairs]
     rows, jobs = [], {}
     for k, (base, ours) in enumerate(pairs):
-        outputs = [base["output"], ours["output"]]
-        generators = [base.get("generator", "reference"), ours.get("generator", "model")]
-        rows.append(annotation(base, outputs, generators, args.judge_model, preference=1.5))
-        if outputs[0] != outputs[1]:  # otherwise a tie, which need not be asked for
-            m, big_m = outputs[::-1] if swapped[k] else outputs
-            fields = {"instruction": base["instruction"], "output_1": m, "output_2": big_m}
+        rows.append(annotation(base, ours, args.judge_model, preference=1.5))
+        if base["output"] != ours["output"]:  # otherwise a tie, which need not be asked for
+            m, big_m = (ours, base) if swapped[k] else (base, ours)
+            fields = {"instruction": base["instruction"], "output_1": m["output"], "output_2": big_m["output"]}
             jobs[k] = [part | {"content": fill(part["content"], fields)} for part in template]
     for k, most_likely in ask_judge(args, partial, jobs, logprobs=True).items():
         rows[k]["preference"] = preference_of(most_likely, swapped[k])

@@ -6,6 +6,7 @@ import zlib
 from pathlib import Path
 
 import numpy as np
+import torch
 import torch.nn.functional as F
 
 import common
@@ -26,18 +27,14 @@ class Sampler:
         return [common.prompt_ids(self.tokenizer, messages, f"{where}, row {k}")
                 for k, messages in enumerate(conversations, 1)]
 
-    def sample(self, prompts, u, temperature):
-        """[(text, "eos" or "length")] for B prompts (lists of ids). u: (B, 1, tokens), see common.uniforms"""
-        sampled = common.sample_responses(self.model, prompts, u, temperature, u.shape[2], self.eos)
-        return [(self.tokenizer.decode(list(ids), skip_special_tokens=True).strip(), finish)
-                for [(ids, finish)] in sampled]
+    def generate_answers(self, partial, prompts, keys, temperatures=None, label="sampling"):
+        """[(text, "eos" or "length")] for prompts (lists of ids).
 
-    def generate_answers(self, partial, prompts, keys, temperatures, label="sampling"):
-        """[(text, "eos" or "length")] for prompts (lists of ids), each at its temperature.
-
-        keys: what decides the samples, with --seed; label: of the journal of finished batches
+        keys: what decides the samples, with --seed; temperatures: of each prompt, where they differ from --temperature;
+        label: of the journal of finished batches
         """
         args, batches = self.args, []
+        temperatures = temperatures or [args.temperature] * len(prompts)
         for temperature in sorted(set(temperatures)):  # a batch has one temperature
             rows = [i for i in range(len(prompts)) if temperatures[i] == temperature]
             lengths = [len(prompts[i]) for i in rows]
@@ -45,19 +42,26 @@ class Sampler:
 
         def generate(batch):
             u = np.array([[common.uniforms(args.seed, keys[i], 0, args.max_new_tokens)] for i in batch])
-            return self.sample([prompts[i] for i in batch], u, temperatures[batch[0]])
+            sampled = common.sample_responses(self.model, [prompts[i] for i in batch], u, temperatures[batch[0]],
+                                              args.max_new_tokens, self.eos)
+            return [(self.tokenizer.decode(list(ids), skip_special_tokens=True).strip(), finish)
+                    for [(ids, finish)] in sampled]
 
         answers = common.map_batches(generate, batches, partial, self.ranks, label)
         return [answers[i] for i in range(len(prompts))]
 
-    def most_likely(self, prompts, count):
+    def most_likely(self, partial, prompts, count):
         """For each prompt (a list of ids) the `count` most likely first tokens of an answer: [(token, log-prob)]."""
-        batch = common.collate([(ids, [[0]]) for ids in prompts], self.model.device)
-        hidden, *head = common.ResponseLogps(self.model).hidden(batch)
-        logits = F.linear(hidden, *head).float()  # (B, V), after the prompt: the response [0] only marks the position
-        logps, tokens = logits.log_softmax(-1).topk(count)
-        return [[(self.tokenizer.decode([i]), logp) for i, logp in zip(*row)]
-                for row in zip(tokens.tolist(), logps.tolist())]
+        @torch.no_grad()
+        def compute(rows):
+            batch = common.collate([(row["prompt_ids"], [[0]]) for row in rows], self.model.device)  # [0]: any token
+            hidden, *head = common.ResponseLogps(self.model).hidden(batch)
+            logps, tokens = F.linear(hidden, *head).float().log_softmax(-1).topk(count)  # after the prompt, (B, count)
+            return [[(self.tokenizer.decode([i]), logp) for i, logp in zip(*row)]
+                    for row in zip(tokens.tolist(), logps.tolist())]
+
+        rows = [{"prompt_ids": ids} for ids in prompts]
+        return common.map_rows(compute, rows, self.args.micro_batch_size, partial, self.ranks, "judging")
 
 
 def is_string(value):

@@ -3,14 +3,13 @@
 An answer is a text; with log-probs, [(token, log-prob)] of the most likely first tokens.
 """
 
+import argparse
 import concurrent.futures
 import os
 import re
 import threading
 
 import huggingface_hub
-import numpy as np
-import torch
 from huggingface_hub.errors import HfHubHTTPError
 
 import common
@@ -56,22 +55,15 @@ def ask_judge(args, partial, jobs, logprobs):
     return answers
 
 
-@torch.no_grad()
 def ask_local_model(args, partial, jobs, logprobs):
     """As `ask_judge`, of the model --judge-model on this machine."""
-    sampler = Sampler(args, args.judge_model)
+    greedy = {"temperature": 0, "max_new_tokens": MAX_TOKENS, "seed": 0}  # the seed then decides nothing
+    sampler = Sampler(argparse.Namespace(**vars(args) | greedy), args.judge_model)
     prompts = sampler.prompt_ids(jobs.values(), "the judging prompts")
-
-    def ask(batch):
-        asked = [prompts[i] for i in batch]
-        if logprobs:
-            return sampler.most_likely(asked, TOP_LOGPROBS)
-        u = np.zeros((len(batch), 1, MAX_TOKENS))  # not used: at temperature 0 it is greedy
-        return [text for text, _ in sampler.sample(asked, u, temperature=0)]
-
-    batches = common.length_batches([len(ids) for ids in prompts], args.micro_batch_size)
-    answers = common.map_batches(ask, batches, partial, sampler.ranks, "judging")
-    return {k: answers[i] for i, k in enumerate(jobs)}
+    if logprobs:
+        return dict(zip(jobs, sampler.most_likely(partial, prompts, TOP_LOGPROBS)))
+    answers = sampler.generate_answers(partial, prompts, list(jobs), label="judging")
+    return {k: text for k, (text, _) in zip(jobs, answers)}
 
 
 class Endpoint:

@@ -53,9 +53,9 @@ def encode(tokenizer, messages, text):
 def reward_scores(model, encoded):
     """The model's output for each encoded text, padded on the right; one by one where it has no padding token."""
     pad, scores = model.config.pad_token_id, []
-    fill = {"input_ids": pad or 0}  # mask and token types are filled with 0
     for batch in [encoded] if pad is not None else [[one] for one in encoded]:
-        inputs = {key: common.padded([one[key] for one in batch], fill.get(key, 0)) for key in batch[0]}
+        inputs = {key: common.padded([one[key] for one in batch], pad or 0 if key == "input_ids" else 0)
+                  for key in batch[0]}
         scores += model(**{key: ids.to(model.device) for key, ids in inputs.items()}).logits[:, 0].tolist()
     return scores
 
@@ -99,9 +99,8 @@ def judge_llm(rows, args, partial, ranks):
     """
     tokenizer = common.load_tokenizer(args.judge_model)
     model = common.load_model(args.judge_model, ranks.device, common.scoring_dtype(ranks.device))
-    letters = [[letter] for letter in letter_ids(args.judge_model, tokenizer)]
+    letters, logps = letter_ids(args.judge_model, tokenizer), common.ResponseLogps(model)
     orders = itertools.permutations if args.llm_order == "both" else itertools.combinations
-    logps = common.ResponseLogps(model)
 
     def pairs(row):
         return orders(range(len(row["responses"])), 2)
@@ -129,14 +128,14 @@ def llm_rewards(count, options):
 
 
 def letter_ids(name, tokenizer):
-    """The ids of the answers A and B, tokenised as by 00_sft.py. Raises InputError unless each is one token."""
+    """[[id of A], [id of B]], tokenised as by 00_sft.py. Raises InputError unless each is one token."""
     question = judging_prompt(runs.as_messages("x"), "y", "z")
     prompt, eos = common.prompt_ids(tokenizer, question, name), common.eos_ids(name, tokenizer)
     answers = [common.response_ids(tokenizer, question, prompt, letter, eos)[:-1] for letter in LETTERS]
     if any(len(ids) != 1 for ids in answers) or answers[0] == answers[1]:
         raise runs.InputError(f"{name}: its tokenizer makes {answers} of the options {LETTERS}: give a judge to which "
                               "each is a token of its own")
-    return [ids[0] for ids in answers]
+    return answers
 
 
 def is_label(value):
@@ -167,14 +166,13 @@ def balancing_penalty(rewards, lengths):
     Negative where the chosen ones would be the shorter ones without it.
     """
     d_reward, d_length = (np.reshape(values, (-1, 2)).astype(float) @ [1, -1] for values in (rewards, lengths))
-    threshold, size = d_reward[d_length != 0] / d_length[d_length != 0], abs(d_length[d_length != 0])
-    if not len(threshold):
+    unequal = d_length != 0
+    if not unequal.any():
         return 0.0
-    order = np.argsort(threshold)
-    threshold, size = threshold[order], size[order]
+    threshold, which = np.unique(d_reward[unequal] / d_length[unequal], return_inverse=True)
+    size = np.bincount(which, abs(d_length[unequal]))  # of the step at each threshold
     length_gap = size.sum() - 2 * np.concatenate([[0], size.cumsum()])  # in all, if k thresholds lie below alpha
     edges = np.concatenate([threshold[:1] - 1, threshold, threshold[-1:] + 1])
     low, high = edges[:-1], edges[1:]
     alpha = np.where((low < 0) & (0 < high), 0.0, (low + high) / 2)
-    inside = (low < alpha) & (alpha < high)  # not between equal thresholds
-    return float(min(zip(abs(length_gap[inside]), abs(alpha[inside]), alpha[inside]))[2])
+    return float(min(zip(abs(length_gap), abs(alpha), alpha))[2])

@@ -12,9 +12,7 @@ import re
 from pathlib import Path
 
 import torch
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
+from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
 import common
@@ -134,8 +132,8 @@ def write_examples(prompts, sentences, seed, folder):
 def write_base_model(words, args, folder):
     """A model of the kind args.shape, its random weights decided by args.seed, with a tokenizer of whole words."""
     special = ["<eos>", "<bos>", "<unk>", "<system>", "<user>", "<assistant>"]
-    words = Tokenizer(WordLevel({word: k for k, word in enumerate(special + words)}, unk_token="<unk>"))
-    words.pre_tokenizer = WhitespaceSplit()
+    words = Tokenizer(models.WordLevel({word: k for k, word in enumerate(special + words)}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<bos>", eos_token="<eos>", unk_token="<unk>",
                                         pad_token="<eos>", additional_special_tokens=special[3:],
                                         clean_up_tokenization_spaces=False, chat_template=CHAT_TEMPLATE)

@@ -3,11 +3,11 @@
     min_theta sup_Q E_Q[l(xi)]   over all Q within Wasserstein-1 distance epsilon of the empirical distribution of
                                  xi_i = p_theta(y_w > y_l | x_i), the confidences of the pairs of D_t   (2-1 to 2-6)
 
-For the inner problem l(xi) = -log xi is replaced by a maximum of K affine pieces. It is solved when 04 would start to
+For the inner problem, l(xi) = -log xi is replaced by a maximum of K affine pieces. It is solved when 04 would start to
 refine labels, and again at the start of every epoch or every --resolve-steps.
 
-Departs from the proposal: its loss, sum_ik -log[alpha_ik (xi_i - q_ik / alpha_ik)], has the weights inside the
-logarithm, as constants without a gradient; here it is what its text means, the expectation
+Departs from the proposal: its printed loss, sum_ik -log[alpha_ik (xi_i - q_ik / alpha_ik)], has the weights alpha
+inside the logarithm, where they get no gradient. Here the loss is the expectation that its text describes,
 sum_ik alpha_ik l(xi_i - q_ik / alpha_ik).
 """
 
@@ -22,10 +22,10 @@ def worst_distribution(xi, epsilon, pieces, xi_min):
     """The distribution of confidences within Wasserstein-1 distance epsilon of xi's that has the largest mean loss.
 
     The loss is max_k a_k xi + b_k, the tangents of -log xi at K points of the support [xi_min, 1]. It is convex and
-    falls, so mass gains most by going all the way down to xi_min, (l(xi_min) - l(xi_i)) / (xi_i - xi_min) a unit of
+    decreasing, so mass gains most by going all the way to xi_min: (l(xi_min) - l(xi_i)) / (xi_i - xi_min) per unit of
     distance. The budget N epsilon is therefore spent in falling order of that rate, which is the least confident pairs
     first, up to ties that the pieces make. At most one pair is moved in part.
-    xi (N,) in [0, 1] -> moved (N,): alpha of the part at xi_min, 1 - moved stays; shift (N,): q / alpha, how far
+    xi (N,) in [0, 1] -> moved (N,): alpha, the weight at xi_min (1 - moved stays); shift (N,): q / alpha, how far
     """
     tangent_points = np.geomspace(xi_min, 1, pieces)
     slopes, intercepts = -1 / tangent_points, 1 - np.log(tangent_points)
@@ -38,9 +38,9 @@ def worst_distribution(xi, epsilon, pieces, xi_min):
     distance = np.where(shift > 0, shift, 1)
     rate = np.where(shift > 0, (loss(xi_min) - loss(xi)) / distance, 0)
     order = np.lexsort((xi, -rate.round(9)))
-    left = len(xi) * epsilon - (np.cumsum(shift[order]) - shift[order])  # of the budget, when a pair's turn comes
+    budget_left = len(xi) * epsilon - (np.cumsum(shift[order]) - shift[order])  # when a pair's turn comes
     moved = np.zeros(len(xi))
-    moved[order] = np.where(shift[order] > 0, np.clip(left / distance[order], 0, 1), 0)
+    moved[order] = np.where(shift[order] > 0, np.clip(budget_left / distance[order], 0, 1), 0)
     return moved, shift
 
 

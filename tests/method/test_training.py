@@ -358,6 +358,13 @@ def test_04_computes_the_log_probs_of_its_reference(labelled, pi_0, tmp_path, re
     assert metrics(one)[0]["margin"] == pytest.approx(0, abs=1e-5)  # pi_ref is pi_theta before the first step
 
 
+@pytest.mark.parametrize("stage, file", [("00_sft", "sft"), ("01_seed_dpo", "seed")])
+def test_a_run_of_one_step_which_would_change_nothing_is_refused(world, pi_init, tmp_path, stage, file):
+    options = dict(model=pi_init, input=world / f"{file}.jsonl", batch_size=64, output=tmp_path / "out")
+    assert "--batch-size" in stages.refused(stage, epochs=1, **options)
+    assert len(metrics(run(stage, epochs=2, **options))) == 2
+
+
 def test_micro_batches_hold_their_budget_of_tokens():
     lengths = [5, 30, 2, 9, 9, 40, 3]
     batches = common.length_batches(lengths, 3, tokens=30)
