@@ -695,9 +695,6 @@ def collate_pairs(pairs, model):
 
 def make_optimizer(model, lr, steps):
     """AdamW without weight decay; the rate rises from 0 over 10 % of the steps, then falls as a cosine to 0."""
-    if steps == 1:
-        raise InputError("a single optimizer step has the learning rate 0, at which the warm-up starts: "
-                         "lower --batch-size or raise --epochs")
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0, fused=True)
     return optimizer, get_cosine_schedule_with_warmup(optimizer, -(-steps // 10), steps)
 
@@ -706,7 +703,11 @@ def epoch_batches(count, batch_size, epochs, seed):
     """Indices of each optimizer step: every epoch visits each of `count` rows once, in an order of its own."""
     rng = np.random.default_rng(seed)
     orders = [rng.permutation(count).tolist() for _ in range(epochs)]
-    return [order[i:i + batch_size] for order in orders for i in range(0, count, batch_size)]
+    batches = [order[i:i + batch_size] for order in orders for i in range(0, count, batch_size)]
+    if len(batches) == 1:
+        raise InputError("a single optimizer step would have the learning rate 0, at which the warm-up starts: "
+                         "lower --batch-size or raise --epochs")
+    return batches
 
 
 def micro_batches(rows, args, ranks, length):
