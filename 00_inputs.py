@@ -169,12 +169,12 @@ def main():
     if args.source == "world":
         from extras import judges, small_world
         rows = small_world.make_world(args, folder, judges.JUDGING_WORDS if args.llm_judge else "")
-        different = rows  # shuffled already, each prompt once
+        unique = rows  # shuffled already, each prompt once
     else:
         rows = read_preferences(args.source)
-        different = drop_repeats(rows)
-        random.Random(args.seed).shuffle(different)
-    seed, held_out, sets = split(different, args)
+        unique = drop_repeats(rows)
+        random.Random(args.seed).shuffle(unique)
+    seed, held_out, sets = split(unique, args)
 
     def write(name, rows, *keys):
         runs.write_jsonl(folder / name, [{key: row[key] for key in ("id", "prompt", *keys) if key in row}
@@ -189,7 +189,7 @@ def main():
     if args.llm_judge:
         from extras.judges import judging_examples
         runs.write_jsonl(folder / "judge_sft.jsonl", judging_examples(seed))
-    counts = {"rows read": len(rows), "repeated prompts dropped": len(rows) - len(different),
+    counts = {"rows read": len(rows), "repeated prompts dropped": len(rows) - len(unique),
               "seed pairs": len(seed), "prompts": " + ".join(str(len(prompts)) for prompts in sets),
               "held-out prompts": len(held_out)}
     runs.close_output(args, partial, folder, counts)

@@ -59,10 +59,6 @@ def read_examples(args, tokenizer):
     return examples, {"rows read": len(rows), "dropped as too long": len(rows) - len(examples)}
 
 
-def example_length(example):
-    return len(example["prompt"]) + len(example["response"])
-
-
 def main():
     args = parse_args()
     partial = runs.open_output(args, "model", "input")
@@ -79,7 +75,7 @@ def main():
     for step in bar:
         step_examples, logged_rows = [examples[i] for i in batches[step]], []
         tokens = sum(len(example["response"]) for example in step_examples)
-        micros = common.micro_batches(step_examples, args, ranks, example_length)
+        micros = common.micro_batches(step_examples, args, ranks)
         optimizer.zero_grad()
         for k, (micro, weight) in enumerate(micros):
             batch = common.collate([(example["prompt"], [example["response"]]) for example in micro], ranks.device)

@@ -102,7 +102,7 @@ def main():
     bar = common.progress(range(state["step"], len(batches)), "seed DPO", ranks)
     for step in bar:
         step_pairs, logged_rows = [pairs[i] for i in batches[step]], []
-        micros = common.micro_batches(step_pairs, args, ranks, common.pair_length)
+        micros = common.micro_batches(step_pairs, args, ranks)
         optimizer.zero_grad()
         for k, (micro, weight) in enumerate(micros):
             batch, logps_ref = common.collate_pairs(micro, model)

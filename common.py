@@ -648,7 +648,7 @@ def shard(module, ranks, method="forward"):
 
 def store_logps(ref, pairs, args, partial, ranks):
     """Set pair["logps_ref"] = [log pi_ref(y_w | x), log pi_ref(y_l | x)]. pi_ref is fixed, so once is enough."""
-    batches = length_batches([pair_length(pair) for pair in pairs], args.micro_batch_size, args.micro_batch_tokens)
+    batches = length_batches([row_length(pair) for pair in pairs], args.micro_batch_size, args.micro_batch_tokens)
 
     @torch.no_grad()
     def compute(indices):
@@ -682,8 +682,9 @@ def cut_pairs(rows, args):
     return pairs, counts
 
 
-def pair_length(pair):
-    return len(pair["prompt"]) + len(pair["chosen"]) + len(pair["rejected"])
+def row_length(row):
+    """Tokens of a pair, or of an example of 00_sft.py."""
+    return sum(len(row[key]) for key in ("prompt", "chosen", "rejected", "response") if key in row)
 
 
 def collate_pairs(pairs, model):
@@ -710,14 +711,14 @@ def epoch_batches(count, batch_size, epochs, seed):
     return batches
 
 
-def micro_batches(rows, args, ranks, length):
+def micro_batches(rows, args, ranks):
     """This rank's (rows, weight) of one optimizer step, rows of similar length together (see `length_batches`).
 
     Without --micro-batch-tokens every rank gets its share (32 rows, 4 ranks: 8 each), even if one could hold all.
     """
     per_rank = math.ceil(len(rows) / ranks.world)
     size = math.ceil(per_rank / math.ceil(per_rank / args.micro_batch_size))
-    batches = length_batches([length(row) for row in rows], size, args.micro_batch_tokens)
+    batches = length_batches([row_length(row) for row in rows], size, args.micro_batch_tokens)
     return [([rows[i] for i in batch], weight) for batch, weight in split_over_ranks(batches, ranks)]
 
 

@@ -47,7 +47,7 @@ algorithm_1() {  # `stage` runs a script on all GPUs, `single` in one process
   if [ -n "$WORLD" ]; then
     INIT=$R/pi_init
     stage 00_sft.py --model "$R/data/base" --input "$R/data/sft.jsonl" --output "$INIT" --epochs "$SFT_EPOCHS" \
-      --lr "$SFT_LR" --batch-size "$SFT_BATCH_SIZE" --micro-batch-size "$SFT_BATCH_SIZE" --seed "$SEED" "${memory[@]}"
+      --lr "$SFT_LR" --batch-size "$SFT_BATCH_SIZE" --micro-batch-size "$SFT_BATCH_SIZE" --seed "$SEED" "${shared[@]}"
   fi
 
   # Obtaining an initial weakly aligned model pi_0 using DPO with pi_init and D_0
@@ -88,7 +88,7 @@ train_judge() {  # App. B.2
   JUDGE_MODEL=$R/judge
   stage 00_sft.py --model "$INIT" --input "$R/data/judge_sft.jsonl" --output "$JUDGE_MODEL" --epochs "$JUDGE_EPOCHS" \
     --lr "$JUDGE_LR" --batch-size "$JUDGE_BATCH_SIZE" --micro-batch-size "$MICRO_BATCH_SIZE" --seed "$SEED" \
-    --max-prompt-length 4096 --max-length 4100 "${memory[@]}"
+    --max-prompt-length 4096 --max-length 4100 "${shared[@]}"
 }
 
 evaluation() {  # return pi_T, and evaluate every model on the way
@@ -113,8 +113,8 @@ evaluate() {  # folder, name in the table, share of gold labels, model, more opt
   evaluated+=("$R/eval/$1")
 }
 
-# ---- What is planned is checked before the first stage --------------------------------------------------------------
-plan() {  # checks the settings, and makes the options that several stages share
+# ---- The settings are checked before the first stage ---------------------------------------------------------------
+check_settings() {  # and makes the options that several stages share
   must_be "a whole number" "$WHOLE" SEED SEED_SIZE EVAL_SIZE ITERATIONS SEED_EPOCHS BATCH_SIZE MICRO_BATCH_SIZE \
     MAX_NEW_TOKENS SAMPLING_BATCH_SIZE SAVE_EVERY JUDGE_EPOCHS JUDGE_BATCH_SIZE NPROC NNODES NODE_RANK MAX_RESTARTS
   must_be "a number" "$NUMBER" BETA LR TEMPERATURE ALPHA K_PERCENT JUDGE_LR
@@ -138,12 +138,12 @@ plan() {  # checks the settings, and makes the options that several stages share
   [ "$JUDGE" != llm ] || LLM=1
   [ "$SOURCE" = ultrafeedback ] || all=$(IFS=+; echo $(( SEED_SIZE + ${sizes[*]} )))
   default GOLD_LABEL_SHARE="$(awk "BEGIN { printf $SEED_SIZE ? \"%.1f %%\" : \"0 %%\", 100 * $SEED_SIZE / $all }")"
-  memory=(--save-every "$SAVE_EVERY")
-  [ -n "$WORLD" ] || memory+=(--activation-checkpointing --fsdp)  # with one GPU there is nothing to shard
+  shared=(--save-every "$SAVE_EVERY")
+  [ -n "$WORLD" ] || shared+=(--activation-checkpointing --fsdp)  # with one GPU there is nothing to shard
   sampling=(--temperature "$TEMPERATURE" --max-new-tokens "$MAX_NEW_TOKENS" --seed "$SEED"
             --micro-batch-size "$SAMPLING_BATCH_SIZE")
   training=(--beta "$BETA" --lr "$LR" --batch-size "$BATCH_SIZE" --micro-batch-size "$MICRO_BATCH_SIZE" --seed "$SEED"
-            "${memory[@]}")
+            "${shared[@]}")
 }
 
 WHOLE='(0|[1-9][0-9]*)' NUMBER='([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?'
@@ -215,7 +215,7 @@ main() {
   if [ "${1:-}" = --dry-run ]; then DRY_RUN=1; shift; fi
   [ $# = 0 ] || fail "\"$1\" is not known: only --dry-run can follow a setting"
   settings
-  plan
+  check_settings
   find_python
   export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-3600}  # seconds that a stage has to save
   trap 'signal=INT; kill -s INT $child 2>/dev/null || exit 130' INT

@@ -74,8 +74,8 @@ class WorstCase:
         if step != self.refine_from and (step < self.refine_from or step % self.every):
             return
         args, known = self.args, []
-        batches = common.length_batches([common.pair_length(pair) for pair in self.pairs], args.micro_batch_size,
-                                        args.micro_batch_tokens)
+        lengths = [common.row_length(pair) for pair in self.pairs]
+        batches = common.length_batches(lengths, args.micro_batch_size, args.micro_batch_tokens)
         for indices, weight in common.split_over_ranks(batches, self.ranks):
             found = self.confidences([self.pairs[i] for i in indices]).tolist()
             if weight:
