@@ -7,8 +7,7 @@
 pi_theta starts as pi_{t-1}, and pi_ref is pi_{t-1}, not pi_init. tau is the K-th percentile of p_theta~ over the last
 50 pairs (App. B.4) before the current step, over all ranks. No label is refined in the first 20 % of the steps, nor
 before 50 pairs are known. With lambda = 0, theta~ is theta, and Eq. 11 is Eq. 9.
-`diff 01_seed_dpo.py 04_refined_dpo.py` shows what SPA adds to DPO. --refine worst-case is not the paper's: see
-extras/worst_case.py.
+`diff 01_seed_dpo.py 04_refined_dpo.py` shows what SPA adds to DPO. extras/worst_case.py has --refine worst-case.
 
 Reads  preferences_t.jsonl  what 03_judge.py writes; uses id, prompt_ids, chosen.ids, rejected.ids
 Writes a model folder with metrics.jsonl (one line a step) and args.json
@@ -200,7 +199,7 @@ def main():
             common.log_step(partial, bar, step, logged_rows, tau=tau, grad_norm=grad_norm, lr=lr)
         if runs.save_due(step + 1, len(batches), args.save_every, ranks):
             runs.save_state(partial, ranks, step + 1, model, optimizer, scheduler, window=list(window),
-                            **worst_case.state() if worst_case else {})
+                            atoms=worst_case and worst_case.atoms)
 
     counts["steps"] = len(batches)
     common.save_trained(args, partial, ranks, model, tokenizer, counts)

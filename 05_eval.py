@@ -4,8 +4,7 @@
     torchrun --nproc-per-node 4 05_eval.py sample --model ...
     python 05_eval.py report eval/sft eval/dpo eval/1 --output report      # tables, samples, a figure
 
-Reads  eval.jsonl        {"id": "7", "prompt": [{"role": "user", "content": "Name a fish."}], "reference": "An eel."};
-                         only --gold needs the reference
+Reads  eval.jsonl        {"id": "7", "prompt": [{"role": "user", "content": "Name a fish."}], "reference": "An eel."}
 Writes responses.jsonl   {"id", "prompt", "reference", "finish": "eos"|"length", "response", "preference": 1 where the
                          response is better than the reference, 0.5 for a tie, 0 otherwise}
        metrics.json      {"name", "win_rate": the mean preference in percent, ...} (others: extras/alpaca_eval.py)
@@ -83,9 +82,8 @@ def score(rows, gold, name):
 
 def judge_accuracy(path, gold):
     """Percent of the pairs in which gold agrees with the label. Pairs that gold finds equal do not count."""
-    fields = runs.PROMPTS | {"chosen": runs.is_response, "rejected": runs.is_response}
     scores = [[gold_score(gold, row["prompt"], row[y]["text"]) for y in ("chosen", "rejected")]
-              for row in runs.read_jsonl(path, fields)]
+              for row in runs.read_jsonl(path, runs.PROMPTS | runs.PREFERENCES)]
     agrees = [chosen > rejected for chosen, rejected in scores if chosen != rejected]
     return 100 * sum(agrees) / len(agrees) if agrees else None
 

@@ -133,7 +133,7 @@ def chat_ids(tokenizer, messages, **options):
     return encoder.encode(text, add_special_tokens=False).ids
 
 
-def render(tokenizer, messages, **options):
+def render(tokenizer, messages, where="", **options):
     """Token ids of a conversation, with exactly one BOS where the tokenizer begins a text with one.
 
     Some templates write it, others (Zephyr's) leave it to the tokenizer, and the model was trained with it either way.
@@ -141,7 +141,7 @@ def render(tokenizer, messages, **options):
     try:
         ids = chat_ids(tokenizer, messages, **options)
     except Exception as error:  # templates reject some role orders with an exception of their own
-        raise InputError(f"the chat template rejects {json.dumps(messages)[:60]} ({str(error)[:100]}): "
+        raise InputError(f"{where}the chat template rejects {json.dumps(messages)[:60]} ({str(error)[:100]}): "
                          "fix it, or name another template with --chat-template")
     bos = [tokenizer.bos_token_id]
     return bos + ids if tokenizer("").input_ids[:1] == bos and ids[:1] != bos else ids
@@ -149,10 +149,7 @@ def render(tokenizer, messages, **options):
 
 def prompt_ids(tokenizer, messages, where):
     """The prompt's token ids, with the template's generation prompt."""
-    try:
-        ids = render(tokenizer, messages, add_generation_prompt=True)
-    except InputError as error:
-        raise InputError(f"{where}: {error}")
+    ids = render(tokenizer, messages, f"{where}: ", add_generation_prompt=True)
     if not ids:
         raise InputError(f"{where}: the chat template renders this prompt to no tokens: "
                          "name another template with --chat-template")
@@ -208,11 +205,10 @@ def check_ids(path, row_id, ids, model):
 
 def check_same_vocabulary(name, other):
     """Raises InputError where a token id means different tokens to two models."""
-    models = (name, other)
-    differ = len({load_config(n).get_text_config().vocab_size for n in models}) > 1
+    differ = len({load_config(n).get_text_config().vocab_size for n in (name, other)}) > 1
     with contextlib.suppress(Exception):  # a model without a tokenizer is used with the other's
-        one, two = (AutoTokenizer.from_pretrained(n, trust_remote_code=False).get_vocab().items() for n in models)
-        one, two = ({i: token for token, i in vocabulary} for vocabulary in (one, two))
+        one, two = (AutoTokenizer.from_pretrained(n, trust_remote_code=False).get_vocab() for n in (name, other))
+        one, two = ({i: token for token, i in vocabulary.items()} for vocabulary in (one, two))
         differ = differ or any(one[i] != two[i] for i in one.keys() & two.keys())
     if differ:
         raise InputError(f"{name} and {other} have different vocabularies: give two models with the same tokenizer")

@@ -10,8 +10,7 @@ the process, with Python and its libraries. The plain loop is what the reference
 rejected in one batch padded to the longest, full logits of policy and reference.
 
     01            01_seed_dpo.py; reference log-probs are stored before the first step, which is not timed
-    04 warm-up    04_refined_dpo.py before labels are refined
-    04            04_refined_dpo.py with de-coupled noise detection, the reference live
+    04            04_refined_dpo.py with de-coupled noise detection; it refines labels from its second step on
     live          01's step with a live reference: what 04 is compared with
     prompt twice  01 that computes a prompt for each of its two responses
     logits twice  01 that recomputes the logits in the backward pass, in chunks of 256 tokens
@@ -69,12 +68,12 @@ def run_01(folder, turns, **replaced):
     run_training("01_seed_dpo.py", folder, turns, input=folder / "seed.jsonl")
 
 
-def run_04(folder, turns, **options):
-    run_training("04_refined_dpo.py", folder, turns, input=folder / "preferences.jsonl", **options)
+def run_04(folder, turns):
+    run_training("04_refined_dpo.py", folder, turns, input=folder / "preferences.jsonl", refine_after=0, window=PAIRS)
 
 
 def run_live(folder, turns):
-    """01's step that also runs pi_ref, as 04 has to."""
+    """01's step that also runs pi_ref, as 04's does."""
     import common
     real = common.load_policy
 
@@ -159,8 +158,7 @@ def run_products(folder, turns):
 
 COMPETITORS = {  # function, its options
     "01": (run_01, {}),
-    "04 warm-up": (run_04, dict(refine_after=1, window=1)),
-    "04": (run_04, dict(refine_after=0, window=PAIRS)),
+    "04": (run_04, {}),
     "live": (run_live, {}),
     "prompt twice": (run_01, dict(max_shared_length=lambda model: 0)),
     "logits twice": (run_01, dict(chunk_rows=lambda weight: 256)),
@@ -198,7 +196,7 @@ def main():
 
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        make_inputs(folder, PAIRS * (args.steps + 3))  # the last step is not taken: 04's window is filled in it
+        make_inputs(folder, PAIRS * (args.steps + 3))  # one more step than is taken, so that no competitor ends
         wanted = {"01", *(args.only or COMPETITORS)}  # 01 is what the others are compared with
         names = [name for name in COMPETITORS if name in wanted and (args.trl or "TRL" not in name)]
         done = take_turns(__file__, names, folder, args, {"TRL": args.trl, "TRL best": args.trl})
@@ -214,10 +212,9 @@ def report(done, rows, args):
         ratio = spread([theirs / ours for theirs, ours in zip(seconds[name], seconds["01"])])
         print(f"| {name} | {statistics.median(seconds[name]):.2f} | {ratio} | {done[name][-1]['peak']:.2f} "
               f"| {max(abs(a - b) for a, b in zip(losses[name], losses['01'])):.0e} |")
-    for one, other in (("04", "live"), ("04 warm-up", "01")):
-        if one in seconds and other in seconds:
-            ratio = spread([a / b for a, b in zip(seconds[one], seconds[other])])
-            print(f"\n{one} takes {ratio} times as long as {other}")
+    if "04" in seconds and "live" in seconds:
+        ratio = spread([a / b for a, b in zip(seconds["04"], seconds["live"])])
+        print(f"\n04 takes {ratio} times as long as live")
     if "products" in done:
         flops = [step_flops(rows[k:k + PAIRS]) for k in range(2 * PAIRS, len(rows) - PAIRS, PAIRS)]
         rates = [step["loss"] for step in done["products"][2:]]

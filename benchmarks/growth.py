@@ -96,7 +96,8 @@ def work(part, folder, size):
                   length_penalty="auto")
     elif part == "04":
         stage = runpy.run_path(str(ROOT / "04_refined_dpo.py"))
-        stage["read_pairs"](Namespace(input=folder / "03", max_prompt_length=1024, max_length=2048))
+        args = Namespace(input=folder / "03", max_prompt_length=1024, max_length=2048)
+        common.cut_pairs(stage["read_pairs"](args), args)
     elif part == "05":
         fit_win_rates(size)
 

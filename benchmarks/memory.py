@@ -21,7 +21,7 @@ from shared import make_inputs, run_stage
 
 # bytes a parameter, options
 STAGES = {"01_seed_dpo.py": (16, dict(input="seed.jsonl")),
-          "04_refined_dpo.py": (20, dict(input="preferences.jsonl", refine_after=0, window=1))}
+          "04_refined_dpo.py": (20, dict(input="preferences.jsonl"))}
 STEPS, PAIRS = 3, 2
 
 

@@ -1,17 +1,14 @@
 """AlpacaEval 2.0 (Section 5.1), in the official tool's own files: each can come from that tool and go to it.
 
     hf download --repo-type dataset --local-dir . tatsu-lab/alpaca_eval alpaca_eval_gpt4_baseline.json df_gamed.csv
-    python 05_eval.py alpaca-sample --model pi_3 --instructions alpaca_eval_gpt4_baseline.json --name spa_3 \\
-        --output spa_3/model_outputs.json
-    python 05_eval.py alpaca-judge spa_3/model_outputs.json --baseline alpaca_eval_gpt4_baseline.json \\
-        --judge-template alpaca_eval_clf.txt --judge-url https://api.openai.com/v1 --judge-model gpt-4-1106-preview \\
-        --output spa_3/annotations.json
-    python 05_eval.py alpaca-score spa_3/annotations.json --df-gamed df_gamed.csv --name "SPA, iteration 3" \\
-        --output spa_3/metrics.json
+    python 05_eval.py alpaca-sample --model pi_3 --instructions alpaca_eval_gpt4_baseline.json --output outputs.json
+    python 05_eval.py alpaca-judge outputs.json --baseline alpaca_eval_gpt4_baseline.json --output annotations.json \\
+        --judge-template alpaca_eval_clf.txt --judge-url https://api.openai.com/v1 --judge-model gpt-4-1106-preview
+    python 05_eval.py alpaca-score annotations.json --df-gamed df_gamed.csv --name "SPA, iteration 3" --output pi_3.json
 
-model_outputs.json  [{"dataset", "instruction", "output", "generator"}]
-annotations.json    [{"dataset", "instruction", "output_1", "generator_1" (the baseline's), "output_2", "generator_2"
-                    (the model's), "annotator", "preference": 1 the baseline, 2 the model, null missing}]; also gzipped
+outputs.json      [{"dataset", "instruction", "output", "generator"}]
+annotations.json  [{"dataset", "instruction", "output_1", "generator_1" (the baseline's), "output_2", "generator_2"
+                  (the model's), "annotator", "preference": 1 the baseline, 2 the model, null missing}]; also gzipped
 
 alpaca_eval_clf.txt is in the alpaca_eval package. The judge is an OpenAI-compatible endpoint that gives log-probs, or a
 model on this machine (no --judge-url). The key is read from OPENAI_API_KEY and written nowhere. Answers are kept as
@@ -30,7 +27,7 @@ import numpy as np
 
 import common
 import runs
-from extras.answers import Sampler, file_name, fill, is_string, read_rows, read_text
+from extras.answers import Sampler, file_name, fill, is_string, read_rows, read_text, write_output
 from extras.endpoint import FREE, ask_judge
 
 
@@ -109,10 +106,9 @@ def alpaca_eval_metrics(rows, difficulty=None, gamed=None):
     rate, error = win_rate(known)
     wins, losses, ties = (int(n) for n in ((known > 0.5).sum(), (known < 0.5).sum(), (known == 0.5).sum()))
     lengths = np.array([[len(row["output_1"]), len(row["output_2"])] for row in rows], float)
+    lc, lc_error = length_controlled(y, lengths[:, 0] - lengths[:, 1], difficulty, gamed)
     if all(row["output_1"] == row["output_2"] for row in rows):  # the baseline itself: by construction
         lc, lc_error = 50.0, 0.0
-    else:
-        lc, lc_error = length_controlled(y, lengths[:, 0] - lengths[:, 1], difficulty, gamed)
     return {"win_rate": rate, "standard_error": error, "n_wins": wins, "n_wins_base": losses, "n_draws": ties,
             "n_total": len(known), "discrete_win_rate": 100 * (wins + 0.5 * ties) / len(known),
             "avg_length": int(lengths[:, 1].mean()), "length_controlled_winrate": lc, "lc_standard_error": lc_error}
@@ -171,15 +167,10 @@ def sample(args):
     sampler = Sampler(args, args.model)
     prompts = sampler.prompt_ids([runs.as_messages(row["instruction"]) for row in asked], args.instructions)
     answers = sampler.generate_answers(partial, prompts, [row["instruction"] for row in asked])
-
-    def write():
-        rows = [{"dataset": row.get("dataset", ""), "instruction": row["instruction"], "output": text,
-                 "generator": args.name or file_name(args.model)} for row, (text, _) in zip(asked, answers)]
-        runs.write_json(partial / "outputs.json", rows)
-        counts = {"answers": len(rows), "cut at the limit": sum(finish == "length" for _, finish in answers)}
-        runs.close_output(args, partial, partial / "outputs.json", counts)
-
-    sampler.ranks.on_first(write)
+    rows = [{"dataset": row.get("dataset", ""), "instruction": row["instruction"], "output": text,
+             "generator": args.name or file_name(args.model)} for row, (text, _) in zip(asked, answers)]
+    counts = {"answers": len(rows), "cut at the limit": sum(finish == "length" for _, finish in answers)}
+    sampler.ranks.on_first(lambda: write_output(args, partial, rows, counts))
 
 
 def judge(args):
@@ -197,9 +188,8 @@ def judge(args):
             jobs[k] = [part | {"content": fill(part["content"], fields)} for part in template]
     for k, most_likely in ask_judge(args, partial, jobs, logprobs=True).items():
         rows[k]["preference"] = preference_of(most_likely, swapped[k])
-    runs.write_json(partial / "annotations.json", rows)
-    counts = {"annotations": len(rows), "missing preferences": sum(row["preference"] is None for row in rows)}
-    runs.close_output(args, partial, partial / "annotations.json", counts)
+    missing = sum(row["preference"] is None for row in rows)
+    write_output(args, partial, rows, {"annotations": len(rows), "missing preferences": missing})
 
 
 def preference_of(most_likely, swapped):
@@ -230,6 +220,5 @@ def score(args):
     partial = runs.open_output(args, "annotations", "df_gamed")
     metrics = alpaca_eval_metrics(rows, difficulty, gamed)
     name = args.name or str(rows[0].get("generator_2") or args.annotations)
-    runs.write_json(partial / "metrics.json", {"name": name, "gold_labels": args.label_share} | metrics)
     counts |= {"win rate": round(metrics["win_rate"], 2), "LC win rate": round(metrics["length_controlled_winrate"], 2)}
-    runs.close_output(args, partial, partial / "metrics.json", counts)
+    write_output(args, partial, {"name": name, "gold_labels": args.label_share} | metrics, counts)

@@ -30,8 +30,7 @@ class Sampler:
     def generate_answers(self, partial, prompts, keys, temperatures=None, label="sampling"):
         """[(text, "eos" or "length")] for prompts (lists of ids).
 
-        keys: what decides the samples, with --seed; temperatures: of each prompt, where they differ from --temperature;
-        label: of the journal of finished batches
+        keys: decide the samples, with --seed; temperatures: of each prompt, else --temperature; label: of the journal
         """
         args, batches = self.args, []
         temperatures = temperatures or [args.temperature] * len(prompts)
@@ -97,6 +96,12 @@ def read_rows(path, fields, *key):
     if not rows:
         raise runs.InputError(f"{path}: has no rows")
     return rows
+
+
+def write_output(args, partial, value, counts, write=runs.write_json):
+    """Make --output, a file of this value."""
+    write(partial / "made", value)
+    runs.close_output(args, partial, partial / "made", counts)
 
 
 def fill(text, fields):

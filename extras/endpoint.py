@@ -1,13 +1,10 @@
-"""Who is asked to judge: an OpenAI-compatible endpoint, or a model on this machine.
-
-An answer is a text; with log-probs, [(token, log-prob)] of the most likely first tokens.
-"""
+"""Who is asked to judge: an OpenAI-compatible endpoint, or a model on this machine."""
 
 import argparse
-import concurrent.futures
 import os
 import re
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import huggingface_hub
 from huggingface_hub.errors import HfHubHTTPError
@@ -24,31 +21,31 @@ PAUSE = 1.0  # seconds before the first retry, doubled for each further one; Ret
 
 
 def ask_judge(args, partial, jobs, logprobs):
-    """{k: answer} to jobs {k: messages}. Raises InputError where requests have failed.
+    """{k: answer} to jobs {k: messages}: a text; with logprobs, [(token, log-prob)] of the most likely first tokens.
 
-    Answers are recorded in `partial` as they come, so that a resumed run asks only for what is missing.
+    Answers are recorded in `partial` as they come, so that a resumed run asks only for what is missing. Raises
+    InputError where requests have failed.
     """
     if not args.judge_url:
         return ask_local_model(args, partial, jobs, logprobs)
-    answers, failed, lock = dict(runs.read_journal(partial, "judged")), [], threading.Lock()
-    endpoint, pool = Endpoint(args, logprobs), concurrent.futures.ThreadPoolExecutor(args.judge_requests)
+    answers = dict(runs.read_journal(partial, "judged"))
+    endpoint, pool = Endpoint(args, logprobs), ThreadPoolExecutor(args.judge_requests)
     with runs.journal(partial, "judged") as record:
         def work(k):
             answer, why_not = endpoint.ask(jobs[k])
-            with lock:
-                if why_not:
-                    failed.append(why_not)
-                else:
+            if not why_not:
+                with endpoint.lock:
                     answers[k] = answer
                     record([k, answer])
+            return why_not
 
         try:
             futures = [pool.submit(work, k) for k in jobs if k not in answers]
-            for future in common.progress(futures, "judging", common.Ranks(0, 1, None)):
-                future.result()
+            ended = [future.result() for future in common.progress(futures, "judging", common.Ranks(0, 1, None))]
         finally:  # on Ctrl-C too: answers to requests that were sent are still recorded
             endpoint.stop.set()
             pool.shutdown(cancel_futures=True)
+    failed = [why_not for why_not in ended if why_not]
     if failed:
         raise runs.InputError(f"{args.output}: {len(failed)} of {len(jobs)} have no answer ({failed[0]}): the others "
                               f"are kept in {partial}: rerun the command to ask only for the missing ones")

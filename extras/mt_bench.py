@@ -25,7 +25,7 @@ from pathlib import Path
 import numpy as np
 
 import runs
-from extras.answers import Sampler, file_name, fill, is_string, read_rows
+from extras.answers import Sampler, file_name, fill, is_string, read_rows, write_output
 from extras.endpoint import FREE, ask_judge
 
 TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1}  # the other categories: 0
@@ -82,26 +82,19 @@ def sample(args):
     temperatures = [TEMPERATURES.get(row["category"], 0) for row in questions]
     conversations, finishes = [[] for _ in questions], []
     for turn in (0, 1):
-        for messages, row in zip(conversations, questions):
-            messages.append({"role": "user", "content": row["turns"][turn]})
+        conversations = [asked + runs.as_messages(row["turns"][turn]) for asked, row in zip(conversations, questions)]
         prompts = sampler.prompt_ids(conversations, args.questions)
         keys = [[row["question_id"], turn] for row in questions]
         answers = sampler.generate_answers(partial, prompts, keys, temperatures, f"turn_{turn + 1}")
-        for messages, (text, finish) in zip(conversations, answers):
-            messages.append({"role": "assistant", "content": text})
-            finishes.append(finish)
-
-    def write():
-        runs.write_jsonl(partial / "answers.jsonl", ({
-            "question_id": row["question_id"],
-            "answer_id": hashlib.sha256(json.dumps([name, row["question_id"], messages]).encode()).hexdigest()[:22],
-            "model_id": name, "choices": [{"index": 0, "turns": [messages[1]["content"], messages[3]["content"]]}],
-            "tstamp": time.time()}
-            for row, messages in zip(questions, conversations)))
-        counts = {"questions": len(questions), "turns cut at the limit": finishes.count("length")}
-        runs.close_output(args, partial, partial / "answers.jsonl", counts)
-
-    sampler.ranks.on_first(write)
+        conversations = [asked + [{"role": "assistant", "content": text}]
+                         for asked, (text, _) in zip(conversations, answers)]
+        finishes += [finish for _, finish in answers]
+    rows = [{"question_id": row["question_id"],
+             "answer_id": hashlib.sha256(json.dumps([name, row["question_id"], messages]).encode()).hexdigest()[:22],
+             "model_id": name, "choices": [{"index": 0, "turns": [messages[1]["content"], messages[3]["content"]]}],
+             "tstamp": time.time()} for row, messages in zip(questions, conversations)]
+    counts = {"questions": len(questions), "turns cut at the limit": finishes.count("length")}
+    sampler.ranks.on_first(lambda: write_output(args, partial, rows, counts, runs.write_jsonl))
 
 
 def judge(args):
@@ -118,9 +111,8 @@ def judge(args):
     path.parent.mkdir(parents=True, exist_ok=True)
     runs.write_jsonl(path, others + rows)
     metrics = mt_bench_metrics(rows, {row["question_id"]: row["category"] for row in questions})
-    runs.write_json(partial / "scores.json", {"name": args.name or model, "gold_labels": args.label_share} | metrics)
     counts = {"mean rating": metrics["mt_bench"], "without rating": metrics["n_without_rating"]}
-    runs.close_output(args, partial, partial / "scores.json", counts)
+    write_output(args, partial, {"name": args.name or model, "gold_labels": args.label_share} | metrics, counts)
 
 
 def prepare_judgments(args, questions, model):

@@ -1,6 +1,4 @@
-"""Evaluated models side by side: the paper's tables, samples of their answers, and Figure 3.
-
-    python 05_eval.py report sft/metrics.json spa_*/metrics.json mt_bench/model_score/*.json --output report
+"""Evaluated models side by side: python 05_eval.py report pi_*.json mt_bench/model_score/*.json --output report
 
 Each path is a metrics file or a folder that `sample` wrote, in the order of the table's rows. AlpacaEval's and
 MT-Bench's metrics of one --name share a row. Writes
@@ -20,10 +18,10 @@ import runs
 from extras.answers import is_string, read_text
 from extras.mt_bench import category_order
 
-METRICS = {"length_controlled_winrate": "LC win rate (%)", "win_rate": "Win rate (%)", "mt_bench": "MT-Bench (1-10)",
-           "mt_bench_turn_1": "First turn", "mt_bench_turn_2": "Second turn", "avg_length": "Mean length (chars)",
-           "judge_accuracy": "Judge accuracy (%)", "malformed": "Malformed (%)", "eos_rate": "EOS (%)"}
-COLUMNS = {"gold_labels": "Gold labels", **METRICS}  # the first four in the order of Table 1
+COLUMNS = {"gold_labels": "Gold labels", "length_controlled_winrate": "LC win rate (%)", "win_rate": "Win rate (%)",
+           "mt_bench": "MT-Bench (1-10)", "mt_bench_turn_1": "First turn", "mt_bench_turn_2": "Second turn",
+           "avg_length": "Mean length (chars)", "judge_accuracy": "Judge accuracy (%)", "malformed": "Malformed (%)",
+           "eos_rate": "EOS (%)"}  # the first four in the order of Table 1
 ERRORS = {"length_controlled_winrate": "lc_standard_error", "win_rate": "standard_error"}
 COLORS = ["#1f77b4", "#d62728", "#2ca02c", "#ff7f0e", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f"]
 
@@ -31,12 +29,8 @@ COLORS = ["#1f77b4", "#d62728", "#2ca02c", "#ff7f0e", "#9467bd", "#8c564b", "#e3
 def report(args):
     """Write table.md, samples.md and report.svg."""
     partial = runs.open_output(args, "evaluated")
-    rows, with_responses = [], []
-    for path in args.evaluated:
-        metrics, responses = read_metrics(path)
-        with_responses += [(metrics, responses)] if responses else []
-        if metrics.get("gold_labels") == "-":
-            del metrics["gold_labels"]
+    evaluated, rows = [read_metrics(path) for path in args.evaluated], []
+    for metrics, _ in evaluated:
         # the same name and other metrics: AlpacaEval's and MT-Bench's of one model
         row = next((row for row in rows if row["name"] == metrics["name"]
                     and row.keys() & metrics.keys() <= {"name", "gold_labels"}), None)
@@ -44,13 +38,14 @@ def report(args):
             rows.append(metrics)
         else:
             row |= metrics
+    texts = {"table.md": tables(rows)}
+    if any(responses for _, responses in evaluated):
+        texts["samples.md"] = samples([(metrics, responses) for metrics, responses in evaluated if responses])
+    print(*texts.values(), sep="\n")
     made = partial / "report"
     made.mkdir(exist_ok=True)
-    (made / "report.svg").write_text(figure(rows), encoding="utf-8")
-    texts = {"table.md": tables(rows)} | ({"samples.md": samples(with_responses)} if with_responses else {})
-    for name, text in texts.items():
+    for name, text in [*texts.items(), ("report.svg", figure(rows))]:
         (made / name).write_text(text, encoding="utf-8")
-        print(text)
     runs.close_output(args, partial, made, {"models": len(rows)})
 
 
@@ -63,10 +58,10 @@ def read_metrics(path):
         tables([metrics])
     except (AttributeError, KeyError, TypeError, ValueError, OverflowError):
         raise runs.InputError(f"{file}: is not a metrics file of 05_eval.py: {runs.shown(metrics)}: evaluate again")
-    responses = file.parent / "responses.jsonl"
-    if file == Path(path) or not responses.exists():
-        return metrics, None
-    return metrics, runs.read_jsonl(responses, {**runs.PROMPTS, "response": is_string})
+    if metrics.get("gold_labels") == "-":
+        del metrics["gold_labels"]
+    responses, fields = Path(path) / "responses.jsonl", {**runs.PROMPTS, "response": is_string}
+    return metrics, (runs.read_jsonl(responses, fields) if responses.exists() else None)
 
 
 def table(head, rows):
@@ -85,21 +80,20 @@ def iteration_of(name):
 
 
 def curves(metrics, key):
-    """{method: {iteration: metrics}} of the models that have the metric `key` and an iteration in their name."""
+    """({method: {iteration: metrics}}, iterations) of models with the metric `key` and an iteration in their name."""
     lines = {}
     for row in metrics:
         method, t = iteration_of(row["name"])
         if t is not None and row.get(key) is not None:
             lines.setdefault(method, {})[t] = row
-    return lines
+    return lines, sorted({t for line in lines.values() for t in line})
 
 
 def tables(metrics):
     """Table 1, Figure 3 by iteration and Figure 5a by category, as far as there are metrics."""
     text = table(["Model", *COLUMNS.values()], [[row["name"], *map(row.get, COLUMNS)] for row in metrics])
     for key in ("length_controlled_winrate", "win_rate", "mt_bench"):
-        lines = curves(metrics, key)
-        iterations = sorted({t for line in lines.values() for t in line})
+        lines, iterations = curves(metrics, key)
         if iterations:
             text += "\n" + table([f"{COLUMNS[key]} by iteration", *map(str, iterations)], [
                 [method, *(line.get(t, {}).get(key) for t in iterations)] for method, line in lines.items()])
@@ -137,8 +131,8 @@ def figure(metrics):
 
 def panel(metrics, key, left, colors):
     """SVG elements: the metric `key` by iteration, in 400 x 280 pixels that begin `left` pixels from the left."""
-    rows, lines = [row for row in metrics if row.get(key) is not None], curves(metrics, key)
-    iterations = sorted({t for line in lines.values() for t in line})
+    rows = [row for row in metrics if row.get(key) is not None]
+    lines, iterations = curves(metrics, key)
     ends = [row[key] + sign * (row.get(ERRORS[key]) or 0) for row in rows for sign in (-1, 1)] or [0]
     low = 10 * math.floor(min(ends) / 10)
     high = max(low + 10, 10 * math.ceil(max(ends) / 10))

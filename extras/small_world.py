@@ -6,6 +6,7 @@ said about a thing; a response is worth the mean value of its sentences. A sente
 about a part of another thing), or that is repeated, is worth -1.
 """
 
+import contextlib
 import itertools
 import random
 import re
@@ -77,14 +78,6 @@ def write_answer(rng, sentences, writer=None):
     return " ".join(said)
 
 
-def labelled_pair(rng, sentences, gold, prompt):
-    """(chosen, rejected): the answers of two random writers, drawn again until gold prefers one of them."""
-    one = two = write_answer(rng, sentences)  # equal, so that the loop runs at least once
-    while gold_score(gold, prompt, one) == gold_score(gold, prompt, two):
-        one, two = write_answer(rng, sentences), write_answer(rng, sentences)
-    return (one, two) if gold_score(gold, prompt, one) > gold_score(gold, prompt, two) else (two, one)
-
-
 def make_world(args, folder, more_text=""):
     """Shuffled rows {"id", "prompt", "chosen", "rejected", "reference"}, as many as the options of 00_inputs.py need.
 
@@ -105,7 +98,11 @@ def make_world(args, folder, more_text=""):
     rows = []
     for k, (thing, text) in enumerate(prompts[:needed]):
         rng, prompt = random.Random(f"{args.seed} {text}"), runs.as_messages(text)  # the same whatever the sets' sizes
-        chosen, rejected = labelled_pair(rng, sentences[thing], gold, prompt)
+        chosen = rejected = write_answer(rng, sentences[thing])
+        while gold_score(gold, prompt, chosen) == gold_score(gold, prompt, rejected):  # at least once
+            chosen, rejected = write_answer(rng, sentences[thing]), write_answer(rng, sentences[thing])
+        if gold_score(gold, prompt, chosen) < gold_score(gold, prompt, rejected):
+            chosen, rejected = rejected, chosen
         rows.append({"id": f"world-{k}", "prompt": prompt, "chosen": chosen, "rejected": rejected,
                      "reference": write_answer(rng, sentences[thing], "kind")})
 
@@ -146,13 +143,11 @@ def write_base_model(words, args, folder):
 
 def read_gold(path):
     """{thing: {sentence: value}}, as make_world writes it. Raises InputError where the file is anything else."""
-    try:
+    with contextlib.suppress(OSError, ValueError, AttributeError, runs.InputError):  # one message for all of them
         gold = runs.parse_json(Path(path).read_text(encoding="utf-8-sig"), path)
         values = [value for known in gold.values() for value in known.values()]
         if values and all(type(value) in (int, float) and abs(value) <= 1 for value in values):
             return gold
-    except (OSError, ValueError, AttributeError, runs.InputError):
-        pass  # one message for all that may be wrong
     raise runs.InputError(f"{path}: is not a gold judge {{thing: {{sentence: value in [-1, 1]}}}}: "
                           "give the gold.json that 00_inputs.py wrote")
 
@@ -168,9 +163,6 @@ def gold_values(gold, prompt, text):
 
 
 def gold_score(gold, prompt, text):
-    """What a response is worth, in [-1, 1]: the mean over its sentences, so that length alone gains nothing.
-
-    A malformed or repeated sentence is worth -1, and so is a response that has no sentence.
-    """
+    """What a response is worth, in [-1, 1]: the mean over its sentences; -1 for one without a value, and for none."""
     values = [-1 if value is None else value for value in gold_values(gold, prompt, text)] or [-1]
     return sum(values) / len(values)

@@ -65,9 +65,6 @@ class WorstCase:
         self.every = args.resolve_steps or steps // args.epochs
         self.atoms = state.get("atoms") or {pair["id"]: [0.0, 0.0] for pair in pairs}  # {id: [moved, shift]}
 
-    def state(self):
-        return {"atoms": self.atoms}
-
     @torch.no_grad()
     def solve_if_due(self, step):
         """Find the atoms at step refine_from, and then at every multiple of `every`."""

@@ -59,8 +59,8 @@ def test_the_judge_accuracy_by_hand(tmp_path):
 
     good, fair, bad = map(response, ("the bulb is new .", "a lamp is a lamp .", "throw the lamp away ."))
     pairs = [(good, bad), (fair, bad), (bad, fair), (good, good)]  # right, right, wrong, equal
-    path = write_rows(tmp_path / "preferences.jsonl", [{"id": k, "prompt": LAMP, "chosen": w, "rejected": l}
-                                                       for k, (w, l) in enumerate(pairs)])
+    path = write_rows(tmp_path / "preferences.jsonl", [
+        {"id": k, "prompt": LAMP, "prompt_ids": [1], "chosen": w, "rejected": l} for k, (w, l) in enumerate(pairs)])
     assert evaluation.judge_accuracy(path, GOLD) == pytest.approx(200 / 3)
     assert evaluation.judge_accuracy(write_rows(path, rows(path)[3:]), GOLD) is None  # no pair to judge by
 

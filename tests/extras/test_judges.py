@@ -360,7 +360,7 @@ def test_two_processes_write_the_same_bytes_which_04_reads(options_of, pi_0, tmp
     for name in names:
         one = run("03_judge", **options_of[name], output=tmp_path / f"{name}_alone")
         assert one.read_bytes() == (tmp_path / name).read_bytes(), name
-        run("04_refined_dpo", model=pi_0, input=one, output=tmp_path / f"pi_{name}")
+        run("04_refined_dpo", model=pi_0, input=one, batch_size=4, output=tmp_path / f"pi_{name}")
 
 
 @pytest.mark.parametrize("name", ["previous", "none", "reward", "llm"])

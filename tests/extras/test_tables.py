@@ -45,7 +45,7 @@ def test_there_is_every_table():
 
 def test_the_settings_are_those_of_run_all(plan, monkeypatch):
     train = plan.tasks[plan.spa("spa", 2)].options
-    assert [train[key] for key in ("beta", "lr", "batch_size", "lam", "seed")] == ["10.0", "1e-4", "16", "0.25", "1"]
+    assert [train[key] for key in ("beta", "lr", "batch_size", "lam", "seed")] == ["10", "1e-4", "16", "0.25", "1"]
     monkeypatch.setenv("LR", "0.5")
     assert tables.Plan(Path("runs"), 1).of["04_refined_dpo.py"][0]["lr"] == "0.5"
     monkeypatch.setenv("LR", "half")

@@ -263,7 +263,7 @@ def test_the_small_world_knows_no_word_that_spells_a_special_token(tokenizer):
 
 
 def test_collate_gives_the_tensors_of_its_docstring():
-    batch = common.collate([([5, 6], [[7, 8, 9], [4, 3]])], "cpu", span=5)
+    batch = common.collate([([5, 6], [[7, 8, 9], [4, 3]])], "cpu", max_shared=5)
     assert batch.ids.tolist() == [[5, 6, 7, 8, 4]]
     assert batch.positions.tolist() == [[0, 1, 2, 3, 2]]
     assert batch.mask.int().tolist() == [[[[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1, 1, 1, 1, 0],

@@ -86,7 +86,8 @@ def test_a_missing_field_or_one_of_a_wrong_kind(good, tmp_path, stage, field):
     missing = {key: value for key, value in given[1].items() if key != name}
     for bad in [missing, *({**given[1], name: value} for value in BAD_FIELDS[field.replace("rejected", "chosen")])]:
         write_rows(path, [given[0], bad])
-        error = refused(stage, path, output=tmp_path / "out", **good[stage] | {"input": path})
+        options = good[stage] | {"input": path} | ({"epochs": 3} if "batch_size" in good[stage] else {})
+        error = refused(stage, path, output=tmp_path / "out", **options)
         # a token id that is too large is known after the model is loaded, and named by the row's id
         assert f"{path}:2: " in error and f'"{name}"' in error or f"id {given[1]['id']}: token id 1000000" in error
 
@@ -102,7 +103,7 @@ def test_a_duplicate_id(good, tmp_path, stage):
 @pytest.mark.parametrize("stage, change, row_change, words", [
     *((stage, {"max_prompt_length": 1}, {}, ["--max-prompt-length", "in.jsonl"]) for stage in WITH_TOKENIZER),
     ("02_generate", {"on_length_limit": "drop", "max_new_tokens": 2}, {}, ["--max-new-tokens", "--on-length-limit"]),
-    ("03_judge", {}, {"responses": [RESPONSE] * 2}, ["--model", "--init-model", "in.jsonl"]),
+    ("03_judge", {}, {"responses": [RESPONSE] * 2}, ["--temperature", "in.jsonl"]),
     ("04_refined_dpo", {}, {"chosen": RESPONSE, "rejected": RESPONSE}, ["in.jsonl"])])
 def test_nothing_is_left_after_dropping(good, tmp_path, stage, change, row_change, words):
     path = write_rows(tmp_path / "in.jsonl", [row | row_change for row in rows(good[stage]["input"])])
