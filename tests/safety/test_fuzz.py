@@ -169,7 +169,7 @@ def reader(name, function, model, *more):
     """A stage's own function that reads --input."""
     def read(path):
         args = Namespace(input=str(path), model=str(model), max_prompt_length=64, max_length=128)
-        getattr(stages.load(name), function)(args, *more)
+        list(getattr(stages.load(name), function)(args, *more))  # some yield their rows
     return read
 
 

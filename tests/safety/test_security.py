@@ -97,7 +97,7 @@ def test_pickled_weights_are_not_loaded(world, pi_init, tmp_path, marker):
 
 
 def test_a_pickle_in_the_place_of_a_saved_state_does_not_run(world, pi_init, tmp_path, marker):
-    options = dict(model=pi_init, input=world / "sft.jsonl", output=tmp_path / "out")
+    options = dict(model=pi_init, input=world / "sft.jsonl", epochs=2, output=tmp_path / "out")
     assert fork("00_sft", options, lambda: at_end(kill, tmp_path / "out"))().status == -signal.SIGKILL
     state = tmp_path / "out.partial" / "state-1.pt"
     torch.save({"step": Touch(marker)}, state)
