@@ -67,7 +67,7 @@ def main():
     examples, counts = read_examples(args, tokenizer)
 
     model, policy = common.load_policy(args, ranks)
-    batches = common.epoch_batches(len(examples), args.batch_size, args.epochs, args.seed)
+    batches = common.epoch_batches(len(examples), args.batch_size, args.epochs, args.seed, args.input)
     optimizer, scheduler = common.make_optimizer(model, args.lr, len(batches))
     state = runs.load_state(partial, ranks, model, optimizer, scheduler)
 

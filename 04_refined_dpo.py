@@ -151,7 +151,7 @@ def main():
     if args.ref_model:
         common.check_same_vocabulary(args.model, args.ref_model)
 
-    batches = common.epoch_batches(len(pairs), args.batch_size, args.epochs, args.seed)
+    batches = common.epoch_batches(len(pairs), args.batch_size, args.epochs, args.seed, args.input)
     refine_from = math.ceil(args.refine_after * len(batches))
     ref = load_reference(pairs, args, partial, ranks)
     model, policy = common.load_policy(args, ranks)

@@ -696,14 +696,14 @@ def make_optimizer(model, lr, steps):
     return optimizer, get_cosine_schedule_with_warmup(optimizer, -(-steps // 10), steps)
 
 
-def epoch_batches(count, batch_size, epochs, seed):
+def epoch_batches(count, batch_size, epochs, seed, path="the input"):
     """Indices of each optimizer step: every epoch visits each of `count` rows once, in an order of its own."""
     rng = np.random.default_rng(seed)
     orders = [rng.permutation(count).tolist() for _ in range(epochs)]
     batches = [order[i:i + batch_size] for order in orders for i in range(0, count, batch_size)]
     if len(batches) == 1:
-        raise InputError("a single optimizer step would have the learning rate 0, at which the warm-up starts: "
-                         "lower --batch-size or raise --epochs")
+        raise InputError(f"{path}: its {count} rows make a single optimizer step, at the learning rate 0 where the "
+                         "warm-up starts: lower --batch-size or raise --epochs")
     return batches
 
 
