@@ -1,6 +1,6 @@
 """The small world on several seeds: mean and standard deviation of every row of its table.
 
-    python benchmarks/small_world.py --jobs 2             # the ten seeds the README reports: half an hour on two cores
+    python benchmarks/small_world.py --jobs 2             # seeds 1 to 10, half an hour on two cores; README has 1 to 6
     python benchmarks/small_world.py --seeds 100 101 --jobs 2
 
 Runs `bash run_all.sh world` once a seed (what is complete is not run again), then prints the table and what it claims,
