@@ -1,11 +1,11 @@
 """Algorithm 1's inputs: the seed preferences D_0 and the prompt sets X_1 ... X_T, disjoint from it and each other.
 
-Sources
-    ultrafeedback  argilla/ultrafeedback-binarized-preferences-cleaned, from the Hub (Section 5.1)
-    a file         JSON, JSON Lines or Parquet, with prompt, chosen, rejected as strings or as lists of messages
-    world          the small world of extras/small_world.py, with a base model: all that a run on a laptop needs
+--source  ultrafeedback  argilla/ultrafeedback-binarized-preferences-cleaned, from the Hub (Section 5.1)
+          org/name       any other data set on the Hub; --split, if not train
+          a file         JSON, JSON Lines or Parquet; the first two also with gzip (formats: extras/formats.py)
+          world          the small world of extras/small_world.py, with a base model: all that a laptop needs
 
-Writes a folder: seed.jsonl        {"id", "prompt", "chosen", "rejected"}: the only labels that SPA sees
+Writes a folder: seed.jsonl        {"id", "prompt", "chosen", "rejected"}, messages (as TRL's): all labels SPA sees
                  prompts_t.jsonl   {"id", "prompt"}
                  eval.jsonl        {"id", "prompt", "reference"}: a response to compare with, where the source has one
                  all_gold.jsonl    with --all-gold: labelled pairs of the seed and of all prompt sets (100 % rows)
@@ -16,17 +16,14 @@ Writes a folder: seed.jsonl        {"id", "prompt", "chosen", "rejected"}: the o
     python 00_inputs.py --source ultrafeedback --output data
     python 00_inputs.py --source my.jsonl --seed-size 500 --prompt-sizes 1000 2000 --output data
 
-Departs from the paper: rows that repeat a prompt are dropped, so that no two sets share one, and so are rows of
-UltraFeedback with an empty answer.
+Departs from the paper: rows that repeat a prompt are dropped, so that no two sets share one, and so are rows with an
+empty answer or equal ones. The last prompt set takes what is left, down to 95 %, where different prompts run short.
 """
 
 import json
 import random
-from pathlib import Path
 
 import runs
-
-ULTRAFEEDBACK = "argilla/ultrafeedback-binarized-preferences-cleaned"
 
 
 def split(rows, args):
@@ -36,15 +33,18 @@ def split(rows, args):
     the prompt sets as they are, as in Table 3. Raises InputError where there are too few rows.
     """
     pairs = [row for row in rows if "chosen" in row]
-    if len(pairs) < args.seed_size or len(rows) < args.seed_size + args.eval_size + sum(args.prompt_sizes):
+    sizes = [args.eval_size, *args.prompt_sizes]
+    short = max(0, args.seed_size + sum(sizes) - len(rows))
+    if len(pairs) < args.seed_size or 20 * short > sizes[-1]:
         raise runs.InputError(
             f"{args.source}: {len(rows)} different prompts, {len(pairs)} of them labelled, are not enough for "
             f"{args.seed_size} seed pairs, {args.eval_size} held-out prompts and sets of {args.prompt_sizes}: "
             "lower --seed-size, --eval-size or --prompt-sizes")
+    sizes[-1] -= short
     seed = pairs[len(pairs) - args.seed_size:]
     in_seed = {row["id"] for row in seed}
     rest = (row for row in rows if row["id"] not in in_seed)  # each set takes the next rows of this iterator
-    held_out, *sets = [[next(rest) for _ in range(size)] for size in (args.eval_size, *args.prompt_sizes)]
+    held_out, *sets = [[next(rest) for _ in range(size)] for size in sizes]
     return seed, held_out, sets
 
 
@@ -56,92 +56,11 @@ def drop_repeats(rows):
     return list(first.values())
 
 
-def read_preferences(source):
-    """All rows of UltraFeedback or of a file, as `as_preference` makes them. Raises InputError for ids that repeat."""
-    rows, where_of = [], {}
-    for where, row in read_table(source):
-        if source == "ultrafeedback" and not (is_answer(row["chosen"]) and is_answer(row["rejected"])):
-            continue
-        row = as_preference(row, len(rows), where)
-        if where_of.setdefault(row["id"], where) != where:
-            raise runs.InputError(f"{where}: has the id {row['id']!r} of {where_of[row['id']]}: ids must differ")
-        rows.append(row)
-    return rows
-
-
-def read_table(source):
-    """[(where, row)] of UltraFeedback or of a file, rows as they are. where: names the row in error messages"""
-    def numbered(rows):
-        return [(f"{source}, row {k}", row) for k, row in enumerate(rows)]
-
-    try:
-        if source == "ultrafeedback":
-            from datasets import load_dataset  # slow to import
-            return numbered(load_dataset(ULTRAFEEDBACK, split="train"))
-        if source.endswith(".parquet"):
-            from datasets import Dataset
-            return numbered(Dataset.from_parquet(source))
-        text = Path(source).read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        line_number = error.object.count(b"\n", 0, error.start) + 1
-        raise runs.InputError(f"{source}:{line_number}: is not in UTF-8: give a JSON, JSON Lines or Parquet file")
-    except Exception as error:  # datasets raises many kinds
-        raise runs.InputError(f"{source}: cannot be read ({runs.reason(error)}): --source is ultrafeedback (from the "
-                              "Hub: go online), world, or a JSON, JSON Lines or Parquet file")
-    if text.lstrip().startswith("["):  # one JSON array, not lines
-        return numbered(runs.parse_json(text, source))
-    # not splitlines(): JSON strings may contain U+2028 and others that it takes for the end of a line
-    lines = ((f"{source}:{number}", line.strip()) for number, line in enumerate(text.split("\n"), 1))
-    return [(where, runs.parse_json(line, where)) for where, line in lines if line]
-
-
-def is_answer(value):
-    "a string that is not empty, or a list of messages that ends with the assistant's"
-    if not isinstance(value, list):
-        return runs.is_text(value)
-    *before, last = value or [None]
-    return (isinstance(last, dict) and last.get("role") == "assistant" and runs.is_text(last.get("content"))
-            and (not before or runs.is_prompt(before)))
-
-
-CHECKS = {"id": runs.is_id, "prompt": runs.is_prompt, "chosen": is_answer, "rejected": is_answer}
-
-
-def as_preference(row, k, where):
-    """The k-th row of a source as {"id", "prompt": messages} and, if labelled, "chosen", "rejected", "reference".
-
-    Its id is k if it has none of its own. where: begins the text of an InputError
-    """
-    runs.check_row(row, {}, where)
-    row = {key: value for key, value in row.items() if value is not None}  # Parquet's "missing" is None
-    labelled = "chosen" in row or "rejected" in row
-    needed = ("chosen", "rejected") if labelled else ("prompt",)
-    runs.check_row(row, {key: check for key, check in CHECKS.items() if key in row or key in needed}, where)
-    row_id, prompt = str(row.get("id", k)), row.get("prompt")
-    if not labelled:
-        return {"id": row_id, "prompt": runs.as_messages(prompt)}
-    (prompt_1, chosen), (prompt_2, rejected) = (split_prompt(prompt, row[key], where) for key in ("chosen", "rejected"))
-    if prompt_1 != prompt_2:
-        raise runs.InputError(f"{where}: chosen and rejected answer different prompts: fix the row")
-    return {"id": row_id, "prompt": prompt_1, "chosen": chosen, "rejected": rejected, "reference": chosen}
-
-
-def split_prompt(prompt, answer, where):
-    """(messages before the answer, the answer as a string). An answer may begin with the prompt that it answers."""
-    if isinstance(answer, list):
-        before, answer = answer[:-1], answer[-1]["content"]
-        prompt = before or prompt  # the answer's own conversation comes first
-    elif isinstance(prompt, str) and answer.startswith(prompt) and answer[len(prompt):].strip():
-        answer = answer[len(prompt):].strip()
-    if prompt is None:
-        raise runs.InputError(f"{where}: no prompt: give a field prompt, or messages before the answer")
-    return [{"role": m["role"], "content": m["content"]} for m in runs.as_messages(prompt)], answer
-
-
 def parse_args():
     parser = runs.Parser(description="Make the seed preferences D_0 and the prompt sets X_t.")
     add = parser.add_argument
-    add("--source", required=True, help="ultrafeedback, world, or a JSON, JSON Lines or Parquet file")
+    add("--source", required=True, help="ultrafeedback, org/name, world, or a JSON, JSON Lines or Parquet file")
+    add("--split", default="train", help="of a data set on the Hub")
     add("--output", required=True, help="folder for the files")
     # Section 5.1
     add("--seed-size", type=runs.natural, default=2000,
@@ -169,9 +88,10 @@ def main():
     if args.source == "world":
         from extras import judges, small_world
         rows = small_world.make_world(args, folder, judges.JUDGING_WORDS if args.llm_judge else "")
-        unique = rows  # shuffled already, each prompt once
+        unique, counts = rows, {"rows read": len(rows)}  # shuffled already, each prompt once
     else:
-        rows = read_preferences(args.source)
+        from extras.formats import read_preferences
+        rows, counts = read_preferences(args)
         unique = drop_repeats(rows)
         random.Random(args.seed).shuffle(unique)
     seed, held_out, sets = split(unique, args)
@@ -180,18 +100,23 @@ def main():
         runs.write_jsonl(folder / name, [{key: row[key] for key in ("id", "prompt", *keys) if key in row}
                                          for row in rows])
 
-    write("seed.jsonl", seed, "chosen", "rejected")
+    def write_pairs(name, rows):  # in TRL's conversational format
+        write(name, [row | {key: [{"role": "assistant", "content": row[key]}] for key in ("chosen", "rejected")}
+                     for row in rows if "chosen" in row], "chosen", "rejected")
+
+    write_pairs("seed.jsonl", seed)
     for t, prompts in enumerate(sets, 1):
         write(f"prompts_{t}.jsonl", prompts)
     write("eval.jsonl", held_out, "reference")
     if args.all_gold:
-        write("all_gold.jsonl", [row for row in sum(sets, seed) if "chosen" in row], "chosen", "rejected")
+        write_pairs("all_gold.jsonl", sum(sets, seed))
     if args.llm_judge:
         from extras.judges import judging_examples
         runs.write_jsonl(folder / "judge_sft.jsonl", judging_examples(seed))
-    counts = {"rows read": len(rows), "repeated prompts dropped": len(rows) - len(unique),
-              "seed pairs": len(seed), "prompts": " + ".join(str(len(prompts)) for prompts in sets),
-              "held-out prompts": len(held_out)}
+    counts |= {"repeated prompts dropped": len(rows) - len(unique), "seed pairs": len(seed),
+               "prompts": " + ".join(str(len(prompts)) for prompts in sets), "held-out prompts": len(held_out)}
+    if missing := args.prompt_sizes[-1] - len(sets[-1]):
+        counts["missing from the last prompt set"] = missing
     runs.close_output(args, partial, folder, counts)
 
 

@@ -67,6 +67,8 @@ def main():
     examples, counts = read_examples(args, tokenizer)
 
     model, policy = common.load_policy(args, ranks)
+    common.check_limits(args.input, ((row["id"], row["prompt"], [row["response"]]) for row in examples), model,
+                        "--max-length")
     batches = common.epoch_batches(len(examples), args.batch_size, args.epochs, args.seed, args.input)
     optimizer, scheduler = common.make_optimizer(model, args.lr, len(batches))
     state = runs.load_state(partial, ranks, model, optimizer, scheduler)

@@ -92,7 +92,7 @@ def main():
         common.check_same_vocabulary(args.model, args.ref_model)
 
     batches = common.epoch_batches(len(pairs), args.batch_size, args.epochs, args.seed, args.input)
-    ref = common.load_reference(args.ref_model or args.model, args, ranks)
+    ref = common.load_reference(args.ref_model or args.model, pairs, args, ranks)
     common.store_logps(ref, pairs, args, partial, ranks)
     del ref
     model, policy = common.load_policy(args, ranks)

@@ -72,8 +72,7 @@ def make_records(args, rows, sampled, tokenizer, eos, counts):
                 continue
             if finish == "length" and args.on_length_limit == "eos":
                 ids = [*ids, eos[0]]
-            text = tokenizer.decode(list(ids), skip_special_tokens=True).strip()
-            responses.append({"text": text, "ids": ids, "finish": finish})
+            responses.append({"text": common.response_text(tokenizer, ids), "ids": ids, "finish": finish})
         if len(responses) >= 2:
             records.append(row | {"responses": responses})
     samples = [sample for samples in sampled for sample in samples]
@@ -94,6 +93,8 @@ def main():
     rows, counts = read_prompts(args, tokenizer)
     eos = common.eos_ids(args.model, tokenizer)
     model = common.load_model(args.model, ranks.device, common.scoring_dtype(ranks.device))
+    common.check_limits(args.input, ((row["id"], row["prompt_ids"], []) for row in rows), model,
+                        "--max-prompt-length or --max-new-tokens", args.max_new_tokens)
 
     def generate(batch):
         u = np.array([[common.uniforms(args.seed, row["id"], k, args.max_new_tokens)

@@ -114,9 +114,8 @@ def read_responses(args):
 def score(name, rows, label, args, partial, ranks):
     """log pi(y | x) of every response of every row, by the model `name`: a list for each row."""
     model = common.load_model(name, ranks.device, common.scoring_dtype(ranks.device))
-    for row in rows:
-        for ids in [row["prompt_ids"]] + [y["ids"] for y in row["responses"]]:
-            common.check_ids(args.input, row["id"], ids, model)
+    common.check_limits(args.input, ((row["id"], row["prompt_ids"], [y["ids"] for y in row["responses"]])
+                                     for row in rows), model, "02's --max-prompt-length or --max-new-tokens")
     logps = common.ResponseLogps(model)
 
     @torch.no_grad()

@@ -105,13 +105,8 @@ def read_pairs(args):
 
 
 def load_reference(pairs, args, partial, ranks):
-    """pi_ref if lambda > 0: Eq. 12 needs its logits. Else None: its log-probs are stored in the pairs, as in 01.
-
-    Checks the pairs' token ids first.
-    """
-    ref = common.load_reference(args.ref_model or args.model, args, ranks)
-    for pair in pairs:
-        common.check_ids(args.input, pair["id"], pair["prompt"] + pair["chosen"] + pair["rejected"], ref.model)
+    """pi_ref if lambda > 0: Eq. 12 needs its logits. Else None: its log-probs are stored in the pairs, as in 01."""
+    ref = common.load_reference(args.ref_model or args.model, pairs, args, ranks)
     if args.lam == 0:
         common.store_logps(ref, pairs, args, partial, ranks)
         return None

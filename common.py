@@ -1,10 +1,10 @@
 """The parts of the method that the stages share, in reading order.
 
-    text to ids     load_tokenizer, chat_ids, prompt_ids, response_ids, eos_ids
+    text to ids     load_tokenizer, prompt_ids, response_ids, response_text, eos_ids
     batches         collate: prompts and responses as one padded batch; length_batches
     log-probs       ResponseLogps: log pi(y_t | x, y_<t); response_logps: their sum log pi(y | x)
     sampling        uniforms, sample_token, sample_responses
-    models          load_config, load_model, save_model, max_shared_length
+    models          load_config, load_model, save_model, check_limits
     ranks           start_ranks, map_batches, map_rows: work shared by torchrun's processes
     training        load_policy, load_reference, store_logps, make_optimizer, epoch_batches, micro_batches, save_trained
 
@@ -16,7 +16,6 @@ import datetime
 import errno
 import functools
 import hashlib
-import inspect
 import json
 import math
 import os
@@ -43,7 +42,7 @@ from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from transformers import get_cosine_schedule_with_warmup
 
-from runs import InputError, close_output, journal, read_journal
+from runs import InputError, begun, close_output, journal, read_journal
 
 huggingface_hub.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
@@ -114,42 +113,51 @@ def special_tokens(tokenizer):
     return re.compile(pattern or "(?!)"), names, encoder
 
 
-def chat_ids(tokenizer, messages, **options):
-    """Token ids of a conversation. A special token that a message spells stays text: only the template writes tokens.
+def render(tokenizer, messages, where="", **options):
+    """A conversation as the chat template writes it, its special tokens by their secret names. `encode` tokenises it.
 
-    Where a message spells one, it is rendered with a stand-in that no text can contain (halves of surrogate pairs).
-    The special tokens of the rendering are then the template's, and get secret names; the stand-ins become text again.
+    A special token that a message spells stays text: it is rendered as a stand-in that no text can contain (halves of
+    surrogate pairs), the special tokens of the rendering are then the template's, and the stand-ins become text again.
+    Raises InputError where the template rejects the conversation, or leaves out a message.
     """
-    pattern, names, encoder = special_tokens(tokenizer)
-    if not any(pattern.search(message["content"]) for message in messages):
-        return tokenizer.apply_chat_template(messages, return_dict=False, **options)
-    stand_ins = {token: f"\ud800{k}\udfff" for k, token in enumerate(names)}
+    pattern, names, _ = special_tokens(tokenizer)
+    tokens = list(names)
+    stand_ins = {token: f"\ud800{k}\udfff" for k, token in enumerate(tokens)}
     hidden = [message | {"content": pattern.sub(lambda found: stand_ins[found[0]], message["content"])}
               for message in messages]
-    text = tokenizer.apply_chat_template(hidden, tokenize=False, **options)
+    try:
+        # a date is the same in all of an output, even if it is resumed on another day
+        template = re.sub(r"""strftime_now\((["'])(.*?)\1\)""", lambda call: json.dumps(begun().strftime(call[2])),
+                          tokenizer.get_chat_template())
+        text = tokenizer.apply_chat_template(hidden, tokenize=False, chat_template=template, **options)
+        for message in hidden:
+            content = message["content"].split("</think>")[-1]  # earlier thoughts may be left out
+            if "".join(content.split()) not in "".join(text.split()):
+                raise ValueError(f"it leaves out the {message['role']}'s {json.dumps(content)[:40]}")
+    except Exception as error:  # templates reject some role orders with an exception of their own
+        raise InputError(f"{where}the chat template rejects {json.dumps(messages)[:60]} ({str(error)[:100]}): "
+                         "fix it, or name another template with --chat-template")
     text = pattern.sub(lambda found: names[found[0]], text)
-    for token, stand_in in stand_ins.items():
-        text = text.replace(stand_in, token)
-    return encoder.encode(text, add_special_tokens=False).ids
+    return re.sub("\ud800(\\d+)\udfff", lambda found: tokens[int(found[1])], text)
 
 
-def render(tokenizer, messages, where="", **options):
+def encode(tokenizer, text):
+    """Token ids of what `render` returns. Special tokens that the text spells stay text."""
+    return special_tokens(tokenizer)[2].encode(text, add_special_tokens=False).ids
+
+
+def chat_ids(tokenizer, messages, where="", **options):
     """Token ids of a conversation, with exactly one BOS where the tokenizer begins a text with one.
 
     Some templates write it, others (Zephyr's) leave it to the tokenizer, and the model was trained with it either way.
     """
-    try:
-        ids = chat_ids(tokenizer, messages, **options)
-    except Exception as error:  # templates reject some role orders with an exception of their own
-        raise InputError(f"{where}the chat template rejects {json.dumps(messages)[:60]} ({str(error)[:100]}): "
-                         "fix it, or name another template with --chat-template")
-    bos = [tokenizer.bos_token_id]
+    ids, bos = encode(tokenizer, render(tokenizer, messages, where, **options)), [tokenizer.bos_token_id]
     return bos + ids if tokenizer("").input_ids[:1] == bos and ids[:1] != bos else ids
 
 
 def prompt_ids(tokenizer, messages, where):
     """The prompt's token ids, with the template's generation prompt."""
-    ids = render(tokenizer, messages, f"{where}: ", add_generation_prompt=True)
+    ids = chat_ids(tokenizer, messages, f"{where}: ", add_generation_prompt=True)
     if not ids:
         raise InputError(f"{where}: the chat template renders this prompt to no tokens: "
                          "name another template with --chat-template")
@@ -160,47 +168,85 @@ def response_ids(tokenizer, messages, prompt, text, eos):
     """The response as the chat template writes it after `prompt` (ids), ending with exactly one EOS.
 
     Its ids are sliced from the joint rendering, which is what the model was trained on. Where the text merges with the
-    prompt's last token there is no such slice, and the response is tokenised alone, as it is sampled.
+    prompt's last token, the rest of the rendering is tokenised alone, as it is sampled; where the rendering does not
+    begin with the prompt, the text is: a template may open a thought in the prompt, and leave it out afterwards.
     """
-    joint = render(tokenizer, messages + [{"role": "assistant", "content": text}])
-    if joint[:len(prompt)] == prompt:
-        ids = joint[len(prompt):]
+    answered = messages + [{"role": "assistant", "content": text}]
+    ids = chat_ids(tokenizer, answered)
+    if ids[:len(prompt)] == prompt:
+        ids = ids[len(prompt):]
     else:
-        ids = special_tokens(tokenizer)[2].encode(text, add_special_tokens=False).ids
-    last = max((k for k, i in enumerate(ids) if i in eos), default=None)
-    if last is not None and not tokenizer.decode(ids[last + 1:]).strip():  # after an EOS, ChatML has a newline
-        return ids[:last + 1]
-    return ids + [eos[0]]
+        before, joint = render(tokenizer, messages, add_generation_prompt=True), render(tokenizer, answered)
+        if not joint.startswith(before):
+            if before.rstrip().endswith("<think>"):
+                text = text.strip().removeprefix("<think>\n") if "</think>" in text else f"\n</think>\n\n{text}"
+            joint = before + text
+        ids = encode(tokenizer, joint.removeprefix(before))
+    end = len(ids)  # where the text ends: what follows are ends of a turn and white space
+    while end and (ids[end - 1] in eos or not tokenizer.decode(ids[end - 1]).strip()):
+        end -= 1
+    first = next((k for k in range(end, len(ids)) if ids[k] in eos), None)
+    return ids + [eos[0]] if first is None else ids[:first + 1]
+
+
+def response_text(tokenizer, ids):
+    """What judges and benchmarks read of a response: no special tokens, no thought before the answer."""
+    ids = list(ids)
+    # gpt-oss; DeepSeek-R1, Qwen3 and others
+    for opening, closing in (("<|channel|>", "<|channel|>final<|message|>"), ("<think>", "</think>")):
+        opening, closing = (tokenizer.encode(mark, add_special_tokens=False) for mark in (opening, closing))
+        if closing[0] in tokenizer.added_tokens_decoder:  # the model has such a token
+            ends = [k + len(closing) for k in range(len(ids)) if ids[k:k + len(closing)] == closing]
+            if ends or opening[0] in ids:  # else it has not thought; without an end it has not answered
+                ids = ids[ends[-1]:] if ends else []
+    return tokenizer.decode(ids, skip_special_tokens=True).strip()
 
 
 def eos_ids(name, tokenizer):
     """Ids that end a response; the first is the one with which the chat template ends a turn.
 
-    They are the tokenizer's EOS and those of the model's generation config, which may differ: Phi-3 ends a turn with
-    <|end|>, its tokenizer's EOS is <|endoftext|>.
+    They are those of the tokenizer, the model's config and its generation config, and the first special token that the
+    template writes after an answer, which none of these may have (Gemma) or which others follow (Phi-4-mini).
     """
-    named = None
+    def listed(ids):
+        return ids if isinstance(ids, list) else [ids] if ids is not None else []
+
+    config, added = load_config(name), tokenizer.added_tokens_decoder
+    # a config without an EOS has its class's default, which may be any token of this vocabulary
+    named = [i for part in (config, config.get_text_config()) for i in listed(getattr(part, "eos_token_id", None))
+             if type(i) is not int or i in added] + listed(tokenizer.eos_token_id)
     with contextlib.suppress(OSError):
-        named = GenerationConfig.from_pretrained(name).eos_token_id
-    named = named if isinstance(named, list) else [named]
-    if not all(i is None or type(i) is int and 0 <= i < 2**31 for i in named):
-        raise InputError(f"{name}: its generation config has the EOS {str(named)[:60]}: "
+        named += listed(GenerationConfig.from_pretrained(name).eos_token_id)
+    if not all(type(i) is int and 0 <= i < 2**31 for i in named):
+        raise InputError(f"{name}: its config or generation config has the EOS {str(named)[:60]}: "
                          "it must be a token id, or a list of them")
-    eos = {tokenizer.eos_token_id, *named} - {None}
+    answer = "zyzyz"
+    turn = render(tokenizer, [{"role": "user", "content": "a"}, {"role": "assistant", "content": answer}], f"{name}: ")
+    after = encode(tokenizer, turn.rpartition(answer)[2])
+    first = next((i for i in after if i in named or i in added and added[i].content.strip()), tokenizer.eos_token_id)
+    eos = {first, *named} - {None}
     if not eos:
-        raise InputError(f"{name}: neither its tokenizer nor its generation config has an EOS: "
+        raise InputError(f"{name}: neither its tokenizer nor its configs nor its chat template has an EOS: "
                          "--tokenizer names a tokenizer that has one")
-    turn = render(tokenizer, [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])
-    last = next((i for i in reversed(turn) if i in eos), tokenizer.eos_token_id)
-    return sorted(eos, key=lambda i: (i != last, i))
+    return sorted(eos, key=lambda i: (i != first, i))
 
 
-def check_ids(path, row_id, ids, model):
-    """Raises InputError where a token id is not in the model's vocabulary: the file was made with another tokenizer."""
-    size = model.get_input_embeddings().num_embeddings
-    if max(ids) >= size:
-        raise InputError(f"{path}, id {row_id}: token id {max(ids)} is not in the model's vocabulary of {size}: "
-                         "give the model that the file was made with")
+def check_limits(path, rows, model, options, new_tokens=0):
+    """Raises InputError where a row has a token id that the model has no embedding for, or more tokens than positions.
+
+    rows: (id, prompt ids, [ids of each response]); new_tokens: to be sampled after each; options: those that bound both
+    """
+    vocabulary = min(model.get_input_embeddings().num_embeddings, model.get_output_embeddings().out_features)
+    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    for row_id, prompt, responses in rows:
+        largest = max(max(ids) for ids in (prompt, *responses))
+        length = len(prompt) + max(map(len, responses), default=0) + new_tokens
+        if largest >= vocabulary:
+            raise InputError(f"{path}, id {row_id}: token id {largest} is not in the model's vocabulary of "
+                             f"{vocabulary}: give the tokenizer and the model that belong together")
+        if length > positions:
+            raise InputError(f"{path}, id {row_id}: {length} tokens, and the model has {positions} positions: "
+                             f"lower {options}")
 
 
 def check_same_vocabulary(name, other):
@@ -231,7 +277,7 @@ def collate(rows, device, max_shared=0):
         lengths    list               [3, 2]              tokens of each response, in the order of the rows
 
     Each prompt is computed once for all its responses if no prompt + response is longer than `max_shared` (see
-    `max_shared_length`), else once per response. Everything comes from lengths, never from `ids == pad`: an EOS that
+    `try_model`), else once per response. Everything comes from lengths, never from `ids == pad`: an EOS that
     is also the padding keeps its label.
     """
     lengths = [len(y) for _, ys in rows for y in ys]
@@ -397,10 +443,13 @@ def sample_responses(model, prompts, u, temperature, max_new_tokens, eos):
     eos = torch.tensor(eos, device=device)
     out = model(input_ids=ids, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0),
                 use_cache=True, logits_to_keep=1)
-    # transformers renamed it in 5.24
-    cache_name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
-    cache, logits = out[cache_name], out.logits[:, -1].repeat_interleave(n, 0)
-    cache.batch_repeat_interleave(n)
+    # transformers 5.24 renamed it
+    names = [name for name in ("cache", "past_key_values", "cache_params") if out.get(name) is not None]
+    if not names:
+        raise ValueError("it gives no cache to sample with")
+    [name, *_] = names
+    cache, logits = out[name], out.logits[:, -1].repeat_interleave(n, 0)
+    cache.reorder_cache(torch.arange(len(u), device=device) // n)  # row i of the cache becomes rows n i ... n i + n - 1
     mask = mask.repeat_interleave(n, 0)
     tokens = torch.full((len(u), max_new_tokens), -1, device=device)
     rows = torch.arange(len(u), device=device)  # those that have not ended
@@ -411,11 +460,11 @@ def sample_responses(model, prompts, u, temperature, max_new_tokens, eos):
         if step + 1 == max_new_tokens or not active.any():
             break
         if not active.all():
-            cache.batch_select_indices(active.nonzero()[:, 0])
+            cache.reorder_cache(active.nonzero()[:, 0])
             rows, token, mask = rows[active], token[active], mask[active]
         mask = torch.cat([mask, mask.new_ones(len(rows), 1)], 1)
         logits = model(input_ids=token[:, None], attention_mask=mask, position_ids=mask.sum(-1, keepdim=True) - 1,
-                       use_cache=True, **{cache_name: cache}).logits[:, -1]
+                       use_cache=True, **{name: cache}).logits[:, -1]
     sampled = [[i for i in row if i >= 0] for row in tokens.tolist()]
     finished = [(ids, "eos" if ids[-1] in eos.tolist() else "length") for ids in sampled]
     return [finished[b:b + n] for b in range(0, len(finished), n)]
@@ -435,40 +484,84 @@ def load_config(name):
     return config
 
 
+def load_weights(loader, name, what, **options):
+    """loader's model of this name, from safetensors. Raises InputError where the files lack a weight of the model.
+
+    transformers would give it random values. It ignores weights that it does not know, which are told on stderr, and
+    adapters, which are refused.
+    """
+    if (Path(name) / "adapter_config.json").is_file():
+        raise InputError(f"{name}: has an adapter (adapter_config.json): merge it into the weights, or remove it")
+    model, info = from_pretrained(loader, name, f"{what} in safetensors", use_safetensors=True,
+                                  output_loading_info=True, **options)
+    missing, unknown = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
+    if missing:
+        raise InputError(f"{name}: {len(missing)} weights of the model are not in its files (the first: {missing[0]})"
+                         + (f", which have {unknown[0]} instead" if unknown else "")
+                         + f": save {what} with all its weights, under transformers' names")
+    if unknown and os.environ.get("RANK", "0") == "0":
+        print(f"{name}: {len(unknown)} weights in its files are not used (the first: {unknown[0]})", file=sys.stderr)
+    return model
+
+
 def load_model(name, device, dtype=torch.float32):
-    """A causal language model in eval mode. Raises InputError if its logits are not lm_head(hidden states)."""
-    config = load_config(name)
-    model = from_pretrained(AutoModelForCausalLM, name, "a causal language model in safetensors", config=config,
-                            dtype=dtype, use_safetensors=True)
+    """A causal language model in eval mode, with its `max_shared_length`. Raises InputError where `try_model` does."""
+    model = load_weights(AutoModelForCausalLM, name, "a causal language model", config=load_config(name), dtype=dtype)
     model = model.to(device).eval()
-    model.max_shared_length = max_shared_length(model)
-    probe = torch.arange(5) % config.get_text_config().vocab_size
-    with torch.no_grad():
-        ours = ResponseLogps(model)(collate([(probe[:1].tolist(), [probe[1:].tolist()])], device))
-        logits = model(input_ids=probe[None, :-1].to(device)).logits[0].float()
-        theirs = -F.cross_entropy(logits, probe[1:].to(device), reduction="none")
-    rounding = 1e-3 if dtype == torch.float32 else 0.5  # adjacent bf16 values between 16 and 32 differ by 0.125
-    if not torch.allclose(ours, theirs, rtol=1e-3, atol=rounding):
-        raise InputError(f"{name}: not supported: its logits are not lm_head(hidden), e.g. soft-capped or scaled")
+    try_model(name, model)
     return model
 
 
 @torch.no_grad()
-def max_shared_length(model):
-    """Longest prompt + response for which one pass over the prompt is exact for all its responses.
+def try_model(name, model):
+    """Do on a few tokens what the stages do with a model, and set model.max_shared_length. Raises InputError where it
+    fails: what a model can do is not told by its architecture's name.
 
-    0 if the model ignores custom masks or positions (tested numerically). At most its sliding window or attention
-    chunk, which a custom mask would override.
+    max_shared_length: the longest prompt + response for which one pass over the prompt is exact for all its responses;
+    0 where the model ignores custom masks or positions. At most its sliding window or attention chunk, which a custom
+    mask would override.
     """
+    exact, near = (1e-4, 1e-3) if model.dtype == torch.float32 else (0.5, 0.1)  # float32, or bf16
     config = model.config.get_text_config()
-    limits = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
-    rows = [([1, 2], [[3, 4], [2, 1], [1]])]
+
+    def logps(rows, max_shared=0):
+        return ResponseLogps(model)(collate(rows, model.device, max_shared))
+
+    def differ(one, two):
+        return not torch.allclose(one, two, rtol=1e-3, atol=exact)
+
     try:
-        shared, alone = (ResponseLogps(model)(collate(rows, model.device, length)) for length in (4, 0))
-    except Exception:  # a model that takes no such mask
-        return 0
-    exact = torch.allclose(shared, alone, rtol=0, atol=1e-4 if model.dtype == torch.float32 else 0.1)
-    return min((limit for limit in limits if limit), default=math.inf) if exact else 0
+        u = np.random.default_rng(0).random((2, 4, 4))  # two prompts, four responses to each, of at most four tokens
+        sampled = sample_responses(model, [[1], [2, 0]], u, 2.0, 4, list(range(0, config.vocab_size, 4)))
+        rows = [(x, [y for y, _ in ys]) for x, ys in zip([[1], [2, 0]], sampled)]
+        batch, alone = collate(rows, model.device), logps(rows)
+        logits = model(input_ids=batch.ids, use_cache=False).logits.flatten(0, 1)[batch.logit_positions].float()
+        model.train()
+        trained = torch.stack([logps(rows), logps(rows)])
+        model.eval()
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        raise InputError(f"{name}: not supported: a pass over a few tokens fails ({type(error).__name__}: "
+                         f"{str(error)[:100]}): give another model")
+    # where sample_token has found each token: below the cumulative probability and not below that of the one before
+    p = (logits / 2.0).softmax(-1).double()
+    p, end = (values.gather(1, batch.labels[:, None])[:, 0].cpu().numpy() for values in (p, p.cumsum(-1)))
+    drawn = np.concatenate([u[b, k, :len(y)] for b, (_, ys) in enumerate(rows) for k, y in enumerate(ys)])
+    found = ("its logits are not lm_head(hidden), e.g. soft-capped or scaled"
+             if differ(alone, -F.cross_entropy(logits, batch.labels, reduction="none")) else
+             "in train mode it computes something else, e.g. a random routing" if differ(trained, alone) else
+             "with its cache and padding on the left it predicts other tokens"
+             if max(*(drawn - end), *(end - p - drawn)) > near else None)
+    if found:
+        raise InputError(f"{name}: not supported: {found}: give another model")
+
+    rows = [(x, [[3, 4], [4, 3]]) for x in ([1], [2, 0])]  # no longer than the shortest window
+    limits = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
+    model.max_shared_length = 0
+    with contextlib.suppress(Exception):  # a model that takes no such mask
+        if torch.allclose(logps(rows, max_shared=4), logps(rows), rtol=0, atol=min(exact, 0.1)):
+            model.max_shared_length = min((limit for limit in limits if limit), default=math.inf)
 
 
 def save_model(model, tokenizer, folder, weights=None):
@@ -616,13 +709,16 @@ def load_policy(args, ranks):
     return model, policy
 
 
-def load_reference(name, args, ranks):
+def load_reference(name, pairs, args, ranks):
     """pi_ref, computed as the policy is: from float32 weights, with --fsdp from weights in the dtype that FSDP gathers.
 
-    Its weights require no gradient: else autocast caches a bf16 copy.
+    Its weights require no gradient: else autocast caches a bf16 copy. Checks the pairs against its limits.
     """
     dtype = scoring_dtype(ranks.device) if is_sharded(args, ranks) else torch.float32
-    return ResponseLogps(load_model(name, ranks.device, dtype).requires_grad_(False))
+    model = load_model(name, ranks.device, dtype).requires_grad_(False)
+    check_limits(args.input, ((pair["id"], pair["prompt"], [pair["chosen"], pair["rejected"]]) for pair in pairs),
+                 model, "--max-length")
+    return ResponseLogps(model)
 
 
 def shard(module, ranks, method="forward"):

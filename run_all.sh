@@ -7,9 +7,9 @@
 #   bash run_all.sh test                run the tests (further words go to pytest)
 #
 # The environment can set every variable of `settings`: SEED=1 LR=1e-6 bash run_all.sh mistral-7b
-# Results are in runs/$NAME. Run again, the script skips the stages that are complete and resumes the one that is not.
+# Results are in runs/$NAME here. Run again, the script skips what is complete and resumes the stage that is not.
 set -euo pipefail
-cd "$(dirname "$0")"
+caller=$PWD && cd "$(dirname "$0")"  # a relative path in a variable starts at the caller's folder
 
 settings() {
   case $SETTING in
@@ -28,7 +28,7 @@ settings() {
       default INIT_NAME="Mistral-7B-v0.1 (pi_init)" PI_0_NAME="Mistral-7B-Instruct-v0.1 (pi_0)" ;;
     *) fail "\"$SETTING\" is not world, mistral-7b, phi-2, llama-3-8b, phi-3-medium, mistral-7b-no-seed or test" ;;
   esac
-  default SEED=0 NAME="$SETTING-seed${SEED:-0}" RUNS=runs SOURCE=ultrafeedback
+  default SEED=0 NAME="$SETTING-seed${SEED:-0}" RUNS="$PWD/runs" SOURCE=ultrafeedback SPLIT=train
   default INIT= INIT_NAME="SFT (pi_init)" INIT_TOKENIZER= PI_0= PI_0_NAME="DPO on the seed (pi_0)"
   default SEED_SIZE=2000 PROMPT_SIZES="8000 20000 30000" EVAL_SIZE=200 ITERATIONS=3
   default BETA=0.1 LR=5e-7 SEED_EPOCHS=3 BATCH_SIZE=32 MICRO_BATCH_SIZE=2
@@ -42,8 +42,8 @@ settings() {
 
 algorithm_1() {  # `stage` runs a script on all GPUs, `single` in one process
   # Input: pi_init, D_0, {X_t}
-  single 00_inputs.py --source "$SOURCE" --seed-size "$SEED_SIZE" --prompt-sizes "${sizes[@]}" --seed "$SEED" \
-    --eval-size "$EVAL_SIZE" --output "$R/data" ${WORLD:+--all-gold --sft-size "$SFT_SIZE"} ${LLM:+--llm-judge}
+  single 00_inputs.py --source "$SOURCE" --split "$SPLIT" --seed-size "$SEED_SIZE" --prompt-sizes "${sizes[@]}" \
+    --seed "$SEED" --eval-size "$EVAL_SIZE" --output "$R/data" ${WORLD:+--all-gold --sft-size "$SFT_SIZE"} $LLM
   if [ -n "$WORLD" ]; then
     INIT=$R/pi_init
     stage 00_sft.py --model "$R/data/base" --input "$R/data/sft.jsonl" --output "$INIT" --epochs "$SFT_EPOCHS" \
@@ -126,16 +126,16 @@ check_settings() {  # and makes the options that several stages share
   must_be "init, previous, none, reward or llm" "init|previous|none|reward|llm" JUDGE
   [ "$JUDGE" != reward ] || must_be "a model for JUDGE=reward" ".+" REWARD_MODEL
   [ "$NNODES" -le 1 ] || must_be "the host:port of one of the $NNODES nodes" ".+:[0-9]+" RDZV_ENDPOINT
-  local name all=60000  # of UltraFeedback, as the paper counts
-  for name in SOURCE INIT PI_0 INIT_TOKENIZER REWARD_MODEL JUDGE_MODEL; do
-    [[ ${!name} != -* ]] || printf -v "$name" './%s' "${!name}"  # or it would be read as an option
-    # a path, not a name on the Hub
-    [[ -e ${!name} || ! ${!name} =~ ^[./~]|/.*/|/$ ]] || fail "$name is \"${!name}\": there is no such file or folder"
+  local name path all=60000  # rows of UltraFeedback, as the paper counts
+  for name in RUNS SOURCE INIT PI_0 INIT_TOKENIZER REWARD_MODEL JUDGE_MODEL; do
+    case ${!name} in "" | ultrafeedback) continue ;; /*) path=${!name} ;; *) path=$caller/${!name} ;; esac
+    [[ $name = RUNS || -e $path || ! -e ${!name} && ! ${!name} =~ $PATH_LIKE ]] || fail "$name: there is no $path"
+    path=${path#"$PWD/"}
+    [[ $name != RUNS && ! -e $path ]] || printf -v "$name" %s "${path/#-/./-}"  # or it would be read as an option
   done
-
-  WORLD= LLM= R=${RUNS/#-/./-}/$NAME sizes=($PROMPT_SIZES) lambdas=($LAMBDAS)
+  WORLD= LLM= R=$RUNS/$NAME sizes=($PROMPT_SIZES) lambdas=($LAMBDAS)
   [ "$SETTING" != world ] || WORLD=1 SOURCE=world
-  [ "$JUDGE" != llm ] || LLM=1
+  [ "$JUDGE" != llm ] || LLM=--llm-judge
   [ "$SOURCE" = ultrafeedback ] || all=$(IFS=+; echo $(( SEED_SIZE + ${sizes[*]} )))
   default GOLD_LABEL_SHARE="$(awk "BEGIN { printf $SEED_SIZE ? \"%.1f %%\" : \"0 %%\", 100 * $SEED_SIZE / $all }")"
   shared=(--save-every "$SAVE_EVERY")
@@ -146,7 +146,7 @@ check_settings() {  # and makes the options that several stages share
             "${shared[@]}")
 }
 
-WHOLE='(0|[1-9][0-9]*)' NUMBER='([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?'
+WHOLE='(0|[1-9][0-9]*)' NUMBER='([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?' PATH_LIKE='^[-./~]|/.*/|/$'
 
 default() {  # NAME=VALUE...: where the environment gives none
   local pair
@@ -167,7 +167,7 @@ fail() { echo "run_all.sh: $1" >&2; exit "${2:-2}"; }  # message, status
 
 # ---- How a stage is launched ----------------------------------------------------------------------------------------
 find_python() {  # $PYTHON, else that of .venv, with requirements.txt installed
-  [ -z "${PYTHON:=}" ] || return 0
+  [ -z "${PYTHON:=}" ] || { [[ $PYTHON != [^/]*/* ]] || PYTHON=$caller/$PYTHON; return 0; }
   PYTHON=.venv/bin/python
   if [ -n "$DRY_RUN" ] || cmp -s requirements.txt .venv/requirements.txt; then return; fi
   python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' || fail "$(python3 --version) is older than 3.11"

@@ -21,6 +21,7 @@ import time
 import zlib
 from array import array
 from dataclasses import dataclass
+from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import IO
@@ -44,6 +45,7 @@ class Stopped(KeyboardInterrupt):
 class ThisRun:
     """What `run` and the signal handler have to know of the stage that is running."""
     started: float = 0.0
+    begun: datetime | None = None  # see `begun`
     partial: Path | None = None  # the folder that open_output made
     lock: IO | None = None       # the locked file in it
     training: bool = False       # a signal waits until the step is done and saved
@@ -195,6 +197,13 @@ def is_prompt(value):
     return bool(value) and messages and value[-1]["role"] == "user" and is_text(value[-1]["content"])
 
 
+def is_answer(value):
+    "a string that is not empty, or a list of one message {role: assistant, content: such a string}"
+    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], dict):
+        return value[0].get("role") == "assistant" and is_text(value[0].get("content"))
+    return is_text(value)
+
+
 def is_token_ids(value):
     "a list of token ids that is not empty"
     return isinstance(value, array) and min(value) >= 0
@@ -213,7 +222,7 @@ def is_responses(value):
 
 PROMPTS = {"id": is_id, "prompt": is_prompt}
 EXAMPLES = {**PROMPTS, "response": is_text}
-SEED = {**PROMPTS, "chosen": is_text, "rejected": is_text}
+SEED = {**PROMPTS, "chosen": is_answer, "rejected": is_answer}
 RESPONSES = {**PROMPTS, "prompt_ids": is_token_ids, "responses": is_responses}
 PREFERENCES = {"id": is_id, "prompt_ids": is_token_ids, "chosen": is_response, "rejected": is_response}
 
@@ -266,7 +275,8 @@ def pack(value):
 def read_jsonl(path, fields):
     """The rows of a JSON Lines file: a list of objects with the fields {name: check} and ids that differ.
 
-    Prompts become lists of messages, ids strings, token ids arrays. Raises InputError with file and line.
+    Prompts become lists of messages, SEED's answers strings, ids strings, token ids arrays. Raises InputError with file
+    and line.
     """
     rows, line_of = [], {}
     try:
@@ -283,6 +293,9 @@ def read_jsonl(path, fields):
                                      "ids must differ")
                 if "prompt" in row:
                     row["prompt"] = as_messages(row["prompt"])
+                for name, check in fields.items():
+                    if check is is_answer and isinstance(row[name], list):
+                        row[name] = row[name][0]["content"]
                 rows.append(row)
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: cannot be read ({reason(error)}): give a JSON Lines file in UTF-8")
@@ -335,28 +348,41 @@ def args_path(output):
 
 
 def fingerprint(path):
-    """A short hash. File: of its bytes. Model folder: of what its args.json says it was made from, else of its JSON and
-    Jinja files and of each weight file's size and first 16 MB. A name on the Hub stands for itself.
-    """
+    """A short hash of a file, or of a model's or an evaluation's folder. A name on the Hub stands for itself."""
     if isinstance(path, list):
         return [fingerprint(p) for p in path]
-    path = Path(path)
-    if path.is_file():
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()[:16]
-    if not path.is_dir():
+    path, found = Path(path), hashlib.sha256()
+    if not path.exists():
         return str(path)
-    if (path / "args.json").is_file():
+    if path.is_file():
+        add_content(found, path)
+    else:
+        for file in sorted(path.iterdir()):
+            if file.suffix in (".json", ".jsonl", ".jinja", ".safetensors") and file.name != "args.json":
+                found.update(file.name.encode())
+                add_content(found, file)
+    return found.hexdigest()[:16]
+
+
+def add_content(found, file):
+    """Add a file's size and content to a hash; of large weights 1,024 blocks of 16 KB, spread evenly over the file."""
+    size, block = file.stat().st_size, 2 ** 14
+    step = max(block, size // 1024) if file.suffix == ".safetensors" else block
+    found.update(str(size).encode())
+    with open(file, "rb") as content:
+        for start in range(0, size, step):
+            content.seek(start)
+            found.update(content.read(block))
+
+
+def begun():
+    """When the output was begun, a datetime, also in a run that resumes it: a chat template may write the date."""
+    if not this_run.begun:
         try:
-            found = json.loads((path / "args.json").read_text())["made_from"]
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
-            raise InputError(f"{path / 'args.json'}: does not say how {path} was made: delete it, or make {path} again")
-        return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()[:16]
-    found = [fingerprint(file) for file in sorted([*path.glob("*.json"), *path.glob("*.jinja")])]
-    for weights in sorted(path.glob("*.safetensors")):
-        with open(weights, "rb") as file:
-            found += [weights.name, weights.stat().st_size, hashlib.sha256(file.read(2 ** 24)).hexdigest()]
-    return hashlib.sha256(json.dumps(found).encode()).hexdigest()[:16]
+            this_run.begun = datetime.fromisoformat(json.loads((this_run.partial / "args.json").read_text())["begun"])
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            this_run.begun = datetime.now()
+    return this_run.begun
 
 
 def open_output(args, *inputs, free=("output", "save_every")):
@@ -386,7 +412,7 @@ def open_output(args, *inputs, free=("output", "save_every")):
         if first_rank():
             print(f"{output}: resuming", flush=True)
     if first_rank():
-        write_json(partial / "args.json", {"made_from": made_from})
+        write_json(partial / "args.json", {"made_from": made_from, "begun": begun().isoformat()})
     return partial
 
 

@@ -7,7 +7,7 @@ Runs `bash run_all.sh world` in the same place twice: undisturbed, which also sh
 more to complete what kills have left. The kills hit each stage's command, as run_all.sh --dry-run prints it, until the
 stage is complete or has had its share: SIGKILL, or, one time in five, SIGTERM. The moment is drawn from the time that
 the stage takes, so it may fall into its start, its work, its saving, its renaming. All files are compared: args.json
-without "seconds", every other file, weights too, byte for byte.
+without "begun" and "seconds", every other file, weights too, byte for byte.
 """
 
 import argparse
@@ -42,7 +42,7 @@ def content(folder):
         name = str(path.relative_to(folder))
         if path.name.endswith("args.json"):
             record = json.loads(path.read_text())
-            del record["seconds"]
+            del record["begun"], record["seconds"]
             found[name] = record
         elif path.is_file():
             found[name] = hashlib.sha256(path.read_bytes()).hexdigest()

@@ -68,6 +68,7 @@ def replace_models():
 
     numbers = itertools.count()
     common.load_model, common.sample_responses = load_model, sample_responses
+    common.check_limits = lambda *args: None
     common.ResponseLogps = lambda model: lambda batch: logps(model, batch)
 
 

@@ -40,8 +40,11 @@ def parse_args():
 
 def read_pairs(path, tokenizer):
     """[(ids of prompt and chosen, ids of prompt and rejected)] as the chat template writes them."""
-    return [[common.chat_ids(tokenizer, row["prompt"] + [{"role": "assistant", "content": row[key]}])
-             for key in ("chosen", "rejected")] for row in runs.read_jsonl(path, runs.SEED)]
+    def ids(messages, text):
+        return common.encode(tokenizer, common.render(tokenizer, messages + [{"role": "assistant", "content": text}]))
+
+    return [[ids(row["prompt"], row[key]) for key in ("chosen", "rejected")]
+            for row in runs.read_jsonl(path, runs.SEED)]
 
 
 def margins(model, pairs):

@@ -27,12 +27,17 @@ class Sampler:
         return [common.prompt_ids(self.tokenizer, messages, f"{where}, row {k}")
                 for k, messages in enumerate(conversations, 1)]
 
+    def check_limits(self, prompts, new_tokens=0):
+        common.check_limits("the prompts", ((k, ids, []) for k, ids in enumerate(prompts, 1)), self.model,
+                            "--max-new-tokens, or the prompt's length", new_tokens)
+
     def generate_answers(self, partial, prompts, keys, temperatures=None, label="sampling"):
         """[(text, "eos" or "length")] for prompts (lists of ids).
 
         keys: decide the samples, with --seed; temperatures: of each prompt, else --temperature; label: of the journal
         """
         args, batches = self.args, []
+        self.check_limits(prompts, args.max_new_tokens)
         temperatures = temperatures or [args.temperature] * len(prompts)
         for temperature in sorted(set(temperatures)):  # a batch has one temperature
             rows = [i for i in range(len(prompts)) if temperatures[i] == temperature]
@@ -43,14 +48,15 @@ class Sampler:
             u = np.array([[common.uniforms(args.seed, keys[i], 0, args.max_new_tokens)] for i in batch])
             sampled = common.sample_responses(self.model, [prompts[i] for i in batch], u, temperatures[batch[0]],
                                               args.max_new_tokens, self.eos)
-            return [(self.tokenizer.decode(list(ids), skip_special_tokens=True).strip(), finish)
-                    for [(ids, finish)] in sampled]
+            return [(common.response_text(self.tokenizer, ids), finish) for [(ids, finish)] in sampled]
 
         answers = common.map_batches(generate, batches, partial, self.ranks, label)
         return [answers[i] for i in range(len(prompts))]
 
     def most_likely(self, partial, prompts, count):
         """For each prompt (a list of ids) the `count` most likely first tokens of an answer: [(token, log-prob)]."""
+        self.check_limits(prompts)
+
         @torch.no_grad()
         def compute(rows):
             batch = common.collate([(row["prompt_ids"], [[0]]) for row in rows], self.model.device)  # [0]: any token

@@ -5,6 +5,7 @@ response, and the fields to store with its label.
 """
 
 import itertools
+import math
 
 import numpy as np
 import torch
@@ -18,6 +19,13 @@ from extras.small_world import gold_score, read_gold
 def judge_reward(rows, args, partial, ranks):
     """An external reward model: its one output for (x, y), each response by itself (in Tables 2 and 7 it is PairRM)."""
     model, tokenizer = load_reward_model(args.reward_model, ranks.device)
+    limit = min(getattr(model.config, "max_position_embeddings", math.inf), tokenizer.model_max_length)
+    for row in rows:
+        longest = max(len(encode(tokenizer, row["prompt"], y["text"])["input_ids"]) for y in row["responses"])
+        if longest > limit:
+            raise runs.InputError(f"{args.input}, id {row['id']}: prompt and response are {longest} tokens, and "
+                                  f"{args.reward_model} reads {limit}: lower 02's --max-prompt-length or "
+                                  "--max-new-tokens, or give another --reward-model")
 
     @torch.no_grad()
     def compute(batch_rows):
@@ -32,22 +40,21 @@ def judge_reward(rows, args, partial, ranks):
 def load_reward_model(name, device):
     """(a sequence classifier with one output, its tokenizer). float32 everywhere: bf16 rounding would create ties."""
     config = common.load_config(name)
+    if config.num_labels != 1:
+        raise runs.InputError(f"{name}: is not a reward model (it has {config.num_labels} labels): give a sequence "
+                              "classifier with one label")
     tokenizer = common.from_pretrained(AutoTokenizer, name, "a tokenizer")
-    model, info = common.from_pretrained(AutoModelForSequenceClassification, name, "a reward model in safetensors",
-                                         config=config, dtype=torch.float32, use_safetensors=True,
-                                         output_loading_info=True)
-    if config.num_labels != 1 or info["missing_keys"]:  # transformers would make up weights that are missing
-        raise runs.InputError(f"{name}: is not a reward model (labels: {config.num_labels}, missing weights: "
-                              f"{sorted(info['missing_keys'])[:3]}): give a sequence classifier with one label")
+    model = common.load_weights(AutoModelForSequenceClassification, name, "a reward model", config=config,
+                                dtype=torch.float32)
     return model.to(device).eval(), tokenizer
 
 
 def encode(tokenizer, messages, text):
     """A prompt and a response as the reward model reads them: by its chat template, else as a pair of texts."""
     if tokenizer.chat_template:
-        ids = common.chat_ids(tokenizer, messages + [{"role": "assistant", "content": text}])
+        ids = common.encode(tokenizer, common.render(tokenizer, messages + [{"role": "assistant", "content": text}]))
         return {"input_ids": ids, "attention_mask": [1] * len(ids)}
-    return dict(tokenizer(as_text(messages), text, truncation=True, split_special_tokens=True))
+    return dict(tokenizer(as_text(messages), text, split_special_tokens=True))
 
 
 def reward_scores(model, encoded):
@@ -99,7 +106,7 @@ def judge_llm(rows, args, partial, ranks):
     """
     tokenizer = common.load_tokenizer(args.judge_model)
     model = common.load_model(args.judge_model, ranks.device, common.scoring_dtype(ranks.device))
-    letters, logps = letter_ids(args.judge_model, tokenizer), common.ResponseLogps(model)
+    (before, letters), logps = letter_ids(args.judge_model, tokenizer), common.ResponseLogps(model)
     orders = itertools.permutations if args.llm_order == "both" else itertools.combinations
 
     def pairs(row):
@@ -107,7 +114,9 @@ def judge_llm(rows, args, partial, ranks):
 
     def question(row, one, two):
         messages = judging_prompt(row["prompt"], row["responses"][one]["text"], row["responses"][two]["text"])
-        return common.prompt_ids(tokenizer, messages, f"{args.input}, id {row['id']}")
+        ids = common.prompt_ids(tokenizer, messages, f"{args.input}, id {row['id']}") + before
+        common.check_limits(args.input, [(row["id"], ids, letters)], model, "02's --max-new-tokens")
+        return ids
 
     @torch.no_grad()
     def compute(batch_rows):
@@ -128,14 +137,20 @@ def llm_rewards(count, options):
 
 
 def letter_ids(name, tokenizer):
-    """[[id of A], [id of B]], tokenised as by 00_sft.py. Raises InputError unless each is one token."""
+    """(ids that the template writes before a letter, [[id of A], [id of B]]), tokenised as by 00_sft.py.
+
+    The letter is the token in which the two answers differ: a template may write a thought before, an EOS after it.
+    Raises InputError unless it is one token.
+    """
     question = judging_prompt(runs.as_messages("x"), "y", "z")
     prompt, eos = common.prompt_ids(tokenizer, question, name), common.eos_ids(name, tokenizer)
-    answers = [common.response_ids(tokenizer, question, prompt, letter, eos)[:-1] for letter in LETTERS]
-    if any(len(ids) != 1 for ids in answers) or answers[0] == answers[1]:
+    answers = [common.response_ids(tokenizer, question, prompt, letter, eos) for letter in LETTERS]
+    differ = [k for k, (a, b) in enumerate(zip(*answers)) if a != b]
+    if len(answers[0]) != len(answers[1]) or len(differ) != 1:
         raise runs.InputError(f"{name}: its tokenizer makes {answers} of the options {LETTERS}: give a judge to which "
                               "each is a token of its own")
-    return answers
+    [at] = differ
+    return answers[0][:at], [[ids[at]] for ids in answers]
 
 
 def is_label(value):

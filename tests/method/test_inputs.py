@@ -30,10 +30,9 @@ PERSON = [  # the same kinds of rows that people have
     {"chosen": [user("text 2"), assistant("good 2")], "rejected": [user("text 2"), assistant("bad 2")]},
     {"prompt": TALK, "chosen": [assistant("good 3")], "rejected": "bad 3"},
     {"chosen": TALK + [assistant("good 4"), user("and 4"), assistant("good 4")],
-     "rejected": TALK + [assistant("good 4"), user("and 4"), assistant("bad 4")]},
-    {"prompt": "text 5\n", "chosen": "text 5\ngood 5", "rejected": "text 5\n bad 5"}]
+     "rejected": TALK + [assistant("good 4"), user("and 4"), assistant("bad 4")]}]
 PROMPTS = [[user("text 0")], [user("text 1")], [user("text 2")], TALK,
-           TALK + [assistant("good 4"), user("and 4")], [user("text 5\n")]]
+           TALK + [assistant("good 4"), user("and 4")]]
 
 
 def write(path, rows):
@@ -50,6 +49,11 @@ def write(path, rows):
 
 def made(folder, name):
     return rows(folder / f"{name}.jsonl")
+
+
+def labelled(folder, name):
+    """The rows with their answers as strings."""
+    return runs.read_jsonl(folder / f"{name}.jsonl", runs.SEED)
 
 
 def lengths(folder):
@@ -70,11 +74,11 @@ def sizes(*values, **more):
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "json"])
-def test_a_prompt_is_read_from_strings_and_messages_and_split_off_the_answers(tmp_path, kind):
+def test_a_prompt_is_read_from_strings_and_messages_in_one_file(tmp_path, kind):
     source = write(tmp_path / f"mine.{kind}", PERSON + [{"prompt": "a prompt without labels"}])
-    output = run("00_inputs", source=source, **sizes(6, 1, 0), output=tmp_path / "out")
-    seed = {row["chosen"]: row for row in made(output, "seed")}
-    assert sorted(seed) == [f"good {k}" for k in range(6)]
+    output = run("00_inputs", source=source, **sizes(5, 1, 0), output=tmp_path / "out")
+    seed = {row["chosen"]: row for row in labelled(output, "seed")}
+    assert sorted(seed) == [f"good {k}" for k in range(5)]
     for k, prompt in enumerate(PROMPTS):
         assert seed[f"good {k}"]["prompt"] == prompt and seed[f"good {k}"]["rejected"] == f"bad {k}"
     assert [row["prompt"] for row in made(output, "prompts_1")] == [[user("a prompt without labels")]]
@@ -90,27 +94,10 @@ def test_parquet_is_read_as_well(tmp_path):
     source = write(tmp_path / "mine.parquet", [*pairs_of_messages(8), unlabelled])
     output = run("00_inputs", source=source, **sizes(3, 2, 3, 1), llm_judge=True, output=tmp_path / "out")
     assert lengths(output) == [3, 2, 3, 1] and not (output / "all_gold.jsonl").exists()
-    assert all((row["chosen"], row["rejected"]) == ("yes", "no") for row in made(output, "seed"))
+    assert all((row["chosen"], row["rejected"]) == ("yes", "no") for row in labelled(output, "seed"))
     # what LLM-as-judge learns is made of the seed alone
     ids = [row["id"] for row in made(output, "seed")]
     assert [row["id"] for row in made(output, "judge_sft")] == [f"{k}-{letter}" for k in ids for letter in "AB"]
-
-
-def test_ultrafeedback_is_read_through_datasets_without_empty_answers(tmp_path, monkeypatch):
-    import datasets
-    pairs, asked = pairs_of_messages(9), []
-    pairs.insert(4, {"prompt": "mute", "chosen": [user("mute"), assistant("yes")], "rating": 5.0,
-                     "rejected": [user("mute"), assistant(" ")]})
-
-    def load_dataset(name, split):
-        asked.append((name, split))
-        return datasets.Dataset.from_list(pairs)
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    output = run("00_inputs", source="ultrafeedback", **sizes(2, 3, 4, 0), output=tmp_path / "out")
-    assert asked == [("argilla/ultrafeedback-binarized-preferences-cleaned", "train")]
-    assert lengths(output) == [2, 3, 4, 0]
-    assert {row["id"] for name in NAMES for row in made(output, name)} == {str(k) for k in range(9)}
-    assert "mute" not in "".join(prompt for name in NAMES for prompt in by_prompt(output, name))
 
 
 @pytest.fixture
@@ -125,13 +112,16 @@ def test_the_sets_are_disjoint_and_only_the_seed_has_labels(source, tmp_path):
     prompts = [prompt for name in NAMES for prompt in by_prompt(output, name)]
     assert len(set(prompts)) == len(prompts) == 32
     assert all(list(row) == ["id", "prompt", "chosen", "rejected"] for row in made(output, "seed"))
+    # which TRL reads: messages in every column
+    assert all([m["role"] for m in row[key]] == ["assistant"] for row in made(output, "seed") + made(output, "all_gold")
+               for key in ("chosen", "rejected"))
     assert all(list(row) == ["id", "prompt"] for name in NAMES[1:3] for row in made(output, name))
     assert all(row["reference"] == f"yes {row['id']}" for row in made(output, "eval"))
     ids = [row["id"] for name in NAMES for row in made(output, name)]
     assert len(set(ids)) == len(ids)
     # all_gold: the labels of the seed and of all prompts
     assert sorted(by_prompt(output, "all_gold")) == sorted(prompts[:28])
-    assert all(row["chosen"] == f"yes {row['id']}" for row in made(output, "all_gold"))
+    assert all(row["chosen"] == f"yes {row['id']}" for row in labelled(output, "all_gold"))
     assert not (output / "judge_sft.jsonl").exists()
 
 
@@ -190,7 +180,7 @@ def test_the_world_s_sets_are_disjoint_and_labelled_by_gold(world):
     assert [len(made(world, name)) for name in names] == [20, 14, 10, 12, 48]
     prompts = [json.dumps(runs.as_messages(row["prompt"])) for name in names for row in made(world, name)]
     assert len(set(prompts)) == len(prompts)
-    for row in made(world, "all_gold"):
+    for row in labelled(world, "all_gold"):
         chosen, rejected = (small_world.gold_score(gold, row["prompt"], row[y]) for y in ("chosen", "rejected"))
         assert chosen > rejected
     for row in made(world, "sft"):
@@ -199,8 +189,8 @@ def test_the_world_s_sets_are_disjoint_and_labelled_by_gold(world):
 
 
 def test_the_world_s_words_are_all_in_its_vocabulary(world, tokenizer):
-    for name, key in (("sft", "response"), ("seed", "chosen"), ("eval", "reference")):
-        for row in made(world, name):
+    for name, key, read in (("sft", "response", made), ("seed", "chosen", labelled), ("eval", "reference", made)):
+        for row in read(world, name):
             assert tokenizer.unk_token_id not in tokenizer(row[key]).input_ids
             assert tokenizer.decode(tokenizer(row[key]).input_ids) == row[key]
             prompt = common.prompt_ids(tokenizer, runs.as_messages(row["prompt"]), "")

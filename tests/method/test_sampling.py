@@ -20,7 +20,7 @@ PROMPTS = [[5, 6, 7, 8, 9, 10, 11, 12], [13], [14, 15, 16], [5, 6, 9, 9, 20]]
 EOS = [1, 2, 3, 4, 17, 21, 33, 38]  # so many that some responses end early
 
 
-@pytest.fixture(scope="module", params=[name for name in FAMILIES if name != "mamba"])
+@pytest.fixture(scope="module", params=FAMILIES)
 def model(request):
     return make(request.param, seed=2)
 

@@ -5,7 +5,7 @@ import types
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import GenerationConfig, PreTrainedTokenizerFast
+from transformers import GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
 
 import common
 import runs
@@ -102,6 +102,7 @@ def case(request, tmp_path):
     template = CHAT.get(name, NO_EOS).replace("\n\n", "\n")  # of two the last merges with a response
     tokenizer = make_tokenizer(template=template)
     end = tokenizer.convert_tokens_to_ids(end)
+    LlamaConfig(eos_token_id=2).save_pretrained(tmp_path)
     GenerationConfig(eos_token_id=2 if end == 2 else [2, end]).save_pretrained(tmp_path)  # Llama 3's is a list
     return types.SimpleNamespace(tokenizer=tokenizer, end=end, bos=bos, eos=common.eos_ids(str(tmp_path), tokenizer))
 
@@ -142,13 +143,13 @@ def test_a_response_is_the_rest_of_the_joint_rendering_with_one_eos_the_last(cas
     assert (prompt + ids)[:shared] == joint[:shared]
 
 
-def test_a_response_that_merges_with_the_prompt_is_tokenised_alone():
+def test_a_response_that_merges_with_the_prompt_is_the_rest_of_the_text():
     tokenizer, text = make_tokenizer(template=NO_EOS), ": so"  # after "assistant:" the two colons are one token
     prompt = common.prompt_ids(tokenizer, TALK, "here")
     joint = tokenizer.apply_chat_template(TALK + [{"role": "assistant", "content": text}], return_dict=False)
     assert joint[:len(prompt)] != prompt
     ids = common.response_ids(tokenizer, TALK, prompt, text, [2])
-    assert ids == tokenizer(text, add_special_tokens=False).input_ids + [2]
+    assert ids == tokenizer(text + "\n", add_special_tokens=False).input_ids + [2]
 
 
 @pytest.mark.parametrize("template, words", [("{% if false %}x{% endif %}", "seed.jsonl, id 7"),
@@ -213,7 +214,7 @@ def test_an_ordinary_text_is_tokenised_as_by_transformers(both, text):
 @pytest.mark.parametrize("text", ["the eel </s>", "</s>", "a<|im_end|>\n", "</s> <|eot_id|> <|im_end|> b"])
 def test_a_response_that_spells_an_eos_has_one_the_last(both, kind, tmp_path, text):
     tokenizer, _ = both
-    GenerationConfig(eos_token_id=[2, 3, 5]).save_pretrained(tmp_path)
+    LlamaConfig(eos_token_id=[2, 3, 5]).save_pretrained(tmp_path)
     eos = common.eos_ids(str(tmp_path), tokenizer)
     prompt = common.prompt_ids(tokenizer, TALK[1:2], "here")
     ids = common.response_ids(tokenizer, TALK[1:2], prompt, text, eos)

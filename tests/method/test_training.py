@@ -162,7 +162,7 @@ def test_04_without_refinement_is_01(pi_init, tokenizer, world, tmp_path):
     options = dict(model=pi_init, lr=1e-3, beta=0.3, batch_size=8, epochs=2)
     one = run("01_seed_dpo", input=world / "seed.jsonl", output=tmp_path / "01", **options)
     pairs = []
-    for row in rows(world / "seed.jsonl"):
+    for row in runs.read_jsonl(world / "seed.jsonl", runs.SEED):
         prompt, responses = cut_text(tokenizer, row, ["chosen", "rejected"])
         chosen, rejected = ({"text": "", "ids": ids, "finish": "eos"} for ids in responses)
         pairs.append(row | {"prompt_ids": prompt, "chosen": chosen, "rejected": rejected})
@@ -315,7 +315,8 @@ def test_01_cuts_responses_and_drops_long_prompts_and_then_equal_pairs(world, pi
     output = run("01_seed_dpo", model=pi_init, input=world / "seed.jsonl", output=tmp_path / "out", batch_size=20,
                  **cut)
     model, found = AutoModelForCausalLM.from_pretrained(pi_init), counts(output)
-    pairs = [cut_text(tokenizer, row, ["chosen", "rejected"], **cut) for row in rows(world / "seed.jsonl")]
+    pairs = [cut_text(tokenizer, row, ["chosen", "rejected"], **cut)
+             for row in runs.read_jsonl(world / "seed.jsonl", runs.SEED)]
     kept = [(prompt, pair) for prompt, pair in filter(None, pairs) if pair[0] != pair[1]]
     long, equal = pairs.count(None), len(pairs) - pairs.count(None) - len(kept)
     assert [found[f"dropped as {name}"] for name in ("too long", "equal after cutting")] == [long, equal]

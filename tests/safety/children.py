@@ -48,11 +48,12 @@ def whole(good, tmp_path_factory):
 
 
 def content(output):
-    """{file: digest} of an output and what is beside it, without the seconds that it took."""
+    """{file: digest} of an output and what is beside it, without when it was made."""
     found = {}
     for path in sorted(output.parent.rglob("*")):
         if path.name.endswith("args.json"):
-            found[path.name] = {key: value for key, value in json.loads(path.read_text()).items() if key != "seconds"}
+            record = json.loads(path.read_text())
+            found[path.name] = {key: record[key] for key in record.keys() - {"begun", "seconds"}}
         elif path.is_file():
             found[str(path.relative_to(output.parent))] = digest(path)
     return found

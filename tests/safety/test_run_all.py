@@ -20,10 +20,10 @@ LITTLE = {"SEED_SIZE": "20", "PROMPT_SIZES": "24", "ITERATIONS": "1", "EVAL_SIZE
           "SFT_EPOCHS": "1", "MAX_NEW_TOKENS": "12", "ON_LENGTH_LIMIT": "eos", "BATCH_SIZE": "8"}
 
 
-def bash(*words, root=ROOT, **environment):
-    """Run run_all.sh with nothing in its environment but this."""
+def bash(*words, root=ROOT, cwd=None, **environment):
+    """Run run_all.sh, in its folder or in another, with nothing in its environment but this."""
     return subprocess.run(["bash", root / "run_all.sh", *words], capture_output=True, text=True, timeout=900,
-                          env=CLEAN | {"NPROC": "1"} | environment)
+                          cwd=cwd or root, env=CLEAN | {"NPROC": "1"} | environment)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -328,6 +328,29 @@ def test_strange_paths_reach_the_stages_as_they_are(clone, stub, strange):
     assert (inputs.source, inputs.output) == (folder, f"{folder}/{strange}/data")
     assert (seed.model, seed.input, seed.output) == (folder, f"{inputs.output}/seed.jsonl", f"{folder}/{strange}/pi_0")
     assert not list(log.parent.rglob("evil"))
+
+
+def test_paths_are_the_caller_s_wherever_the_script_is_called_from(stub, tmp_path):
+    program, log = stub
+    there = tmp_path / "there"
+    (there / "org" / "pi").mkdir(parents=True)  # a folder comes before a name on the Hub
+    (there / "my.jsonl").touch()
+    paths = dict(SOURCE="my.jsonl", INIT="org/pi", PI_0="../there/org/pi", INIT_TOKENIZER="./org", RUNS="out")
+    assert bash("phi-2", cwd=there, PYTHON="../python", SPLIT="test", **paths).returncode == 0
+    inputs, generate, *_, sample, _, _, report = map(shlex.split, log.read_text().splitlines())
+    inputs, generate = parsed("00_inputs", inputs[1:]), parsed("02_generate", generate[1:])
+    sample, report = parsed("05_eval", sample[1:]), parsed("05_eval", report[1:])
+    assert (inputs.source, inputs.output) == (f"{there}/my.jsonl", f"{there}/out/phi-2-seed0/data")
+    assert inputs.split == "test"
+    assert (generate.model, sample.model, sample.tokenizer) == (f"{there}/../there/org/pi", f"{there}/org/pi",
+                                                                f"{there}/./org")
+    assert report.output == f"{there}/out/phi-2-seed0/report"
+    # the project's own are not taken for the caller's; its default folder is one, from wherever
+    for name in ("SOURCE", "INIT", "PI_0", "INIT_TOKENIZER"):
+        refused = bash("phi-2", cwd=there, PYTHON=str(program), **{name: "README.md"})
+        assert refused.returncode == 2 and name in refused.stderr and f"{there}/README.md" in refused.stderr
+    assert bash("--dry-run", cwd=there).stdout == bash("--dry-run").stdout
+    assert bash("--dry-run", cwd=ROOT.parent, RUNS=f"{ROOT.name}/runs").stdout == bash("--dry-run").stdout
 
 
 def test_test_runs_the_tests(stub):

@@ -1,0 +1,216 @@
+"""Preferences in other people's formats, as 00_inputs.py uses them: --source ultrafeedback, org/name or a file.
+
+The format is decided once for a source, by what more than half of its (labelled) rows are:
+
+    Format                          prompt               chosen, rejected
+    TRL, standard                   string               strings
+    TRL, standard, implicit         -                    strings: what both begin with, to a word's end, is the prompt
+    TRL, conversational             messages             messages
+    TRL, conversational, implicit   -                    messages: all but the last are the prompt
+    UltraFeedback-binarized         string               messages, the prompt's among them
+    Anthropic hh-rlhf               - (or transcript)    transcripts: "\\n\\nHuman: ... \\n\\nAssistant: ..."
+    repeated prompts                string               strings that begin with the prompt, which is cut off
+    prompts                         any of these         - (for X_t; labelled rows may be among them)
+
+Messages are [{"role": "user", "content": ...}, ...]. Rows may have "id" (else it is their number) and, before their
+prompt, "system", a string, and "history", messages or [[user, assistant], ...]. Rows that cannot be used are dropped
+and counted; more than one in twenty is an error. The stages with a tokenizer drop prompts that are too long.
+"""
+
+import gzip
+import os
+import re
+from pathlib import Path
+
+import runs
+
+ULTRAFEEDBACK = "argilla/ultrafeedback-binarized-preferences-cleaned"
+HUB_NAME = re.compile(r"\w[\w.-]*/[\w.-]+(?<!\.json)(?<!\.jsonl)(?<!\.gz)(?<!\.parquet)")
+
+
+class Unusable(Exception):
+    """A row that is dropped. Its text is the cause."""
+
+
+def read_preferences(args):
+    """(the rows that can be used, as `as_preference` makes them; counts of what was read and dropped).
+
+    Raises InputError where an id repeats, too many rows cannot be used, or there are no labels for the seed.
+    """
+    table = [(where, {key: value for key, value in row.items() if value is not None})  # Parquet's "missing" is None
+             for where, row in read_table(args)]
+    name = choose_format([row for _, row in table])
+    rows, where_of, dropped = [], {}, {}
+    for k, (where, row) in enumerate(table):
+        row_id = row.get("id", k)
+        try:
+            if not runs.is_id(row_id):
+                raise Unusable(f'"id" is not {runs.is_id.__doc__}')
+            read = FORMATS[name](row)
+            if read is None and is_labelled(row):
+                raise Unusable(f"not {name}, as most rows are")
+            rows.append({"id": str(row_id), **as_preference(read or row)})
+        except Unusable as cause:
+            dropped.setdefault(str(cause), []).append(where)
+        else:
+            if where_of.setdefault(str(row_id), where) != where:
+                raise runs.InputError(f"{where}: has the id {row_id!r} of {where_of[str(row_id)]}: ids must differ")
+
+    counts = {f"dropped ({cause})": f"{len(places)}, first {places[0]}" for cause, places in dropped.items()}
+    columns = (f"columns found: {', '.join(dict.fromkeys(key for _, row in table for key in row))}; wanted: prompt, "
+               "chosen and rejected, or the last two alone, in one of the formats that 00_inputs.py lists")
+    lost = len(table) - len(rows)
+    if 20 * lost > len(table):
+        cause, places = next(iter(dropped.items()))
+        causes = "; ".join(f"{cause}: {len(places)}" for cause, places in dropped.items())
+        raise runs.InputError(f"{places[0]}: {cause}: {lost} of {len(table)} rows, more than one in twenty, cannot be "
+                              f"used ({causes}): {columns}")
+    labelled = sum(map(is_labelled, rows))
+    if args.seed_size and not labelled:
+        raise runs.InputError(f"{args.source}: no row is labelled, for --seed-size {args.seed_size}: {columns}")
+    if FORMATS[name] is cut_prompt:
+        counts["prompts cut off both answers"] = labelled
+    return rows, {"rows read": len(table), "format": name, **counts}
+
+
+def read_table(args):
+    """[(where, row)] of a file or of a data set on the Hub, rows as they are. where: names the row in messages"""
+    source = args.source
+
+    def numbered(rows):
+        return [(f"{source}, row {k}", row) for k, row in enumerate(rows)]
+
+    try:
+        if source == "ultrafeedback" or HUB_NAME.fullmatch(source) and not Path(source).exists():
+            from datasets import load_dataset  # slow to import
+            return numbered(load_dataset(ULTRAFEEDBACK if source == "ultrafeedback" else source, split=args.split))
+        if source.endswith(".parquet"):
+            from datasets import Dataset
+            return numbered(Dataset.from_parquet(source))
+        content = Path(source).read_bytes()
+        text = (gzip.decompress(content) if content.startswith(b"\x1f\x8b") else content).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line_number = error.object.count(b"\n", 0, error.start) + 1
+        raise runs.InputError(f"{source}:{line_number}: is not in UTF-8: give a JSON, JSON Lines or Parquet file")
+    except Exception as error:  # datasets raises many kinds
+        reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {str(error)[:200]}"
+        raise runs.InputError(f"{source}: cannot be read ({reason}): --source is ultrafeedback or org/name (from the "
+                              "Hub: go online), world, or a JSON, JSON Lines or Parquet file")
+    if text.lstrip().startswith("["):  # one JSON array, not lines
+        table = numbered(runs.parse_json(text, source))
+    else:  # not splitlines(): JSON strings may contain U+2028 and others that it takes for the end of a line
+        lines = ((f"{source}:{number}", line.strip()) for number, line in enumerate(text.split("\n"), 1))
+        table = [(where, runs.parse_json(line, where)) for where, line in lines if line]
+    for where, row in table:
+        runs.check_row(row, {}, where)
+    return table
+
+
+# ---------------------------------------------------------------------------------------------
+# Formats: functions that make a row one of strings or messages. None: the row is not of that format
+
+
+def is_labelled(row):
+    return "chosen" in row or "rejected" in row
+
+
+def are_strings(row, *keys):
+    return all(isinstance(row.get(key), str) for key in keys)
+
+
+def parse_transcripts(row):
+    """Answers, or in some copies of hh-rlhf their prompt, begin with "Human:"."""
+    prompt, parsed = row.get("prompt", ""), {"prompt": []}
+    keys = ("chosen", "rejected") if is_labelled(row) else ("prompt",)
+    if not isinstance(prompt, str) or not are_strings(row, *keys):
+        return None
+    for key in keys:
+        text = row[key] if row[key].lstrip().startswith("Human:") else prompt + row[key]
+        first, *parts = re.split(r"(?:^\s*|\n\n)(Human|Assistant):", text)  # then speakers and what they say, in turn
+        if first or parts[:1] != ["Human"]:
+            return None
+        parsed[key] = [{"role": "user" if speaker == "Human" else "assistant", "content": said.strip()}
+                       for speaker, said in zip(parts[::2], parts[1::2])]
+        if not parsed[key][-1]["content"]:  # a prompt that ends with "Assistant:"
+            parsed[key].pop()
+    return row | parsed
+
+
+def cut_prompt(row):
+    """Both answers begin with the prompt and white space."""
+    if are_strings(row, "prompt", "chosen", "rejected") and row["prompt"].strip():
+        prompt = row["prompt"].rstrip()
+        if all(row[key].startswith(prompt) and row[key][len(prompt):][:1].isspace() for key in ("chosen", "rejected")):
+            return row | {key: row[key][len(prompt):].strip() for key in ("chosen", "rejected")}
+
+
+def share_prompt(row):
+    """What both answers begin with, to the end of a word (TRL's `extract_prompt` also cuts words), is the prompt."""
+    if "prompt" not in row and are_strings(row, "chosen", "rejected"):
+        answers = [row[key].rstrip() for key in ("chosen", "rejected")]
+        prompt = re.match(r"(.*\s)?", os.path.commonprefix(answers), re.DOTALL)[0]
+        chosen, rejected = (answer[len(prompt):].strip() for answer in answers)
+        return row | {"prompt": prompt.rstrip(), "chosen": chosen, "rejected": rejected}
+
+
+FORMATS = {"transcripts": parse_transcripts, "strings that repeat the prompt": cut_prompt,
+           "strings without a prompt": share_prompt, "strings or messages": lambda row: row}
+
+
+def choose_format(rows):
+    """The name of the first format that more than half of the rows have; of the labelled rows, if there are any."""
+    rows = list(filter(is_labelled, rows)) or rows
+    names = (name for name, read in FORMATS.items() if sum(read(row) is not None for row in rows) > len(rows) / 2)
+    return next(names, "strings or messages")
+
+
+def as_preference(row):
+    """{"prompt": messages} and, if labelled, "chosen", "rejected" and "reference" as strings. Raises Unusable."""
+    if not is_labelled(row):
+        return {"prompt": find_prompt(row, [])}
+    (prompt_1, chosen), (prompt_2, rejected) = (split_answer(row, key) for key in ("chosen", "rejected"))
+    if prompt_1 != prompt_2:
+        raise Unusable("chosen and rejected answer different prompts")
+    if chosen.strip() == rejected.strip():
+        raise Unusable("chosen and rejected are equal")
+    return {"prompt": prompt_1, "chosen": chosen, "rejected": rejected, "reference": chosen}
+
+
+def split_answer(row, key):
+    """(messages before the answer, the answer as a string)"""
+    before, answer = [], row.get(key)
+    if isinstance(answer, list):
+        *before, last = clean(answer) or [{"role": None}]
+        answer = last["content"] if last["role"] == "assistant" else None
+    if not runs.is_text(answer):
+        raise Unusable(f'no answer in "{key}"')
+    return find_prompt(row, before), answer
+
+
+def find_prompt(row, before):
+    """The messages that are answered. before: those in front of the answer in its own list"""
+    prompt = clean(runs.as_messages(row.get("prompt") or []))
+    if before and before[0]["role"] == "assistant":
+        prompt = prompt + before
+    elif before and prompt[-len(before):] != before:  # else the answer repeats the end of the prompt
+        prompt = before
+    system = [{"role": "system", "content": row["system"]}] if row.get("system") else []
+    prompt = (system if prompt[:1] != system else []) + clean(row.get("history") or []) + prompt
+    if not runs.is_prompt(prompt):
+        raise Unusable('no "prompt" that ends with a text of the user')
+    if any(message["role"] == "system" for message in prompt[1:]):
+        raise Unusable("a system message that is not the first")
+    return prompt
+
+
+def clean(messages):
+    """Messages, or [user, assistant] pairs of strings, as messages without other fields."""
+    found = []
+    for item in messages if isinstance(messages, list) else [None]:
+        if isinstance(item, list) and len(item) == 2:
+            found += [{"role": "user", "content": item[0]}, {"role": "assistant", "content": item[1]}]
+        elif isinstance(item, dict):
+            found.append({"role": item.get("role"), "content": item.get("content")})
+        else:
+            raise Unusable('"prompt", "history", "chosen" or "rejected" is no string and no list of messages')
+    return found

@@ -1,0 +1,232 @@
+"""00_inputs: other people's files: formats that are read, rows that are dropped, files that are refused."""
+
+import gzip
+import json
+import re
+
+import pytest
+
+import runs
+from stages import ROOT, attempt, digest, refused, run, write_rows
+from test_inputs import NAMES, TALK, assistant, made, sizes, user, write
+
+MORE = {"prompt": "more"}  # a row without labels
+
+
+def pair(k, **fields):
+    return {"prompt": f"ask {k}", "chosen": f"yes {k}", "rejected": f"no {k}", **fields}
+
+
+def seed_of(folder, source, size):
+    """({id: row} of a seed of that size, the counts). One prompt more is taken."""
+    output = run("00_inputs", source=source, **sizes(size, 1, 0), output=folder / "out")
+    seed = {row["id"]: row for row in runs.read_jsonl(output / "seed.jsonl", runs.SEED)}
+    return seed, json.loads((output / "args.json").read_text())["counts"]
+
+
+# ---------------------------------------------------------------------------------------------
+# What is read
+
+
+def talk(k, answer):
+    return [user(f"ask {k}"), assistant(f"{answer} {k}")]
+
+
+FORMATS = {
+    "TRL, standard": pair,
+    "TRL, standard, implicit": lambda k: {"chosen": f"ask {k} yes {k}", "rejected": f"ask {k} no {k}"},
+    "TRL, implicit, the same letters": lambda k: {"chosen": f"ask {k} yes {k}", "rejected": f"ask {k} yesterday"},
+    "TRL, conversational": lambda k: pair(k, prompt=[user(f"ask {k}")], chosen=[assistant(f"yes {k}")],
+                                          rejected=[assistant(f"no {k}")]),
+    "TRL, conversational, implicit": lambda k: {"chosen": talk(k, "yes"), "rejected": talk(k, "no")},
+    "UltraFeedback-binarized": lambda k: pair(k, chosen=talk(k, "yes"), rejected=talk(k, "no"), prompt_id=f"hash {k}",
+                                              messages=talk(k, "yes"), score_chosen=8.0, score_rejected=7.5),
+    "hh-rlhf": lambda k: {"chosen": f"\n\nHuman: ask {k}\n\nAssistant: yes {k}",
+                          "rejected": f"\n\nHuman: ask {k}\n\nAssistant: no {k}"},
+    "hh-rlhf, prompt apart": lambda k: {"prompt": f"\n\nHuman: ask {k}\n\nAssistant:", "chosen": f" yes {k}",
+                                        "rejected": f" no {k}"},
+    "repeated prompts": lambda k: pair(k, chosen=f"ask {k}\nyes {k}", rejected=f"ask {k}\n no {k}")}
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "parquet"])
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_format_is_read(tmp_path, name, kind):
+    path = write(tmp_path / f"mine.{kind.removesuffix('.gz')}", [*map(FORMATS[name], range(8))])
+    if kind == "jsonl.gz":
+        path, plain = tmp_path / "mine.jsonl.gz", path
+        path.write_bytes(gzip.compress(plain.read_bytes()))
+    seed, counts = seed_of(tmp_path, path, 7)
+    assert len(seed) == 7
+    for k, row in seed.items():
+        assert row == {"id": k, "prompt": [user(f"ask {k}")], "chosen": f"yes {k}",
+                       "rejected": "yesterday" if "letters" in name else f"no {k}"}
+    assert counts.get("prompts cut off both answers") == (8 if name == "repeated prompts" else None)
+
+
+SYSTEM, *ASKED = TALK
+TURNS = {  # a conversation before the answer
+    "system, history in pairs": dict(system="be brief", history=[["name a fish", "eel"]], prompt="another"),
+    "system, history in messages": dict(system="be brief", history=ASKED[:2], prompt=ASKED[2:]),
+    "whole conversations": dict(prompt="name a fish", chosen=[*TALK, assistant("yes 0")],
+                                rejected=[*TALK, assistant("no 0")]),
+    "the end of the prompt again": dict(prompt=TALK, chosen=[ASKED[2], assistant("yes 0")],
+                                        rejected=[ASKED[2], assistant("no 0")]),
+    "turns of the answer": dict(prompt=TALK[:2], chosen=[*ASKED[1:], assistant("yes 0")],
+                                rejected=[*ASKED[1:], assistant("no 0")]),
+    "transcripts": dict(system="be brief", **{
+        key: f"\n\nHuman: name a fish\n\nAssistant: eel\n\nHuman: another\n\nAssistant: {answer}"
+        for key, answer in (("chosen", "yes 0"), ("rejected", "no 0"))})}
+
+
+@pytest.mark.parametrize("name", TURNS)
+def test_earlier_turns_and_the_system_message_are_part_of_the_prompt(tmp_path, name):
+    row = {key: value for key, value in pair(0).items() if key != "prompt" or "prompt" in TURNS[name]} | TURNS[name]
+    seed, _ = seed_of(tmp_path, write_rows(tmp_path / "mine.jsonl", [row, MORE]), 1)
+    assert list(seed.values()) == [{"id": "0", "prompt": TALK, "chosen": "yes 0", "rejected": "no 0"}]
+
+
+def test_prompts_alone_may_be_transcripts(tmp_path):
+    given = [{"prompt": f"\n\nHuman: {k}\n\nAssistant: eel\n\nHuman: another{end}", "answers": ["a"]}
+             for k, end in enumerate(["", "\n\nAssistant:", "\n\nAssistant: "])]
+    output = run("00_inputs", source=write_rows(tmp_path / "nectar.jsonl", given), **sizes(0, 3, 0),
+                 output=tmp_path / "out")
+    assert sorted(row["prompt"][0]["content"] for row in made(output, "prompts_1")) == ["0", "1", "2"]
+    assert all(row["prompt"][1:] == [assistant("eel"), user("another")] for row in made(output, "prompts_1"))
+
+
+@pytest.mark.parametrize("source, split", [("ultrafeedback", "train"), ("some-one/pairs_v1.1", "train"),
+                                           ("some-one/pairs_v1.1", "test_prefs")])
+def test_the_hub_gives_what_a_parquet_file_gives(tmp_path, monkeypatch, source, split):
+    import datasets
+    given, asked = [*map(FORMATS["UltraFeedback-binarized"], range(40))], []
+    given[4]["rejected"][1]["content"] = " "
+
+    def load_dataset(name, split):
+        asked.append((name, split))
+        return datasets.Dataset.from_list(given)
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    hub, file = (attempt("00_inputs", source=source, split=split, **sizes(2, 3, 20, 4), output=tmp_path / name)
+                 for name, source in (("hub", source), ("file", write(tmp_path / "mine.parquet", given))))
+    assert asked == [(source.replace("ultrafeedback", "argilla/ultrafeedback-binarized-preferences-cleaned"), split)]
+    assert hub.status == file.status == 0 and f"{source}, row 4" in hub.out and "mine.parquet, row 4" in file.out
+    assert all(digest(tmp_path / "hub" / f"{name}.jsonl") == digest(tmp_path / "file" / f"{name}.jsonl")
+               for name in NAMES)
+
+
+def test_a_path_comes_before_a_name_on_the_hub_which_is_named_where_it_cannot_be_reached(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "some-one/pairs: " in refused("00_inputs", source="some-one/pairs", output="out")  # the tests are offline
+    (tmp_path / "some-one").mkdir()
+    write_rows(tmp_path / "some-one" / "pairs", [*map(pair, range(3)), MORE])
+    assert len(seed_of(tmp_path, "some-one/pairs", 3)[0]) == 3
+
+
+# ---------------------------------------------------------------------------------------------
+# The format is the file's, not a row's
+
+
+def test_an_answer_that_begins_like_its_prompt_is_left_whole(tmp_path):
+    given = [pair(0, prompt="Hello", chosen="Hello! How can I help?", rejected="Hello there"),
+             pair(1, prompt="Hi", chosen="Hi you", rejected="Hi there"),  # both repeat it, as no other row does
+             pair(2, prompt="Human", chosen="Human: a person", rejected="A robot"),
+             *map(pair, range(3, 8)), MORE]
+    seed, counts = seed_of(tmp_path, write_rows(tmp_path / "mine.jsonl", given), 8)
+    assert [(seed[str(k)]["chosen"], seed[str(k)]["rejected"]) for k in range(3)] == [
+        ("Hello! How can I help?", "Hello there"), ("Hi you", "Hi there"), ("Human: a person", "A robot")]
+    assert not any("cut off" in name for name in counts)
+
+
+@pytest.mark.parametrize("name, other", [
+    ("repeated prompts", pair(40)), ("repeated prompts", pair(40, chosen="ask 40 yes")),
+    ("repeated prompts", pair(40, chosen="ask 40 yes", rejected="ask 400")), ("hh-rlhf", pair(40)),
+    ("hh-rlhf", {"chosen": talk(40, "yes"), "rejected": talk(40, "no")})])
+def test_a_row_of_another_format_than_most_is_dropped(tmp_path, name, other):
+    source = write_rows(tmp_path / "mine.jsonl", [*map(FORMATS[name], range(40)), other, MORE])
+    seed, counts = seed_of(tmp_path, source, 40)
+    assert "40" not in seed and [value for key, value in counts.items() if "dropped (" in key] == [
+        f"1, first {source}:41"]
+
+
+# ---------------------------------------------------------------------------------------------
+# What cannot be used
+
+
+HUMAN = "\n\nHuman: ask 0\n\nAssistant:"
+UNUSABLE = [
+    (pair(0, rejected=" "), '"rejected"'), (pair(0, chosen=None), '"chosen"'), (pair(0, chosen=3), '"chosen"'),
+    (pair(0, chosen=[user("ask 0")]), '"chosen"'), (pair(0, chosen=[]), '"chosen"'),
+    (pair(0, rejected="yes 0\n"), "equal"),
+    (pair(0, chosen=talk(0, "yes"), rejected=talk(1, "no")), "different prompts"),
+    (pair(0, prompt=""), '"prompt"'), (pair(0, prompt=3), '"prompt"'), (pair(0, prompt=["ask"]), '"prompt"'),
+    (pair(0, prompt=talk(0, "eel")), '"prompt"'), (pair(0, prompt=[user("ask 0"), SYSTEM, user("ask")]), "system"),
+    (pair(0, system="a", prompt=TALK), "system"), (pair(0, history="ask 1"), '"history"'),
+    (pair(0, history=[["ask"]]), '"history"'), (pair(0, id=1.5), '"id"'), ({"text": "yes"}, '"prompt"'),
+    ({"chosen": "a yes", "rejected": "a no"}, '"prompt"')]
+
+
+@pytest.mark.parametrize("row, cause", UNUSABLE)
+def test_a_row_that_cannot_be_used_is_dropped_counted_and_named(tmp_path, row, cause):
+    source = write_rows(tmp_path / "mine.jsonl", [*map(pair, range(1, 19)), MORE, row])
+    seed, counts = seed_of(tmp_path, source, 18)
+    assert len(seed) == 18 and counts["rows read"] == 20
+    [(name, said)] = [item for item in counts.items() if "dropped (" in item[0]]
+    assert cause in name and said == f"1, first {source}:20"
+
+
+@pytest.mark.parametrize("chosen, rejected, cause", [
+    (f"{HUMAN} yes", "\n\nHuman: ask 1\n\nAssistant: no", "different prompts"), (f"{HUMAN} yes", HUMAN, '"rejected"'),
+    (f"{HUMAN} yes\n\nHuman: thanks", f"{HUMAN} no", '"chosen"'), (f"{HUMAN} no", f"{HUMAN} no", "equal"),
+    (f"{HUMAN} yes", f"{HUMAN} no\n\nHuman: why?\n\nAssistant: so", "different prompts")])
+def test_a_transcript_that_cannot_be_used_is_dropped_too(tmp_path, chosen, rejected, cause):
+    given = [*map(FORMATS["hh-rlhf"], range(1, 19)), MORE, dict(chosen=chosen, rejected=rejected)]
+    _, counts = seed_of(tmp_path, write_rows(tmp_path / "mine.jsonl", given), 18)
+    assert any("dropped (" in name and cause in name for name in counts)
+
+
+def test_more_than_one_row_in_twenty_that_cannot_be_used_stop(tmp_path):
+    given = [*map(pair, range(37)), pair(37, chosen=""), pair(38, rejected="yes 38"), MORE]
+    source = write_rows(tmp_path / "mine.jsonl", given)
+    assert len(seed_of(tmp_path, source, 37)[0]) == 37
+    write_rows(source, [pair(39, chosen=""), *given])
+    line = refused("00_inputs", source=source, **sizes(20, 1, 0), output=tmp_path / "other")
+    assert f"{source}:1: " in line and "3 of 41" in line and '"chosen": 2' in line and "equal: 1" in line
+
+
+OTHERS = {
+    "alpaca_farm": dict(instruction="a", input="", output_1="b", output_2="c", preference=1),
+    "HelpSteer": dict(prompt="a", response="b", helpfulness=3, correctness=4),
+    "Nectar": dict(prompt="\n\nHuman: a\n\nAssistant: ", answers=[{"answer": "b", "rank": 1.0}], turns=1),
+    "ShareGPT": dict(conversations=[{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]),
+    "ShareGPT, ranked": dict(conversations=[{"from": "human", "value": "a"}], chosen={"from": "gpt", "value": "b"},
+                             rejected={"from": "gpt", "value": "c"}),
+    "SHP": dict(history="a", human_ref_A="b", human_ref_B="c", labels=1),
+    "orca_dpo_pairs": dict(system="s", question="a", chosen="b", rejected="c")}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_another_file_is_refused_with_the_columns_found_and_wanted(tmp_path, name):
+    source = write_rows(tmp_path / "other.jsonl", [OTHERS[name]] * 30)
+    line = refused("00_inputs", source=source, **sizes(2, 2, 0), output=tmp_path / "out")
+    found, wanted = line.split("columns found: ")[1].split("wanted: ")
+    assert str(source) in line and all(column in found for column in OTHERS[name])
+    assert all(column in wanted for column in ("prompt", "chosen", "rejected"))
+
+
+def test_the_last_prompt_set_may_be_short_by_one_in_twenty(tmp_path):
+    source = write_rows(tmp_path / "mine.jsonl", map(pair, range(40)))
+    options = dict(source=source, seed_size=6, eval_size=4)
+    output = run("00_inputs", **options, prompt_sizes=[9, 22], output=tmp_path / "out")
+    assert [len(made(output, name)) for name in NAMES] == [6, 9, 21, 4]
+    assert json.loads((output / "args.json").read_text())["counts"]["missing from the last prompt set"] == 1
+    refused("00_inputs", **options, prompt_sizes=[8, 24], output=tmp_path / "other")
+
+
+# ---------------------------------------------------------------------------------------------
+# What others read
+
+
+def test_the_readme_s_line_for_trl_is_the_one_that_is_tried_with_trl():
+    [line] = re.findall(r"^ +(lambda row: .*)\)$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert line in (ROOT / "benchmarks" / "trl_reads.py").read_text()
+    answers = {key: {"text": key, "ids": [1, 2], "finish": "eos"} for key in ("chosen", "rejected")}
+    assert eval(line)({"id": "0", **answers}) == {key: [assistant(key)] for key in answers}

@@ -1,0 +1,218 @@
+"""Other people's models: what is in their files, what they can do, their limits. Each is found when it is loaded."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import (AutoModelForSequenceClassification, BertConfig, CohereConfig, GPT2Config, LlamaConfig,
+                          MambaConfig, MixtralConfig, OPTConfig)
+
+import common
+import runs
+import stages
+from conftest import save_tiny
+from families import FAMILIES, SHAPE, make
+from stages import refused, rows, run, write_rows
+
+CPU = torch.device("cpu")
+
+
+def load(path):
+    return common.load_model(str(path), CPU)
+
+
+def saved(folder, config, change=lambda weights: weights):
+    """The folder of a tiny model, its weights changed in the file."""
+    make(config).save_pretrained(folder)
+    save_file(change(load_file(folder / "model.safetensors")), folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+# ---------------------------------------------------------------------------------------------
+# Weights that are not in the file. transformers would make them up, and say so in a log
+
+
+def without(*names):
+    return lambda weights: {key: value for key, value in weights.items() if not key.startswith(names)}
+
+
+@pytest.mark.parametrize("change, missing", [
+    (lambda weights: {f"_orig_mod.{key}": value for key, value in weights.items()}, "lm_head.weight"),  # torch.compile
+    (lambda weights: {f"module.{key}": value for key, value in weights.items()}, "lm_head.weight"),  # DDP
+    (without("lm_head"), "lm_head.weight"), (without("model.layers.1"), "model.layers.1.input_layernorm.weight"),
+    (without("model.norm"), "model.norm.weight")])
+def test_a_weight_that_the_file_lacks_is_named(tmp_path, change, missing):
+    folder = saved(tmp_path / "model", "llama", change)
+    with pytest.raises(runs.InputError, match=f"{folder}: .*{missing}"):
+        load(folder)
+
+
+def test_a_tied_head_may_be_absent_and_weights_without_a_use_are_told(tmp_path, capsys):
+    folder = saved(tmp_path / "model", "qwen2, tied", lambda weights: weights | {"value_head.weight": torch.ones(3)})
+    assert "lm_head.weight" not in load_file(folder / "model.safetensors")
+    load(folder)
+    assert capsys.readouterr().err == f"{folder}: 1 weights in its files are not used (the first: value_head.weight)\n"
+
+
+def test_an_adapter_beside_the_weights_is_refused(tmp_path):
+    folder = saved(tmp_path / "model", "llama")
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(runs.InputError, match=f"{folder}: has an adapter"):
+        load(folder)
+
+
+@pytest.mark.parametrize("name, option", [("01_seed_dpo", "model"), ("01_seed_dpo", "ref_model"),
+                                          ("02_generate", "model"), ("03_judge", "init_model")])
+def test_a_stage_refuses_a_model_with_missing_weights(world, pi_0, tmp_path, name, option):
+    half = shutil.copytree(pi_0, tmp_path / "half")
+    save_file(without("lm_head")(load_file(half / "model.safetensors")), half / "model.safetensors", {"format": "pt"})
+    options = {"model": pi_0, "input": world / "seed.jsonl", "micro_batch_size": 4}
+    if name == "03_judge":
+        options["input"] = run("02_generate", model=pi_0, input=world / "prompts_1.jsonl", max_new_tokens=4,
+                               output=tmp_path / "responses.jsonl")
+    line = refused(name, output=tmp_path / "out", **options | {option: half})
+    assert f"{half}: 1 weights" in line and "lm_head.weight" in line
+
+
+# ---------------------------------------------------------------------------------------------
+# What a model can do is tried
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_families_that_work(tmp_path, name):
+    assert isinstance(load(saved(tmp_path / "model", name)), torch.nn.Module)
+
+
+SMALL = dict(vocab_size=40, hidden_size=32, num_hidden_layers=2)
+REFUSED = {
+    "a random routing": MixtralConfig(**SHAPE, num_local_experts=4, router_jitter_noise=0.5),
+    "scaled logits": CohereConfig(**SHAPE, logit_scale=0.1),
+    "padding on the left": MambaConfig(**SMALL, state_size=4, initializer_range=0.3),
+    "no cache": BertConfig(**SMALL, num_attention_heads=2, intermediate_size=48, is_decoder=False)}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_the_stages_cannot_use_is_refused_before_anything_is_made(tmp_path, tokenizer, world, name):
+    make(REFUSED[name]).save_pretrained(tmp_path / "model")
+    with pytest.raises(runs.InputError, match=f"{tmp_path / 'model'}: not supported"):
+        load(tmp_path / "model")
+
+
+class DropsInTraining(torch.nn.Module):
+    """Randomness in train mode under a name that has nothing to do with dropping out."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, x):
+        x = self.module(x)
+        return x * torch.randint(0, 2, x.shape) if self.training else x
+
+
+def test_randomness_in_train_mode_is_found_by_whatever_name():
+    model = make("llama")
+    model.model.layers[0].mlp = DropsInTraining(model.model.layers[0].mlp).eval()
+    with pytest.raises(runs.InputError, match="train mode"):
+        common.try_model("it", model)
+
+
+def test_layers_that_are_dropped_in_training_are_not(tmp_path):
+    # OPT's `layerdrop` is a number of the config like a dropout's
+    config = OPTConfig(vocab_size=40, hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=2,
+                       max_position_embeddings=64, word_embed_proj_dim=32, layerdrop=0.9, dropout=0.5, init_std=0.3)
+    load(saved(tmp_path / "model", config))
+
+
+# ---------------------------------------------------------------------------------------------
+# Limits
+
+
+@pytest.fixture(scope="module")
+def gpt2(tokenizer, tmp_path_factory):
+    """A model with 40 learned positions: one more is an index error within the model."""
+    folder = tmp_path_factory.mktemp("gpt2")
+    make(GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=2, n_head=2, n_positions=40)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+LONG = {"prompt": "my lid " * 20, "response": "my lid " * 20, "chosen": "my lid " * 20, "rejected": "my lid"}
+
+
+@pytest.mark.parametrize("name, option", [
+    ("00_sft", "--max-length"), ("01_seed_dpo", "--max-length"), ("02_generate", "--max-new-tokens"),
+    ("05_eval sample", "--max-new-tokens")])
+def test_more_tokens_than_the_model_has_positions(gpt2, tmp_path, name, option):
+    path = write_rows(tmp_path / "in.jsonl", [{**LONG, "id": 7}, {**LONG, "id": 8}])
+    line = refused(*name.split(), model=gpt2, input=path, output=tmp_path / "out", **(
+        {"batch_size": 1} if option == "--max-length" else {"max_new_tokens": 8}))
+    assert "id 7: " in line or "the prompts, id 1: " in line and name.startswith("05")
+    assert "40 positions" in line and option in line
+
+
+@pytest.mark.parametrize("name", ["03_judge", "04_refined_dpo"])
+def test_more_sampled_tokens_than_the_model_has_positions(gpt2, pi_0, tmp_path, name):
+    y = [{"text": "", "ids": [7] * 30 + [k], "finish": "eos"} for k in (8, 9)]
+    path = write_rows(tmp_path / "in.jsonl", [{"id": k, "prompt": "a", "prompt_ids": [5] * 10, "responses": y,
+                                               "chosen": y[0], "rejected": y[1]} for k in (7, 8)])
+    more = {"init_model": gpt2} if name == "03_judge" else {"batch_size": 1}
+    line = refused(name, model=gpt2, input=path, output=tmp_path / "out", **more)
+    assert f"{path}, id 7: 41 tokens" in line and "40 positions" in line and "--max-" in line
+
+
+@pytest.mark.parametrize("name", ["00_sft", "01_seed_dpo", "02_generate", "05_eval sample"])
+def test_a_token_that_was_added_without_a_row_in_the_embedding(pi_0, tokenizer, tmp_path, name):
+    model = shutil.copytree(pi_0, tmp_path / "model")
+    larger = type(tokenizer).from_pretrained(model)
+    larger.add_tokens(["lampshade"])
+    larger.save_pretrained(model)
+    path = write_rows(tmp_path / "in.jsonl", [{**LONG, "id": 6, "prompt": "my lid"},
+                                              {**LONG, "id": 7, "prompt": "my lampshade"}])
+    line = refused(*name.split(), model=model, input=path, output=tmp_path / "out",
+                   **({"batch_size": 1} if name[:2] in ("00", "01") else {"max_new_tokens": 4}))
+    assert f"id 7: token id {len(tokenizer)} " in line or f"id 2: token id {len(tokenizer)} " in line
+    assert f"vocabulary of {len(tokenizer)}" in line
+
+
+def test_a_text_that_is_longer_than_a_reward_model_reads(pi_0, tokenizer, tmp_path):
+    torch.manual_seed(0)
+    config = BertConfig(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                        num_attention_heads=2, max_position_embeddings=40, num_labels=1)
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path / "reward")
+    plain = type(tokenizer).from_pretrained(pi_0)
+    plain.chat_template = None
+    plain.save_pretrained(tmp_path / "reward")
+    y = [{"text": "my lid " * n, "ids": [7, n], "finish": "eos"} for n in (19, 30)]
+    path = write_rows(tmp_path / "in.jsonl", [{"id": 7, "prompt": "my lid", "prompt_ids": [5, 6], "responses": y}])
+    line = refused("03_judge", judge="reward", reward_model=tmp_path / "reward", input=path, output=tmp_path / "out")
+    assert f"{path}, id 7: " in line and "reads 40" in line and "--reward-model" in line
+
+
+# ---------------------------------------------------------------------------------------------
+# The same path, another model
+
+
+def test_a_change_anywhere_in_large_weights_is_another_model(tmp_path):
+    folder = saved(tmp_path / "model", LlamaConfig(**SHAPE | dict(hidden_size=256, intermediate_size=8192,
+                                                                  num_hidden_layers=4)))
+    file = folder / "model.safetensors"
+    assert file.stat().st_size > 2 * 2 ** 24
+    before, weights = runs.fingerprint(folder), load_file(file)
+    assert runs.fingerprint(shutil.copytree(folder, tmp_path / "copy")) == before
+    for k in range(4):  # as a merged LoRA changes them: embeddings, and with them the file's first part, are as before
+        changed = {key: value + 1e-3 if f"layers.{k}.mlp.up_proj" in key else value for key, value in weights.items()}
+        save_file(changed, file, {"format": "pt"})
+        assert runs.fingerprint(folder) != before
+    save_file(weights, file, {"format": "pt"})
+    assert runs.fingerprint(folder) == before
+
+
+def test_a_stage_does_not_take_its_output_for_that_of_another_model(world, pi_0, tokenizer, tmp_path):
+    model = shutil.copytree(pi_0, tmp_path / "model")
+    options = dict(model=model, input=world / "prompts_1.jsonl", max_new_tokens=4, output=tmp_path / "out")
+    run("02_generate", **options)
+    save_tiny(model, tokenizer, noise=0.03)
+    assert "--model" in refused("02_generate", **options)
