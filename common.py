@@ -191,13 +191,13 @@ def response_ids(tokenizer, messages, prompt, text, eos):
 
 def response_text(tokenizer, ids):
     """What judges and benchmarks read of a response: no special tokens, no thought before the answer."""
-    ids = list(ids)
+    ids, tokens = list(ids), tokenizer.added_tokens_encoder
     # gpt-oss; DeepSeek-R1, Qwen3 and others
     for opening, closing in (("<|channel|>", "<|channel|>final<|message|>"), ("<think>", "</think>")):
-        opening, closing = (tokenizer.encode(mark, add_special_tokens=False) for mark in (opening, closing))
-        if closing[0] in tokenizer.added_tokens_decoder:  # the model has such a token
-            ends = [k + len(closing) for k in range(len(ids)) if ids[k:k + len(closing)] == closing]
-            if ends or opening[0] in ids:  # else it has not thought; without an end it has not answered
+        if opening in tokens:  # the model has such a token
+            mark = tokenizer.encode(closing, add_special_tokens=False)
+            ends = [k + len(mark) for k in range(len(ids)) if ids[k:k + len(mark)] == mark]
+            if ends or tokens[opening] in ids:  # else it has not thought; without an end it has not answered
                 ids = ids[ends[-1]:] if ends else []
     return tokenizer.decode(ids, skip_special_tokens=True).strip()
 

@@ -230,6 +230,8 @@ def test_what_judges_and_benchmarks_read_is_the_answer_after_the_thought(made, n
 def test_a_tokenizer_without_thoughts_keeps_a_text_that_spells_their_end():
     tokenizer = make_tokenizer()
     assert common.response_text(tokenizer, ids_of(tokenizer, "a </think> b</s>")) == "a </think> b"
+    words = make_tokenizer("whole words")  # to it the end of a thought is an unknown word like others
+    assert common.response_text(words, ids_of(words, "the whale eel")) == "the eel"
 
 
 # ---------------------------------------------------------------------------------------------
