@@ -4,7 +4,7 @@
     p_{t-1}(y_1 > y_2 | x) = sigmoid(  beta log[pi_{t-1}(y_1 | x) / pi_init(y_1 | x)]
                                      - beta log[pi_{t-1}(y_2 | x) / pi_init(y_2 | x)])          (7)
     (y_w, y_l) = (y_1, y_2) if p_{t-1}(y_1 > y_2 | x) > 0.5 else (y_2, y_1)                     (8)
-    r_penalty(x, y) = r(x, y) - alpha |y|, |y| in tokens, with --length-penalty alpha           (13)
+    r_penalty(x, y) = r(x, y) - alpha |y|, with --length-penalty alpha                          (13)
 
 Do not confuse the references: here the fixed pi_init, in 04_refined_dpo.py pi_{t-1}. The paper's baselines change
 r(x, y): --judge previous uses another reference, none uses no reference, reward, llm and gold are in extras/judges.py.
@@ -12,9 +12,15 @@ r(x, y): --judge previous uses another reference, none uses no reference, reward
 Reads  responses_t.jsonl    what 02_generate.py writes; of more than two responses the best and the worst are paired
 Writes preferences_t.jsonl  {"id": "12", "prompt": [...], "prompt_ids": [1, 733, ...],
                              "chosen": {"text", "ids", "finish"}, "rejected": {...}, "p": 0.73,
-                             "logps": {"policy": [-21.5, -30.2], "ref": [-24.1, -27.7]}, "judge": "init"}
+                             "logps": {"policy": [-21.5, -30.2], "ref": [-24.1, -27.7]}, "improbable": [0, 1],
+                             "judge": "init"}
                              p is of y_1 over y_2 in the order of sampling; logps are of all responses in that order;
-                             other judges store "scores" or "options" instead of "logps"
+                             improbable: their tokens to which the reference gives less than 1e-4; other judges store
+                             "scores" or "options" instead
+
+The summary has two signs of health: how far pi_{t-1} is from the reference on its own responses (the mean of
+log pi_{t-1}(y | x) - log pi_init(y | x), by response and by token) and the share of improbable tokens. They rise first
+when a run collapses.
 
     python 03_judge.py --model pi_0 --init-model pi_init --input responses_1.jsonl --output preferences_1.jsonl
     torchrun --nproc-per-node 4 03_judge.py --model pi_0 --init-model pi_init --input ... --output ...
@@ -48,6 +54,15 @@ def best_and_worst(rewards):
     best = max(range(len(rewards)), key=rewards.__getitem__)
     worst = min(range(len(rewards)), key=rewards.__getitem__)
     return min(best, worst), max(best, worst)
+
+
+def divergence(rows, extra):
+    """The two signs of health of judge_by_likelihood's fields: in nats by response and by token, and in percent."""
+    lengths = [len(y["ids"]) for row in rows for y in row["responses"]]
+    nats = sum(sum(fields["logps"]["policy"]) - sum(fields["logps"]["ref"]) for fields in extra)
+    improbable = sum(sum(fields["improbable"]) for fields in extra)
+    return {"KL per response": round(nats / len(lengths), 4), "KL per token": round(nats / sum(lengths), 4),
+            "improbable tokens (%)": round(100 * improbable / sum(lengths), 4)}
 
 
 def penalised(rewards, lengths, alpha):
@@ -86,8 +101,10 @@ def parse_args():
         help="--judge llm: both orders of a pair, or the order of sampling alone")
     add("--gold", help="--judge gold: gold.json of the small world, or JSON Lines (.jsonl) of id, label: "
         "1 or 2, the better response")
-    add("--length-penalty", type=penalty, help="alpha in Eq. 13 for each token of a response, or auto: the one that "
-        "makes chosen and rejected equally long on average")
+    add("--length-penalty", type=penalty, help="alpha in Eq. 13, or auto: the one that makes chosen and rejected "
+        "equally long on average")
+    add("--length-unit", choices=("characters", "tokens"), default="characters",
+        help="of |y| in Eq. 13; the paper's alpha, 0.001 to 0.01, goes with characters")
     # memory
     add("--micro-batch-size", type=runs.positive, default=16, help="prompts scored at a time by one rank")
     args = parser.parse_args()
@@ -112,7 +129,7 @@ def read_responses(args):
 
 
 def score(name, rows, label, args, partial, ranks):
-    """log pi(y | x) of every response of every row, by the model `name`: a list for each row."""
+    """[[(log pi(y | x), improbable tokens of y) of each response] of each row], by the model `name`."""
     model = common.load_model(name, ranks.device, common.scoring_dtype(ranks.device))
     common.check_limits(args.input, ((row["id"], row["prompt_ids"], [y["ids"] for y in row["responses"]])
                                      for row in rows), model, "02's --max-prompt-length or --max-new-tokens")
@@ -122,7 +139,9 @@ def score(name, rows, label, args, partial, ranks):
     def compute(batch_rows):
         answered = [(row["prompt_ids"], [y["ids"] for y in row["responses"]]) for row in batch_rows]
         batch = common.collate(answered, ranks.device, model.max_shared_length)
-        scores = iter(common.response_logps(logps(batch), batch.lengths).tolist())
+        logp = logps(batch)  # (N,)
+        scores = zip(*(common.response_logps(values, batch.lengths).tolist()
+                       for values in (logp, (logp < math.log(1e-4)).float())))
         return [[next(scores) for _ in responses] for _, responses in answered]
 
     return common.map_rows(compute, rows, args.micro_batch_size, partial, ranks, label)
@@ -137,13 +156,18 @@ def judge_by_likelihood(rows, args, partial, ranks):
     ref_model = args.init_model or args.ref_model  # parse_args takes only the one that --judge needs
     if ref_model:
         common.check_same_vocabulary(args.model, ref_model)
-    logps = {"policy": score(args.model, rows, "scoring with pi_{t-1}", args, partial, ranks)}
-    if ref_model:
-        logps["ref"] = score(ref_model, rows, "scoring with the reference", args, partial, ranks)
-        rewards = [implicit_rewards(*of_row, args.beta) for of_row in zip(*logps.values())]  # Eq. 4
-    else:
-        rewards = [[args.beta * logp for logp in of_row] for of_row in logps["policy"]]
-    return rewards, [{"logps": dict(zip(logps, of_row))} for of_row in zip(*logps.values())]
+    policy = score(args.model, rows, "scoring with pi_{t-1}", args, partial, ranks)
+    policy = [[logp for logp, _ in of_row] for of_row in policy]
+    if not ref_model:
+        return [[args.beta * logp for logp in of_row] for of_row in policy], [{"logps": {"policy": of_row}}
+                                                                              for of_row in policy]
+    rewards, extra = [], []
+    ref = score(ref_model, rows, "scoring with the reference", args, partial, ranks)
+    for logps_policy, of_row in zip(policy, ref):
+        logps_ref, improbable = zip(*of_row)
+        rewards.append(implicit_rewards(logps_policy, logps_ref, args.beta))  # Eq. 4
+        extra.append({"logps": {"policy": logps_policy, "ref": logps_ref}, "improbable": list(map(int, improbable))})
+    return rewards, extra
 
 
 def make_pairs(args, rows, rewards, extra, counts):
@@ -181,8 +205,11 @@ def main():
     bad = [row["id"] for row, of_row in zip(rows, rewards, strict=True) if not all(map(math.isfinite, of_row))]
     if bad:
         raise runs.InputError(f"{args.input}, id {bad[0]}: a score is not finite: remove the row or check the models")
+    if "improbable" in extra[0]:
+        counts |= divergence(rows, extra)
     if alpha is not None:
-        lengths = [[len(y["ids"]) for y in row["responses"]] for row in rows]
+        unit = {"characters": "text", "tokens": "ids"}[args.length_unit]
+        lengths = [[len(y[unit]) for y in row["responses"]] for row in rows]
         if alpha == "auto":
             from extras.judges import balancing_penalty
             alpha = balancing_penalty(rewards, lengths)

@@ -314,14 +314,14 @@ def options_of(responses, pi_0, pi_init, reward_model, world):
             for name in FIT}
 
 
-@pytest.mark.parametrize("penalty", [0.05, -0.02, "auto"])
-def test_the_penalty_goes_with_every_judge(judged, responses, options_of, penalty):
+@pytest.mark.parametrize("penalty, unit", [(0.05, "tokens"), (0.005, "characters"), (-0.002, None), ("auto", None)])
+def test_the_penalty_goes_with_every_judge(judged, responses, options_of, penalty, unit):
     rewards_of = {"init": lambda row: stage.implicit_rewards(row["logps"]["policy"], row["logps"]["ref"], 0.1),
                   "none": lambda row: [0.1 * logp for logp in row["logps"]["policy"]],
                   "llm": lambda row: judges.llm_rewards(2, row["options"]), "reward": lambda row: row["scores"]}
-    lengths = [[len(y["ids"]) for y in row["responses"]] for row in rows(responses)]
+    lengths = [[len(y["ids" if unit == "tokens" else "text"]) for y in row["responses"]] for row in rows(responses)]
     for name in rewards_of:
-        labelled = judged(**options_of[name], length_penalty=penalty)
+        labelled = judged(**options_of[name], length_penalty=penalty, **{"length_unit": unit} if unit else {})
         rewards = list(map(rewards_of[name], labelled))
         alpha = judges.balancing_penalty(rewards, lengths) if penalty == "auto" else penalty
         rewards = [[a - alpha * b for a, b in zip(*pair)] for pair in zip(rewards, lengths)]
@@ -335,8 +335,9 @@ def test_the_penalty_that_was_chosen_is_printed(responses, pi_0, tmp_path):
         ran = attempt("03_judge", judge="none", model=pi_0, input=responses, length_penalty=penalty, output=output)
         counts[penalty] = json.loads(runs.args_path(output).read_text())["counts"]
         assert f"length penalty {counts[penalty]['length penalty']}" in ran.out
-    longer = "mean extra tokens of the chosen response"
-    assert abs(counts["auto"][longer]) < abs(counts[0][longer])
+    mean = {penalty: np.mean([len(row["chosen"]["text"]) - len(row["rejected"]["text"])
+                              for row in rows(tmp_path / f"out_{penalty}")]) for penalty in counts}
+    assert abs(mean["auto"]) < abs(mean[0])
 
 
 @pytest.mark.parametrize("penalty", ["nan", "inf", "much", "auto"])

@@ -3,6 +3,7 @@
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -113,9 +114,13 @@ def judged(responses, sampler, pi_init, tmp_path):
 
 
 @torch.no_grad()
-def logp(model, prompt, response):
+def token_logps(model, prompt, response):
     logits = model(input_ids=torch.tensor([prompt + response])).logits[0, len(prompt) - 1:-1]
-    return -F.cross_entropy(logits, torch.tensor(response), reduction="sum").item()
+    return -F.cross_entropy(logits, torch.tensor(response), reduction="none")
+
+
+def logp(model, prompt, response):
+    return token_logps(model, prompt, response).sum().item()
 
 
 @pytest.mark.parametrize("judge, ref", [("init", "init_model"), ("previous", "ref_model"), ("none", None)])
@@ -141,6 +146,25 @@ def test_03_labels_by_equations_7_and_8(responses, sampler, pi_init, tmp_path, j
     counts = record(output)["counts"]
     assert counts["pairs with the first response chosen"] == first
     assert counts["mean extra tokens of the chosen response"] == pytest.approx(longer / counts["pairs"], abs=1e-3)
+
+
+def test_03_reports_how_far_the_policy_is_from_pi_init(responses, judged, sampler, tokenizer, tmp_path):
+    sure = save_tiny(tmp_path / "sure", tokenizer, initializer_range=1.0)
+    policy, init = (AutoModelForCausalLM.from_pretrained(name) for name in (sampler, sure))
+    difference, lengths, improbable = [], [], []
+    for row in rows(responses):
+        for y in row["responses"]:
+            one, two = (token_logps(model, row["prompt_ids"], y["ids"]) for model in (policy, init))
+            difference.append((one - two).sum().item())
+            improbable.append(int((two.exp() < 1e-4).sum()))
+            lengths.append(len(y["ids"]))
+    assert 0 < sum(improbable) < sum(lengths)
+    output = judged(init_model=sure)
+    counts = record(output)["counts"]
+    assert [k for row in rows(output) for k in row["improbable"]] == improbable
+    assert counts["KL per response"] == pytest.approx(np.mean(difference), abs=1e-3)
+    assert counts["KL per token"] == pytest.approx(sum(difference) / sum(lengths), abs=1e-3)
+    assert counts["improbable tokens (%)"] == pytest.approx(100 * sum(improbable) / sum(lengths), abs=1e-3)
 
 
 def test_03_scores_a_model_against_itself_with_p_one_half(responses, sampler, tmp_path):
