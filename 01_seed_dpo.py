@@ -39,7 +39,7 @@ def parse_args():
     # what is read and written
     add("--model", required=True, help="pi_init: where pi_theta starts")
     add("--ref-model", help="pi_ref in Eq. 5 (default: --model)")
-    add("--input", required=True, help="D_0: JSON Lines of id, prompt, chosen, rejected")
+    add("--input", required=True, nargs="+", help="D_0: JSON Lines of id, prompt, chosen, rejected")
     add("--output", required=True, help="folder for pi_0")
     add("--tokenizer", help="tokenizer folder or Hub name (default: --model's)")
     add("--chat-template", help="Jinja chat template file (default: the tokenizer's)")
@@ -61,13 +61,11 @@ def parse_args():
 
 
 def read_pairs(args, tokenizer):
-    """Yields {"id", "prompt", "chosen", "rejected"} with token ids in place of the strings."""
+    """Yields {"id", "prompt", "chosen", "rejected"} with token ids in place of the texts."""
     eos = common.eos_ids(args.model, tokenizer)
-    for row in runs.read_jsonl(args.input, runs.SEED):
-        prompt = common.prompt_ids(tokenizer, row["prompt"], f"{args.input}, id {row['id']}")
-        chosen, rejected = (common.response_ids(tokenizer, row["prompt"], prompt, row[key], eos)
-                            for key in ("chosen", "rejected"))
-        yield {"id": row["id"], "prompt": prompt, "chosen": chosen, "rejected": rejected}
+    for path in args.input:
+        for row in runs.read_jsonl(path, runs.SEED):
+            yield common.tokenize_pair(path, row, tokenizer, eos)
 
 
 def pair_losses(policy, batch, logps_ref, args):
@@ -91,7 +89,7 @@ def main():
     if args.ref_model:
         common.check_same_vocabulary(args.model, args.ref_model)
 
-    batches = common.epoch_batches(len(pairs), args.batch_size, args.epochs, args.seed, args.input)
+    batches = common.epoch_batches(len(pairs), args.batch_size, args.epochs, args.seed, " ".join(args.input))
     ref = common.load_reference(args.ref_model or args.model, pairs, args, ranks)
     common.store_logps(ref, pairs, args, partial, ranks)
     del ref

@@ -10,6 +10,7 @@ before 50 pairs are known. With lambda = 0, theta~ is theta, and Eq. 11 is Eq. 9
 `diff 01_seed_dpo.py 04_refined_dpo.py` shows what SPA adds to DPO. extras/worst_case.py has --refine worst-case.
 
 Reads  preferences_t.jsonl  what 03_judge.py writes; uses id, prompt_ids, chosen.ids, rejected.ids
+       seed.jsonl           labelled texts too: beside D_t, or alone (then pi_theta and pi_ref start as pi_init)
 Writes a model folder with metrics.jsonl (one line a step) and args.json
 
     python 04_refined_dpo.py --model pi_0 --input preferences_1.jsonl --output pi_1 --lam 0.5
@@ -61,7 +62,7 @@ def parse_args():
     # what is read and written
     add("--model", required=True, help="pi_{t-1}: where pi_theta starts")
     add("--ref-model", help="pi_ref in Eq. 5 and 12 (default: --model)")
-    add("--input", required=True, help="D_t: preferences of 03_judge.py")
+    add("--input", required=True, nargs="+", help="D_t: preferences of 03_judge.py, and files like 01's")
     add("--output", required=True, help="folder for pi_t")
     add("--tokenizer", help="tokenizer folder or Hub name (default: --model's)")
     add("--chat-template", help="Jinja chat template file (default: the tokenizer's)")
@@ -97,11 +98,16 @@ def parse_args():
     return args
 
 
-def read_pairs(args):
-    """Yields {"id", "prompt", "chosen", "rejected"}, the token ids that were sampled and judged."""
-    for row in runs.read_jsonl(args.input, runs.PREFERENCES):
-        yield {"id": row["id"], "prompt": row["prompt_ids"], "chosen": row["chosen"]["ids"],
-               "rejected": row["rejected"]["ids"]}
+def read_pairs(args, tokenizer):
+    """Yields {"id", "prompt", "chosen", "rejected"}: of D_t the token ids that were sampled and judged."""
+    eos = common.eos_ids(args.model, tokenizer)
+    for path in args.input:
+        for row in runs.read_jsonl(path, [runs.PREFERENCES, runs.SEED]):
+            if "prompt_ids" in row:
+                yield {"id": row["id"], "prompt": row["prompt_ids"], "chosen": row["chosen"]["ids"],
+                       "rejected": row["rejected"]["ids"]}
+            else:
+                yield common.tokenize_pair(path, row, tokenizer, eos)
 
 
 def load_reference(pairs, args, partial, ranks):
@@ -142,11 +148,11 @@ def main():
     partial = runs.open_output(args, "model", "ref_model", "input")
     ranks = common.start_ranks()
     tokenizer = common.load_tokenizer(args.model, args.tokenizer, args.chat_template)
-    pairs, counts = common.cut_pairs(read_pairs(args), args)
+    pairs, counts = common.cut_pairs(read_pairs(args, tokenizer), args)
     if args.ref_model:
         common.check_same_vocabulary(args.model, args.ref_model)
 
-    batches = common.epoch_batches(len(pairs), args.batch_size, args.epochs, args.seed, args.input)
+    batches = common.epoch_batches(len(pairs), args.batch_size, args.epochs, args.seed, " ".join(args.input))
     refine_from = math.ceil(args.refine_after * len(batches))
     ref = load_reference(pairs, args, partial, ranks)
     model, policy = common.load_policy(args, ranks)

@@ -716,7 +716,7 @@ def load_reference(name, pairs, args, ranks):
     """
     dtype = scoring_dtype(ranks.device) if is_sharded(args, ranks) else torch.float32
     model = load_model(name, ranks.device, dtype).requires_grad_(False)
-    check_limits(args.input, ((pair["id"], pair["prompt"], [pair["chosen"], pair["rejected"]]) for pair in pairs),
+    check_limits(" ".join(args.input), ((pair["id"], pair["prompt"], [pair["chosen"], pair["rejected"]]) for pair in pairs),
                  model, "--max-length")
     return ResponseLogps(model)
 
@@ -753,13 +753,24 @@ def store_logps(ref, pairs, args, partial, ranks):
         pairs[i]["logps_ref"] = logps
 
 
+def tokenize_pair(path, row, tokenizer, eos):
+    """A row of the seed, {"id", "prompt", "chosen", "rejected"}, with token ids in place of the texts."""
+    prompt = prompt_ids(tokenizer, row["prompt"], f"{path}, id {row['id']}")
+    chosen, rejected = (response_ids(tokenizer, row["prompt"], prompt, row[key], eos) for key in ("chosen", "rejected"))
+    return {"id": row["id"], "prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+
 def cut_pairs(rows, args):
     """(the pairs, with responses cut to fit --max-length; counts of what was read and dropped).
 
-    rows: {"id", "prompt", "chosen", "rejected"} with token ids. Raises InputError where no pair is left.
+    rows: {"id", "prompt", "chosen", "rejected"} with token ids, of all files of --input. Raises InputError where two
+    have the same id, or no pair is left.
     """
-    pairs, counts = [], {"pairs read": 0, "dropped as too long": 0, "dropped as equal after cutting": 0}
+    pairs, ids, counts = [], set(), {"pairs read": 0, "dropped as too long": 0, "dropped as equal after cutting": 0}
     for row in rows:
+        if row["id"] in ids:
+            raise InputError(f"{' '.join(args.input)}: two files have the id {row['id']}: ids must differ")
+        ids.add(row["id"])
         counts["pairs read"] += 1
         room = args.max_length - len(row["prompt"])
         chosen, rejected = (array("i", row[key][:room]) for key in ("chosen", "rejected"))  # 4 bytes a token
@@ -770,7 +781,7 @@ def cut_pairs(rows, args):
         else:
             pairs.append({"id": row["id"], "prompt": array("i", row["prompt"]), "chosen": chosen, "rejected": rejected})
     if not pairs:
-        raise InputError(f"{args.input}: no pair is left ({counts}): raise --max-prompt-length or --max-length")
+        raise InputError(f"{' '.join(args.input)}: no pair is left ({counts}): raise --max-prompt-length or --max-length")
     return pairs, counts
 
 

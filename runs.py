@@ -275,6 +275,7 @@ def pack(value):
 def read_jsonl(path, fields):
     """The rows of a JSON Lines file: a list of objects with the fields {name: check} and ids that differ.
 
+    fields may be a list of such: the first of which the first row has all names, else the last, holds for the file.
     Prompts become lists of messages, SEED's answers strings, ids strings, token ids arrays. Raises InputError with file
     and line.
     """
@@ -286,6 +287,9 @@ def read_jsonl(path, fields):
                     continue
                 where = f"{path}:{line_number}"
                 row = parse_json(line.rstrip("\n"), where)
+                if isinstance(fields, list):
+                    fields = next((each for each in fields if isinstance(row, dict) and each.keys() <= row.keys()),
+                                  fields[-1])
                 check_row(row, fields, where)
                 row["id"] = str(row["id"])
                 if line_of.setdefault(row["id"], line_number) != line_number:

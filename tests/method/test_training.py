@@ -15,7 +15,7 @@ import common
 import runs
 import stages
 from conftest import save_tiny
-from stages import digest, farthest, metrics, other_steps, rows, run, weights
+from stages import digest, farthest, metrics, moved, other_steps, refused, rows, run, weights, write_rows
 
 STEPS = 18  # 41 pairs, 8 a step, 3 epochs
 REFINED = dict(lr=1e-3, beta=0.3, batch_size=8, epochs=3, window=16, k_percent=25, alpha=0.3)
@@ -171,6 +171,30 @@ def test_04_without_refinement_is_01(pi_init, tokenizer, world, tmp_path):
     assert farthest(one, two) == 0
     for ours, theirs in zip(metrics(one), metrics(two), strict=True):
         assert ours == {key: theirs[key] for key in ours}
+
+
+def test_04_merges_d_t_with_the_labelled_texts_of_the_seed(pi_0, preferences, tokenizer, world, tmp_path):
+    # the same as one file in which the texts are token ids already
+    options = dict(model=pi_0, beta=0.3, lr=1e-2, epochs=1, batch_size=8, window=20)
+    merged = run("04_refined_dpo", **options, input=[preferences, world / "seed.jsonl"], output=tmp_path / "merged")
+    pairs = rows(preferences)
+    for row in runs.read_jsonl(world / "seed.jsonl", runs.SEED):
+        prompt = common.prompt_ids(tokenizer, row["prompt"], "")
+        responses = {y: {"text": row[y], "finish": "eos", "ids": common.response_ids(
+            tokenizer, row["prompt"], prompt, row[y], [tokenizer.eos_token_id])} for y in ("chosen", "rejected")}
+        pairs.append({"id": row["id"], "prompt_ids": prompt, **responses})
+    one = run("04_refined_dpo", **options, input=write_rows(tmp_path / "one.jsonl", pairs), output=tmp_path / "one")
+    assert counts(merged)["pairs read"] == len(pairs) == 41 + 20 and digest(merged / "model.safetensors") == digest(
+        one / "model.safetensors")
+    line = refused("04_refined_dpo", **options, input=[preferences, preferences], output=tmp_path / "twice")
+    assert f"{preferences} {preferences}: " in line and "id p0" in line
+
+
+def test_04_takes_the_worst_case_on_the_seed_alone(pi_init, world, tmp_path):
+    options = dict(model=pi_init, input=world / "seed.jsonl", beta=0.3, lr=1e-2, epochs=2, batch_size=8)
+    worst = run("04_refined_dpo", refine="worst-case", epsilon=0.1, **options, output=tmp_path / "worst")
+    plain = run("01_seed_dpo", **options, output=tmp_path / "plain")
+    assert sum(row["flagged"] for row in metrics(worst)) > 0 and moved(worst, plain)
 
 
 def test_nothing_is_flagged_before_50_pairs_are_known(train_04):
