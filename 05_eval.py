@@ -7,7 +7,8 @@
 Reads  eval.jsonl        {"id": "7", "prompt": [{"role": "user", "content": "Name a fish."}], "reference": "An eel."}
 Writes responses.jsonl   {"id", "prompt", "reference", "finish": "eos"|"length", "response", "preference": 1 where the
                          response is better than the reference, 0.5 for a tie, 0 otherwise}
-       metrics.json      {"name", "win_rate": the mean preference in percent, ...} (others: extras/alpaca_eval.py)
+       metrics.json      {"name", "win_rate": the mean preference in percent, ...} (others: extras/alpaca_eval.py), with
+                         --init-model "agreement", with labels of eval.jsonl (extras/held_out.py)
        annotations.json  the preferences in AlpacaEval's format
 
 The other commands give the paper's two scores, in the benchmarks' own file formats: alpaca-sample, alpaca-judge and
@@ -17,6 +18,7 @@ that sample run under torchrun too. `python 05_eval.py COMMAND --help` lists the
 Departs from the paper: see extras/alpaca_eval.py.
 """
 
+import json
 import os
 import re
 
@@ -24,14 +26,14 @@ import numpy as np
 
 import common
 import runs
-from extras import alpaca_eval, mt_bench, report
+from extras import alpaca_eval, held_out, mt_bench, report
 from extras.answers import Sampler
 from extras.small_world import gold_score, gold_values, read_gold
 
 
 def sample(args):
-    """Write the folder of a model's responses to --input and, with --gold, their scores."""
-    partial = runs.open_output(args, "model", "input", "gold", "preferences")
+    """Write the folder of a model's responses to --input and the scores that there are means for."""
+    partial = runs.open_output(args, "model", "input", "gold", "init_model", "preferences")
     gold = read_gold(args.gold) if args.gold else None
     rows = runs.read_jsonl(args.input, runs.PROMPTS | ({"reference": runs.is_text} if gold else {}))
     counts, sampler = {"prompts read": len(rows)}, Sampler(args, args.model)
@@ -43,13 +45,18 @@ def sample(args):
     counts["dropped as too long"] = len(rows) - len(kept)
     rows, prompts = zip(*kept)
     answers = sampler.generate_answers(partial, prompts, [row["id"] for row in rows])
+    agreement = held_out.evaluate(args, sampler, rows, partial) if args.init_model else {}
 
     def write():
         for row, (text, finish) in zip(rows, answers):
             row |= {"finish": finish, "response": text}
         made, name = partial / "eval", args.name or args.model
         made.mkdir(exist_ok=True)
-        metrics = {"name": name, "gold_labels": args.label_share, "n": len(rows)}
+        metrics = {"name": name, "gold_labels": args.label_share, "n": len(rows)} | agreement
+        if "agreement" in metrics:
+            counts["agreement with held-out labels"] = f"{metrics['agreement']:.1f} of {metrics['agreement_n']}"
+        if args.preferences:
+            metrics |= signs_of_health(args.preferences)
         if gold:
             scores, annotations = score(rows, gold, name)
             metrics |= scores
@@ -64,6 +71,15 @@ def sample(args):
         runs.close_output(args, partial, made, counts)
 
     sampler.ranks.on_first(write)
+
+
+def signs_of_health(path):
+    """What 03 has measured when it labelled these preferences: how far the policy was from pi_init."""
+    try:
+        counts = json.loads(runs.args_path(path).read_text())["counts"]
+        return {"kl_per_token": counts["KL per token"], "improbable": counts["improbable tokens (%)"]}
+    except (OSError, ValueError, KeyError, TypeError):  # not by judge_by_likelihood, or moved without its record
+        return {}
 
 
 def score(rows, gold, name):
@@ -97,7 +113,10 @@ def parse_args():
     add("--input", required=True, help="JSON Lines of id, prompt and, for --gold, reference")
     add("--max-prompt-length", type=runs.positive, default=1024, help="longer prompts are dropped")
     add("--gold", help="gold.json of the small world, its judge; without it nothing is scored")
-    add("--preferences", help="D_t that the model was trained on: how often its labels agree with --gold")
+    add("--init-model", help="pi_init: how often the implicit reward (Eq. 7) agrees with labels of --input")
+    add("--beta", type=runs.nonnegative, default=0.1, help="beta in Eq. 7, for the calibration")
+    add("--preferences", help="D_t that the model was trained on: 03's signs of health, and how often its labels agree "
+        "with --gold")
     add("--label-share", **label_share)
 
     add = add_command(commands, "alpaca-sample", "answer AlpacaEval's instructions")
@@ -149,7 +168,8 @@ def add_sampling(add, max_new_tokens, temperature=True):
 
 def add_judge(add):
     add_model(add, "--judge-model", "name at --judge-url; without that, a model's folder or name on the Hub")
-    add("--judge-url", help="OpenAI-compatible endpoint, .../v1; its key is read from OPENAI_API_KEY")
+    add("--judge-url", help="OpenAI-compatible endpoint, .../v1, or Azure's, "
+        ".../deployments/NAME?api-version=...; its key is read from OPENAI_API_KEY")
     add("--judge-requests", type=runs.positive, default=16, help="requests at a time")
     add("--judge-timeout", type=runs.number(float, 0.01), default=120.0, help="seconds until a request has failed")
     add("--judge-retries", type=runs.natural, default=5, help="after 429, 5xx, timeouts, broken answers")
@@ -172,8 +192,10 @@ def main():
     if not args.command.endswith("sample") and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise runs.InputError(f"{args.command}: runs in one process: start it without torchrun")
     url = getattr(args, "judge_url", None)
-    if url and not re.fullmatch(r"https?://[^\s@?#]+", url):  # it may have a key in it, so the message must not show it
-        raise runs.InputError("--judge-url: must look like https://host/v1; the key belongs in OPENAI_API_KEY")
+    azure = r"(\?api-version=(\d{4}-\d\d-\d\d(-preview)?|preview))?"
+    if url and not re.fullmatch(r"https?://[^\s@?#]+" + azure, url):  # it may have a key in it, which nobody must see
+        raise runs.InputError("--judge-url: must look like https://host/v1, for Azure https://host/openai/deployments/"
+                              "NAME?api-version=2024-10-21; the key belongs in OPENAI_API_KEY")
     functions[args.command](args)
 
 

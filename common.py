@@ -231,13 +231,18 @@ def eos_ids(name, tokenizer):
     return sorted(eos, key=lambda i: (i != first, i))
 
 
+def count_positions(model):
+    """The most tokens of a text that the model was made for."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+
+
 def check_limits(path, rows, model, options, new_tokens=0):
     """Raises InputError where a row has a token id that the model has no embedding for, or more tokens than positions.
 
     rows: (id, prompt ids, [ids of each response]); new_tokens: to be sampled after each; options: those that bound both
     """
     vocabulary = min(model.get_input_embeddings().num_embeddings, model.get_output_embeddings().out_features)
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    positions = count_positions(model)
     for row_id, prompt, responses in rows:
         largest = max(max(ids) for ids in (prompt, *responses))
         length = len(prompt) + max(map(len, responses), default=0) + new_tokens
@@ -738,19 +743,26 @@ def shard(module, ranks, method="forward"):
     return module
 
 
-def store_logps(ref, pairs, args, partial, ranks):
-    """Set pair["logps_ref"] = [log pi_ref(y_w | x), log pi_ref(y_l | x)]. pi_ref is fixed, so once is enough."""
-    batches = length_batches([row_length(pair) for pair in pairs], args.micro_batch_size, args.micro_batch_tokens)
+def pair_logps(policy, pairs, args, partial, ranks, label):
+    """[[log pi(y_w | x), log pi(y_l | x)] of each pair]. policy: a ResponseLogps"""
+    tokens = getattr(args, "micro_batch_tokens", None)
+    batches = length_batches([row_length(pair) for pair in pairs], args.micro_batch_size, tokens)
 
     @torch.no_grad()
     def compute(indices):
-        batch, _ = collate_pairs([pairs[i] for i in indices], ref.model)
+        batch, _ = collate_pairs([pairs[i] for i in indices], policy.model)
         with autocast(ranks.device):
-            logp = ref(batch)
+            logp = policy(batch)
         return response_logps(logp, batch.lengths).view(-1, 2).tolist()
 
-    for i, logps in map_batches(compute, batches, partial, ranks, "scoring with pi_ref").items():
-        pairs[i]["logps_ref"] = logps
+    logps = map_batches(compute, batches, partial, ranks, label)
+    return [logps[i] for i in range(len(pairs))]
+
+
+def store_logps(ref, pairs, args, partial, ranks):
+    """Set pair["logps_ref"]. pi_ref is fixed, so once is enough."""
+    for pair, logps in zip(pairs, pair_logps(ref, pairs, args, partial, ranks, "scoring with pi_ref")):
+        pair["logps_ref"] = logps
 
 
 def tokenize_pair(path, row, tokenizer, eos):

@@ -276,8 +276,8 @@ def read_jsonl(path, fields):
     """The rows of a JSON Lines file: a list of objects with the fields {name: check} and ids that differ.
 
     fields may be a list of such: the first of which the first row has all names, else the last, holds for the file.
-    Prompts become lists of messages, SEED's answers strings, ids strings, token ids arrays. Raises InputError with file
-    and line.
+    Prompts become lists of messages, labelled answers strings, ids strings, token ids arrays. Raises InputError with
+    file and line.
     """
     rows, line_of = [], {}
     try:
@@ -297,8 +297,8 @@ def read_jsonl(path, fields):
                                      "ids must differ")
                 if "prompt" in row:
                     row["prompt"] = as_messages(row["prompt"])
-                for name, check in fields.items():
-                    if check is is_answer and isinstance(row[name], list):
+                for name in ("chosen", "rejected"):
+                    if isinstance(row.get(name), list) and is_answer(row[name]):
                         row[name] = row[name][0]["content"]
                 rows.append(row)
     except (OSError, UnicodeDecodeError) as error:
