@@ -1,19 +1,24 @@
-"""Algorithm 1's input pi_init: supervised fine-tuning (App. B.1), cross-entropy on the response's tokens only.
+"""Algorithm 1's input pi_init: supervised fine-tuning (App. B.1), cross-entropy on the response's tokens.
 
-    L_SFT = E[-log pi_theta(y | x)], a mean over the response tokens of a step
+    L_SFT = E[-log pi_theta(y | x)], a mean over the response tokens of a step, with --all-turns also over those of the
+    assistant's earlier turns
 
 Reads  sft.jsonl    {"id": "7", "prompt": "Name a fish.", "response": "The eel."}
                     a prompt may be a list of messages, of any number of turns
 Writes a model folder with metrics.jsonl (one line a step) and args.json
 
     python 00_sft.py --model base --input sft.jsonl --output pi_init
-    torchrun --nproc-per-node 4 00_sft.py --model base --input sft.jsonl --output pi_init
+    torchrun --nproc-per-node 4 00_sft.py --model base --input sft.jsonl --output pi_init --all-turns
 
-Departs from the paper: none.
+Departs from the paper: App. B.1 does not say which tokens are trained. The recipe it follows (the alignment handbook's)
+packs conversations into blocks of 2048 tokens and trains on every token, the user's too.
 """
 
 from array import array
 
+import torch
+
+import chat
 import common
 import runs
 
@@ -32,9 +37,11 @@ def parse_args():
     add("--epochs", type=runs.positive, default=1)
     add("--batch-size", type=runs.positive, default=128, help="responses per optimizer step, over all ranks")
     add("--seed", type=runs.natural, default=0, help="random seed for the order of the rows")
+    add("--all-turns", action="store_true", help="also train on the assistant's turns within the prompt")
     # lengths, memory, safety
-    add("--max-prompt-length", type=runs.positive, default=1024, help="rows with a longer prompt are dropped")
-    add("--max-length", type=runs.number(int, 2), default=2048, help="prompt + response; responses are cut to fit")
+    add("--max-prompt-length", type=runs.positive, default=1024,
+        help="rows are dropped that have more tokens before the first trained one")
+    add("--max-length", type=runs.number(int, 2), default=2048, help="of a conversation, which is cut to fit")
     add("--micro-batch-size", type=runs.positive, default=8, help="most responses per forward pass on a rank")
     add("--micro-batch-tokens", type=runs.positive, help="most tokens of one (a single response may exceed it)")
     add("--activation-checkpointing", action="store_true", help="less memory for more compute")
@@ -43,27 +50,53 @@ def parse_args():
     return parser.parse_args()
 
 
+def tokenize(args, row, tokenizer, eos):
+    """(token ids of a conversation, 1 for each of them that is trained and 0 for the others, earlier turns left out)"""
+    def turn(messages, text):
+        prompt = chat.prompt_ids(tokenizer, messages, f"{args.input}, id {row['id']}")
+        return prompt, chat.response_ids(tokenizer, messages, prompt, text, eos)
+
+    messages, left_out = row["prompt"], 0
+    prompt, response = turn(messages, row["response"])
+    ids, trained = prompt + response, [0] * len(prompt) + [1] * len(response)
+    for k in range(1, len(messages)) if args.all_turns else ():
+        if [m["role"] for m in messages[k - 1:k + 1]] == ["user", "assistant"]:
+            prompt, response = turn(messages[:k], messages[k]["content"])
+            end = len(prompt) + len(response)
+            if ids[:end] == prompt + response:
+                trained[len(prompt):end] = [1] * len(response)
+            else:  # within a conversation the template writes it in another way, say without its thoughts
+                left_out += 1
+    return ids, trained, left_out
+
+
 def read_examples(args, tokenizer):
-    """([{"id", "prompt", "response"}] with token ids, counts of what was read and dropped)"""
+    """([{"id", "prompt", "response", "trained"}], counts of what was read and dropped)
+
+    prompt: the token ids before the first that is trained; response: the others; trained: 1 or 0 for each of these
+    """
     rows = runs.read_jsonl(args.input, runs.EXAMPLES)
-    eos, examples = common.eos_ids(args.model, tokenizer), []
+    eos, examples, all_left_out = chat.eos_ids(args.model, tokenizer), [], 0
     for row in rows:
-        prompt = common.prompt_ids(tokenizer, row["prompt"], f"{args.input}, id {row['id']}")
-        if len(prompt) <= min(args.max_prompt_length, args.max_length - 1):
-            response = common.response_ids(tokenizer, row["prompt"], prompt, row["response"], eos)
-            response = response[:args.max_length - len(prompt)]
-            examples.append({"id": row["id"], "prompt": array("i", prompt), "response": array("i", response)})
+        ids, trained, left_out = tokenize(args, row, tokenizer, eos)
+        start = trained.index(1)
+        if start <= min(args.max_prompt_length, args.max_length - 1):
+            examples.append({"id": row["id"], "prompt": array("i", ids[:start]),
+                             "response": array("i", ids[start:args.max_length]),
+                             "trained": array("b", trained[start:args.max_length])})
+            all_left_out += left_out
     if not examples:
         raise runs.InputError(f"{args.input}: all {len(rows)} prompts are too long: raise --max-prompt-length or "
                               "--max-length")
-    return examples, {"rows read": len(rows), "dropped as too long": len(rows) - len(examples)}
+    counts = {"rows read": len(rows), "dropped as too long": len(rows) - len(examples)}
+    return examples, counts | ({"earlier turns left out": all_left_out} if args.all_turns else {})
 
 
 def main():
     args = parse_args()
     partial = runs.open_output(args, "model", "input")
     ranks = common.start_ranks()
-    tokenizer = common.load_tokenizer(args.model, args.tokenizer, args.chat_template)
+    tokenizer = chat.load_tokenizer(args.model, args.tokenizer, args.chat_template)
     examples, counts = read_examples(args, tokenizer)
 
     model, policy = common.load_policy(args, ranks)
@@ -76,16 +109,17 @@ def main():
     bar = common.progress(range(state["step"], len(batches)), "SFT", ranks)
     for step in bar:
         step_examples, logged_rows = [examples[i] for i in batches[step]], []
-        tokens = sum(len(example["response"]) for example in step_examples)
+        tokens = sum(sum(example["trained"]) for example in step_examples)
         micros = common.micro_batches(step_examples, args, ranks)
         optimizer.zero_grad()
         for k, (micro, weight) in enumerate(micros):
             batch = common.collate([(example["prompt"], [example["response"]]) for example in micro], ranks.device)
+            trained = torch.tensor([z for example in micro for z in example["trained"]], device=ranks.device)  # (N,)
             with common.grad_sync(policy, last=k == len(micros) - 1):
                 with common.autocast(ranks.device):
                     logp_theta = policy(batch)  # (N,)
-                losses = -common.response_logps(logp_theta, batch.lengths)  # (b,)
-                # these add up to the mean over the step's response tokens; DDP and FSDP average over the ranks
+                losses = -common.response_logps(trained * logp_theta, batch.lengths)  # (b,)
+                # these add up to the mean over the step's trained tokens; DDP and FSDP average over the ranks
                 (weight * losses.sum() / tokens * ranks.world).backward()
             # scaled so that the mean over the step's rows, which log_step takes, is the mean over its tokens
             logged_rows += common.per_row(micro, {"loss": losses / tokens * len(step_examples)}, weight)

@@ -18,6 +18,7 @@ Departs from the paper: none. Not in the paper: the clipped gradient norm (1.0),
 
 import torch.nn.functional as F
 
+import chat
 import common
 import runs
 
@@ -62,10 +63,10 @@ def parse_args():
 
 def read_pairs(args, tokenizer):
     """Yields {"id", "prompt", "chosen", "rejected"} with token ids in place of the texts."""
-    eos = common.eos_ids(args.model, tokenizer)
+    eos = chat.eos_ids(args.model, tokenizer)
     for path in args.input:
         for row in runs.read_jsonl(path, runs.SEED):
-            yield common.tokenize_pair(path, row, tokenizer, eos)
+            yield chat.tokenize_pair(path, row, tokenizer, eos)
 
 
 def pair_losses(policy, batch, logps_ref, args):
@@ -84,7 +85,7 @@ def main():
     args = parse_args()
     partial = runs.open_output(args, "model", "ref_model", "input")
     ranks = common.start_ranks()
-    tokenizer = common.load_tokenizer(args.model, args.tokenizer, args.chat_template)
+    tokenizer = chat.load_tokenizer(args.model, args.tokenizer, args.chat_template)
     pairs, counts = common.cut_pairs(read_pairs(args, tokenizer), args)
     if args.ref_model:
         common.check_same_vocabulary(args.model, args.ref_model)

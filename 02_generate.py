@@ -19,6 +19,7 @@ from array import array
 
 import numpy as np
 
+import chat
 import common
 import runs
 
@@ -53,7 +54,7 @@ def read_prompts(args, tokenizer):
     """(the rows with their "prompt_ids", without those that are too long; counts of what was read and dropped)"""
     rows, kept = runs.read_jsonl(args.input, runs.PROMPTS), []
     for row in rows:
-        ids = common.prompt_ids(tokenizer, row["prompt"], f"{args.input}, id {row['id']}")
+        ids = chat.prompt_ids(tokenizer, row["prompt"], f"{args.input}, id {row['id']}")
         if len(ids) <= args.max_prompt_length:
             kept.append({"id": row["id"], "prompt": row["prompt"], "prompt_ids": array("i", ids)})
     if not kept:
@@ -72,7 +73,7 @@ def make_records(args, rows, sampled, tokenizer, eos, counts):
                 continue
             if finish == "length" and args.on_length_limit == "eos":
                 ids = [*ids, eos[0]]
-            responses.append({"text": common.response_text(tokenizer, ids), "ids": ids, "finish": finish})
+            responses.append({"text": chat.response_text(tokenizer, ids), "ids": ids, "finish": finish})
         if len(responses) >= 2:
             records.append(row | {"responses": responses})
     samples = [sample for samples in sampled for sample in samples]
@@ -89,9 +90,9 @@ def main():
     args = parse_args()
     partial = runs.open_output(args, "model", "input")
     ranks = common.start_ranks()
-    tokenizer = common.load_tokenizer(args.model, args.tokenizer, args.chat_template)
+    tokenizer = chat.load_tokenizer(args.model, args.tokenizer, args.chat_template)
     rows, counts = read_prompts(args, tokenizer)
-    eos = common.eos_ids(args.model, tokenizer)
+    eos = chat.eos_ids(args.model, tokenizer)
     model = common.load_model(args.model, ranks.device, common.scoring_dtype(ranks.device))
     common.check_limits(args.input, ((row["id"], row["prompt_ids"], []) for row in rows), model,
                         "--max-prompt-length or --max-new-tokens", args.max_new_tokens)

@@ -7,7 +7,8 @@
     r_penalty(x, y) = r(x, y) - alpha |y|, with --length-penalty alpha                          (13)
 
 Do not confuse the references: here the fixed pi_init, in 04_refined_dpo.py pi_{t-1}. The paper's baselines change
-r(x, y): --judge previous uses another reference, none uses no reference, reward, llm and gold are in extras/judges.py.
+r(x, y): --judge previous uses another reference, none uses no reference; reward, llm and gold are in extras/judges.py,
+pairrm in extras/pairrm.py.
 
 Reads  responses_t.jsonl    what 02_generate.py writes; of more than two responses the best and the worst are paired
 Writes preferences_t.jsonl  {"id": "12", "prompt": [...], "prompt_ids": [1, 733, ...],
@@ -16,7 +17,7 @@ Writes preferences_t.jsonl  {"id": "12", "prompt": [...], "prompt_ids": [1, 733,
                              "judge": "init"}
                              p is of y_1 over y_2 in the order of sampling; logps are of all responses in that order;
                              improbable: their tokens to which the reference gives less than 1e-4; other judges store
-                             "scores" or "options" instead
+                             "scores", "logits" or "options" instead
 
 The summary has two signs of health: how far pi_{t-1} is from the reference on its own responses (the mean of
 log pi_{t-1}(y | x) - log pi_init(y | x), by response and by token) and the share of improbable tokens. They rise first
@@ -27,7 +28,7 @@ when a run collapses.
     python 03_judge.py --judge llm --judge-model judge --input responses_1.jsonl --output preferences_1.jsonl
 
 Departs from the paper: pairs that carry no preference (the same response twice, p = 0.5 exactly) are dropped. --judge
-reward takes a pointwise reward model, one score per response, in place of PairRM, which scores pairs.
+llm asks in both orders of a pair, so that position bias cancels; --llm-order first asks in one, as App. B.2 does.
 """
 
 import math
@@ -72,7 +73,7 @@ def penalised(rewards, lengths, alpha):
 
 # the options that each judge requires; those of the others are refused
 NEEDS = {"init": ["--model", "--init-model"], "previous": ["--model", "--ref-model"], "none": ["--model"],
-         "reward": ["--reward-model"], "llm": ["--judge-model"], "gold": ["--gold"]}
+         "pairrm": ["--reward-model"], "reward": ["--reward-model"], "llm": ["--judge-model"], "gold": ["--gold"]}
 
 
 def penalty(text):
@@ -92,10 +93,12 @@ def parse_args():
     add("--beta", type=runs.nonnegative, default=0.1,
         help="beta in Eq. 7; without --length-penalty no label depends on it")
     # what it is compared with
-    add("--judge", choices=NEEDS, default="init", help="init: Eq. 7 (default); previous, none: Table 7; reward, llm: "
-        "Table 2; gold: labels from outside, for the 100 %% rows")
+    add("--judge", choices=NEEDS, default="init", help="init: Eq. 7 (default); previous, none: Table 7; pairrm: "
+        "Tables 2 and 7; llm: Table 2; reward: a model that scores each response by itself; gold: labels from outside, "
+        "for the 100 %% rows")
     add("--ref-model", help="--judge previous: pi_{t-2}, at t = 1 pi_init")
-    add("--reward-model", help="--judge reward: a sequence classifier with one label")
+    add("--reward-model", help="--judge pairrm: llm-blender/PairRM-hf, or its folder; --judge reward: a sequence "
+        "classifier with one label")
     add("--judge-model", help="--judge llm: what 00_sft.py trained on judge_sft.jsonl of 00_inputs.py")
     add("--llm-order", choices=("both", "first"), default="both",
         help="--judge llm: both orders of a pair, or the order of sampling alone")
@@ -198,7 +201,9 @@ def main():
     ranks = common.start_ranks()
     rows, counts = read_responses(args)
     judge, alpha = judge_by_likelihood, args.length_penalty
-    if args.judge in ("reward", "llm", "gold"):
+    if args.judge == "pairrm":
+        from extras.pairrm import judge_pairrm as judge
+    elif args.judge in ("reward", "llm", "gold"):
         from extras import judges
         judge = getattr(judges, f"judge_{args.judge}")
     rewards, extra = judge(rows, args, partial, ranks)

@@ -27,6 +27,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+import chat
 import common
 import runs
 
@@ -100,14 +101,14 @@ def parse_args():
 
 def read_pairs(args, tokenizer):
     """Yields {"id", "prompt", "chosen", "rejected"}: of D_t the token ids that were sampled and judged."""
-    eos = common.eos_ids(args.model, tokenizer)
+    eos = chat.eos_ids(args.model, tokenizer)
     for path in args.input:
         for row in runs.read_jsonl(path, [runs.PREFERENCES, runs.SEED]):
             if "prompt_ids" in row:
                 yield {"id": row["id"], "prompt": row["prompt_ids"], "chosen": row["chosen"]["ids"],
                        "rejected": row["rejected"]["ids"]}
             else:
-                yield common.tokenize_pair(path, row, tokenizer, eos)
+                yield chat.tokenize_pair(path, row, tokenizer, eos)
 
 
 def load_reference(pairs, args, partial, ranks):
@@ -147,7 +148,7 @@ def main():
     args = parse_args()
     partial = runs.open_output(args, "model", "ref_model", "input")
     ranks = common.start_ranks()
-    tokenizer = common.load_tokenizer(args.model, args.tokenizer, args.chat_template)
+    tokenizer = chat.load_tokenizer(args.model, args.tokenizer, args.chat_template)
     pairs, counts = common.cut_pairs(read_pairs(args, tokenizer), args)
     if args.ref_model:
         common.check_same_vocabulary(args.model, args.ref_model)

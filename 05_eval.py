@@ -24,7 +24,7 @@ import re
 
 import numpy as np
 
-import common
+import chat
 import runs
 from extras import alpaca_eval, held_out, mt_bench, report
 from extras.answers import Sampler
@@ -37,7 +37,7 @@ def sample(args):
     gold = read_gold(args.gold) if args.gold else None
     rows = runs.read_jsonl(args.input, runs.PROMPTS | ({"reference": runs.is_text} if gold else {}))
     counts, sampler = {"prompts read": len(rows)}, Sampler(args, args.model)
-    prompts = [common.prompt_ids(sampler.tokenizer, row["prompt"], f"{args.input}, id {row['id']}") for row in rows]
+    prompts = [chat.prompt_ids(sampler.tokenizer, row["prompt"], f"{args.input}, id {row['id']}") for row in rows]
     kept = [(row, ids) for row, ids in zip(rows, prompts) if len(ids) <= args.max_prompt_length]
     if not kept:
         raise runs.InputError(f"{args.input}: all {len(rows)} prompts are longer than --max-prompt-length "
@@ -106,6 +106,7 @@ def judge_accuracy(path, gold):
 
 def parse_args():
     label_share = {"default": "-", "help": "share of gold labels that the model has seen, for tables"}
+    empty_system = {"action": "store_true", "help": "an empty system message first, as Zephyr's recipe has it"}
     parser = runs.Parser(description="Evaluate a model, or put evaluated models side by side.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     add = add_command(commands, "sample", "answer held-out prompts; with --gold, score the answers")
@@ -122,6 +123,7 @@ def parse_args():
     add = add_command(commands, "alpaca-sample", "answer AlpacaEval's instructions")
     add_sampling(add, max_new_tokens=2048)
     add("--instructions", required=True, help="AlpacaEval's baseline outputs, which have the instructions")
+    add("--empty-system", **empty_system)
     add = add_command(commands, "alpaca-judge", "compare a model's outputs with the baseline's")
     add("outputs", help="model_outputs.json")
     add("--baseline", required=True, help="AlpacaEval's baseline outputs")
@@ -137,6 +139,7 @@ def parse_args():
     add = add_command(commands, "mt-sample", "answer MT-Bench's questions")
     add_sampling(add, max_new_tokens=1024, temperature=False)  # each category has its own
     add("--questions", required=True, help="MT-Bench's question.jsonl")
+    add("--empty-system", **empty_system)
     add = add_command(commands, "mt-judge", "rate a model's answers to MT-Bench's questions")
     add("answers", help="model_answer/MODEL.jsonl")
     add("--questions", required=True, help="MT-Bench's question.jsonl")

@@ -1,26 +1,24 @@
 """The parts of the method that the stages share, in reading order.
 
-    text to ids     load_tokenizer, prompt_ids, response_ids, response_text, eos_ids
     batches         collate: prompts and responses as one padded batch; length_batches
     log-probs       ResponseLogps: log pi(y_t | x, y_<t); response_logps: their sum log pi(y | x)
     sampling        uniforms, sample_token, sample_responses
-    models          load_config, load_model, save_model, check_limits
+    models          load_config, load_model and what it tries, check_limits, save_model
     ranks           start_ranks, map_batches, map_rows: work shared by torchrun's processes
     training        load_policy, load_reference, store_logps, make_optimizer, epoch_batches, micro_batches, save_trained
 
-"Eq. N" is the SPA paper's. Shapes: B sequences of T tokens, N response tokens in all of them, a vocabulary of V.
+Texts become token ids in chat.py. "Eq. N" is the SPA paper's. Shapes: B sequences of T tokens, N response tokens in all
+of them, a vocabulary of V.
 """
 
 import contextlib
 import datetime
 import errno
-import functools
 import hashlib
 import json
 import math
 import os
 import re
-import secrets
 import shutil
 import sys
 from array import array
@@ -39,231 +37,13 @@ from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
-from transformers import get_cosine_schedule_with_warmup
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, get_cosine_schedule_with_warmup
 
-from runs import InputError, begun, close_output, journal, read_journal
+from runs import InputError, close_output, journal, read_journal
 
 huggingface_hub.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
 transformers.utils.logging.set_verbosity_error()
-
-# ---------------------------------------------------------------------------------------------
-# Text to token ids
-
-
-def from_pretrained(loader, name, what, **options):
-    """loader.from_pretrained(name), a folder here or a name on the Hub. Never runs a model's own code."""
-    if not Path(name).is_dir() and not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name):
-        raise InputError(f"{name}: no such folder: give the folder of a model, or its name on the Hub")
-    try:
-        return loader.from_pretrained(name, trust_remote_code=False, **options)
-    except Exception as error:  # transformers raises many kinds, most of them pages long
-        raise InputError(f"{name}: cannot load {what} from this folder or from the Hub "
-                         f"({type(error).__name__}: {str(error)[:100]}): check the name")
-
-
-def load_tokenizer(model, tokenizer=None, chat_template=None):
-    """The tokenizer named `tokenizer` (default: the model's), with the chat template of a file (default: its own)."""
-    name = tokenizer or model
-    loaded = from_pretrained(AutoTokenizer, name, "a tokenizer (--tokenizer)")
-    if not loaded.is_fast:
-        raise InputError(f"{name}: its tokenizer is not a fast one: name one that is with --tokenizer")
-    if chat_template:
-        try:
-            loaded.chat_template = Path(chat_template).read_text(encoding="utf-8-sig")
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"{chat_template}: cannot be read ({type(error).__name__}): --chat-template names a file "
-                             "with a Jinja chat template")
-    largest = max(loaded.backend_tokenizer.get_vocab(with_added_tokens=False).values(), default=0)
-    size = load_config(model).get_text_config().vocab_size
-    if largest >= size:
-        raise InputError(f"{name}: its vocabulary ({largest + 1}) is larger than that of the model {model} ({size}): "
-                         "give the tokenizer that the model was trained with")
-    if not loaded.chat_template:
-        raise InputError(f"{name}: its tokenizer has no chat template: --chat-template names a file with one")
-    return loaded
-
-
-@functools.cache
-def special_tokens(tokenizer):
-    """What keeps text from spelling a special token: (pattern, names, encoder).
-
-    pattern: finds special tokens in text; names: {token: a secret name that no text can guess}; encoder: the same
-    tokenizer, in which each special token has only its secret name, so that "</s>" is text like any other.
-    """
-    parts = json.loads(tokenizer.backend_tokenizer.to_str())
-    model, secret = parts["model"], secrets.token_hex(8)
-    pieces = {piece for merge in model.get("merges", []) for piece in merge}  # parts of words, which text needs
-    special = [token for token in parts["added_tokens"] if token["content"] not in pieces
-               and (token["special"] or token["content"] in tokenizer.all_special_tokens)]
-    names = {token["content"]: f"<{secret}:{k}>" for k, token in enumerate(special)}
-    for token in special:
-        token["content"] = names[token["content"]]
-    if isinstance(model["vocab"], dict):
-        model["vocab"] = {names.get(token, token): i for token, i in model["vocab"].items()}
-    else:  # a Unigram model has scores
-        model["vocab"] = [[names.get(token, token), score] for token, score in model["vocab"]]
-    if "merges" in model:
-        model["merges"] = [merge for merge in model["merges"] if "".join(merge) not in names]
-    if model.get("unk_token") in names:
-        model["unk_token"] = names[model["unk_token"]]
-    encoder = type(tokenizer.backend_tokenizer).from_str(json.dumps(parts | {"truncation": None, "padding": None}))
-    pattern = "|".join(re.escape(token) for token in sorted(names, key=len, reverse=True))
-    return re.compile(pattern or "(?!)"), names, encoder
-
-
-def render(tokenizer, messages, where="", **options):
-    """A conversation as the chat template writes it, its special tokens by their secret names. `encode` tokenises it.
-
-    A special token that a message spells stays text: it is rendered as a stand-in that no text can contain (halves of
-    surrogate pairs), the special tokens of the rendering are then the template's, and the stand-ins become text again.
-    Raises InputError where the template rejects the conversation, or leaves out a message.
-    """
-    pattern, names, _ = special_tokens(tokenizer)
-    tokens = list(names)
-    stand_ins = {token: f"\ud800{k}\udfff" for k, token in enumerate(tokens)}
-    hidden = [message | {"content": pattern.sub(lambda found: stand_ins[found[0]], message["content"])}
-              for message in messages]
-    try:
-        # a date is the same in all of an output, even if it is resumed on another day
-        template = re.sub(r"""strftime_now\((["'])(.*?)\1\)""", lambda call: json.dumps(begun().strftime(call[2])),
-                          tokenizer.get_chat_template())
-        text = tokenizer.apply_chat_template(hidden, tokenize=False, chat_template=template, **options)
-        for message in hidden:
-            content = message["content"].split("</think>")[-1]  # earlier thoughts may be left out
-            if "".join(content.split()) not in "".join(text.split()):
-                raise ValueError(f"it leaves out the {message['role']}'s {json.dumps(content)[:40]}")
-    except Exception as error:  # templates reject some role orders with an exception of their own
-        raise InputError(f"{where}the chat template rejects {json.dumps(messages)[:60]} ({str(error)[:100]}): "
-                         "fix it, or name another template with --chat-template")
-    text = pattern.sub(lambda found: names[found[0]], text)
-    return re.sub("\ud800(\\d+)\udfff", lambda found: tokens[int(found[1])], text)
-
-
-def encode(tokenizer, text):
-    """Token ids of what `render` returns. Special tokens that the text spells stay text."""
-    return special_tokens(tokenizer)[2].encode(text, add_special_tokens=False).ids
-
-
-def chat_ids(tokenizer, messages, where="", **options):
-    """Token ids of a conversation, with exactly one BOS where the tokenizer begins a text with one.
-
-    Some templates write it, others (Zephyr's) leave it to the tokenizer, and the model was trained with it either way.
-    """
-    ids, bos = encode(tokenizer, render(tokenizer, messages, where, **options)), [tokenizer.bos_token_id]
-    return bos + ids if tokenizer("").input_ids[:1] == bos and ids[:1] != bos else ids
-
-
-def prompt_ids(tokenizer, messages, where):
-    """The prompt's token ids, with the template's generation prompt."""
-    ids = chat_ids(tokenizer, messages, f"{where}: ", add_generation_prompt=True)
-    if not ids:
-        raise InputError(f"{where}: the chat template renders this prompt to no tokens: "
-                         "name another template with --chat-template")
-    return ids
-
-
-def response_ids(tokenizer, messages, prompt, text, eos):
-    """The response as the chat template writes it after `prompt` (ids), ending with exactly one EOS.
-
-    Its ids are sliced from the joint rendering, which is what the model was trained on. Where the text merges with the
-    prompt's last token, the rest of the rendering is tokenised alone, as it is sampled; where the rendering does not
-    begin with the prompt, the text is: a template may open a thought in the prompt, and leave it out afterwards.
-    """
-    answered = messages + [{"role": "assistant", "content": text}]
-    ids = chat_ids(tokenizer, answered)
-    if ids[:len(prompt)] == prompt:
-        ids = ids[len(prompt):]
-    else:
-        before, joint = render(tokenizer, messages, add_generation_prompt=True), render(tokenizer, answered)
-        if not joint.startswith(before):
-            if before.rstrip().endswith("<think>"):
-                text = text.strip().removeprefix("<think>\n") if "</think>" in text else f"\n</think>\n\n{text}"
-            joint = before + text
-        ids = encode(tokenizer, joint.removeprefix(before))
-    end = len(ids)  # where the text ends: what follows are ends of a turn and white space
-    while end and (ids[end - 1] in eos or not tokenizer.decode(ids[end - 1]).strip()):
-        end -= 1
-    first = next((k for k in range(end, len(ids)) if ids[k] in eos), None)
-    return ids + [eos[0]] if first is None else ids[:first + 1]
-
-
-def response_text(tokenizer, ids):
-    """What judges and benchmarks read of a response: no special tokens, no thought before the answer."""
-    ids, tokens = list(ids), tokenizer.added_tokens_encoder
-    # gpt-oss; DeepSeek-R1, Qwen3 and others
-    for opening, closing in (("<|channel|>", "<|channel|>final<|message|>"), ("<think>", "</think>")):
-        if opening in tokens:  # the model has such a token
-            mark = tokenizer.encode(closing, add_special_tokens=False)
-            ends = [k + len(mark) for k in range(len(ids)) if ids[k:k + len(mark)] == mark]
-            if ends or tokens[opening] in ids:  # else it has not thought; without an end it has not answered
-                ids = ids[ends[-1]:] if ends else []
-    return tokenizer.decode(ids, skip_special_tokens=True).strip()
-
-
-def eos_ids(name, tokenizer):
-    """Ids that end a response; the first is the one with which the chat template ends a turn.
-
-    They are those of the tokenizer, the model's config and its generation config, and the first special token that the
-    template writes after an answer, which none of these may have (Gemma) or which others follow (Phi-4-mini).
-    """
-    def listed(ids):
-        return ids if isinstance(ids, list) else [ids] if ids is not None else []
-
-    config, added = load_config(name), tokenizer.added_tokens_decoder
-    # a config without an EOS has its class's default, which may be any token of this vocabulary
-    named = [i for part in (config, config.get_text_config()) for i in listed(getattr(part, "eos_token_id", None))
-             if type(i) is not int or i in added] + listed(tokenizer.eos_token_id)
-    with contextlib.suppress(OSError):
-        named += listed(GenerationConfig.from_pretrained(name).eos_token_id)
-    if not all(type(i) is int and 0 <= i < 2**31 for i in named):
-        raise InputError(f"{name}: its config or generation config has the EOS {str(named)[:60]}: "
-                         "it must be a token id, or a list of them")
-    answer = "zyzyz"
-    turn = render(tokenizer, [{"role": "user", "content": "a"}, {"role": "assistant", "content": answer}], f"{name}: ")
-    after = encode(tokenizer, turn.rpartition(answer)[2])
-    first = next((i for i in after if i in named or i in added and added[i].content.strip()), tokenizer.eos_token_id)
-    eos = {first, *named} - {None}
-    if not eos:
-        raise InputError(f"{name}: neither its tokenizer nor its configs nor its chat template has an EOS: "
-                         "--tokenizer names a tokenizer that has one")
-    return sorted(eos, key=lambda i: (i != first, i))
-
-
-def count_positions(model):
-    """The most tokens of a text that the model was made for."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
-
-
-def check_limits(path, rows, model, options, new_tokens=0):
-    """Raises InputError where a row has a token id that the model has no embedding for, or more tokens than positions.
-
-    rows: (id, prompt ids, [ids of each response]); new_tokens: to be sampled after each; options: those that bound both
-    """
-    vocabulary = min(model.get_input_embeddings().num_embeddings, model.get_output_embeddings().out_features)
-    positions = count_positions(model)
-    for row_id, prompt, responses in rows:
-        largest = max(max(ids) for ids in (prompt, *responses))
-        length = len(prompt) + max(map(len, responses), default=0) + new_tokens
-        if largest >= vocabulary:
-            raise InputError(f"{path}, id {row_id}: token id {largest} is not in the model's vocabulary of "
-                             f"{vocabulary}: give the tokenizer and the model that belong together")
-        if length > positions:
-            raise InputError(f"{path}, id {row_id}: {length} tokens, and the model has {positions} positions: "
-                             f"lower {options}")
-
-
-def check_same_vocabulary(name, other):
-    """Raises InputError where a token id means different tokens to two models."""
-    differ = len({load_config(n).get_text_config().vocab_size for n in (name, other)}) > 1
-    with contextlib.suppress(Exception):  # a model without a tokenizer is used with the other's
-        one, two = (AutoTokenizer.from_pretrained(n, trust_remote_code=False).get_vocab() for n in (name, other))
-        one, two = ({i: token for token, i in vocabulary.items()} for vocabulary in (one, two))
-        differ = differ or any(one[i] != two[i] for i in one.keys() & two.keys())
-    if differ:
-        raise InputError(f"{name} and {other} have different vocabularies: give two models with the same tokenizer")
-
 
 # ---------------------------------------------------------------------------------------------
 # Batches
@@ -479,6 +259,17 @@ def sample_responses(model, prompts, u, temperature, max_new_tokens, eos):
 # Models
 
 
+def from_pretrained(loader, name, what, **options):
+    """loader.from_pretrained(name), a folder here or a name on the Hub. Never runs a model's own code."""
+    if not Path(name).is_dir() and not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name):
+        raise InputError(f"{name}: no such folder: give the folder of a model, or its name on the Hub")
+    try:
+        return loader.from_pretrained(name, trust_remote_code=False, **options)
+    except Exception as error:  # transformers raises many kinds, most of them pages long
+        raise InputError(f"{name}: cannot load {what} from this folder or from the Hub "
+                         f"({type(error).__name__}: {str(error)[:100]}): check the name")
+
+
 def load_config(name):
     """The model's config with every dropout at 0: policy and reference must agree in train mode too."""
     config = from_pretrained(AutoConfig, name, "a model's config")
@@ -567,6 +358,40 @@ def try_model(name, model):
     with contextlib.suppress(Exception):  # a model that takes no such mask
         if torch.allclose(logps(rows, max_shared=4), logps(rows), rtol=0, atol=min(exact, 0.1)):
             model.max_shared_length = min((limit for limit in limits if limit), default=math.inf)
+
+
+def count_positions(model):
+    """The most tokens of a text that the model was made for."""
+    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+
+
+def check_limits(path, rows, model, options, new_tokens=0):
+    """Raises InputError where a row has a token id that the model has no embedding for, or more tokens than positions.
+
+    rows: (id, prompt ids, [ids of each response]); new_tokens: to be sampled after each; options: those that bound both
+    """
+    vocabulary = min(model.get_input_embeddings().num_embeddings, model.get_output_embeddings().out_features)
+    positions = count_positions(model)
+    for row_id, prompt, responses in rows:
+        largest = max(max(ids) for ids in (prompt, *responses))
+        length = len(prompt) + max(map(len, responses), default=0) + new_tokens
+        if largest >= vocabulary:
+            raise InputError(f"{path}, id {row_id}: token id {largest} is not in the model's vocabulary of "
+                             f"{vocabulary}: give the tokenizer and the model that belong together")
+        if length > positions:
+            raise InputError(f"{path}, id {row_id}: {length} tokens, and the model has {positions} positions: "
+                             f"lower {options}")
+
+
+def check_same_vocabulary(name, other):
+    """Raises InputError where a token id means different tokens to two models."""
+    differ = len({load_config(n).get_text_config().vocab_size for n in (name, other)}) > 1
+    with contextlib.suppress(Exception):  # a model without a tokenizer is used with the other's
+        one, two = (AutoTokenizer.from_pretrained(n, trust_remote_code=False).get_vocab() for n in (name, other))
+        one, two = ({i: token for token, i in vocabulary.items()} for vocabulary in (one, two))
+        differ = differ or any(one[i] != two[i] for i in one.keys() & two.keys())
+    if differ:
+        raise InputError(f"{name} and {other} have different vocabularies: give two models with the same tokenizer")
 
 
 def save_model(model, tokenizer, folder, weights=None):
@@ -721,8 +546,8 @@ def load_reference(name, pairs, args, ranks):
     """
     dtype = scoring_dtype(ranks.device) if is_sharded(args, ranks) else torch.float32
     model = load_model(name, ranks.device, dtype).requires_grad_(False)
-    check_limits(" ".join(args.input), ((pair["id"], pair["prompt"], [pair["chosen"], pair["rejected"]]) for pair in pairs),
-                 model, "--max-length")
+    check_limits(" ".join(args.input), ((pair["id"], pair["prompt"], [pair["chosen"], pair["rejected"]])
+                                        for pair in pairs), model, "--max-length")
     return ResponseLogps(model)
 
 
@@ -765,13 +590,6 @@ def store_logps(ref, pairs, args, partial, ranks):
         pair["logps_ref"] = logps
 
 
-def tokenize_pair(path, row, tokenizer, eos):
-    """A row of the seed, {"id", "prompt", "chosen", "rejected"}, with token ids in place of the texts."""
-    prompt = prompt_ids(tokenizer, row["prompt"], f"{path}, id {row['id']}")
-    chosen, rejected = (response_ids(tokenizer, row["prompt"], prompt, row[key], eos) for key in ("chosen", "rejected"))
-    return {"id": row["id"], "prompt": prompt, "chosen": chosen, "rejected": rejected}
-
-
 def cut_pairs(rows, args):
     """(the pairs, with responses cut to fit --max-length; counts of what was read and dropped).
 
@@ -793,7 +611,8 @@ def cut_pairs(rows, args):
         else:
             pairs.append({"id": row["id"], "prompt": array("i", row["prompt"]), "chosen": chosen, "rejected": rejected})
     if not pairs:
-        raise InputError(f"{' '.join(args.input)}: no pair is left ({counts}): raise --max-prompt-length or --max-length")
+        raise InputError(f"{' '.join(args.input)}: no pair is left ({counts}): raise --max-prompt-length or "
+                         "--max-length")
     return pairs, counts
 
 

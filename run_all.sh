@@ -14,26 +14,29 @@ caller=$PWD && cd "$(dirname "$0")"  # a relative path in a variable starts at t
 settings() {
   case $SETTING in
     world)  # 30 tokens a response, not 300: the margin, a sum over tokens, needs a larger beta (README.md)
-      default BETA=10 LR=1e-4 BATCH_SIZE=16 MICRO_BATCH_SIZE=16 SEED_SIZE=200 PROMPT_SIZES="800 2000 3000"
+      default BETA=10 LR=2e-4 BATCH_SIZE=16 MICRO_BATCH_SIZE=16 SEED_SIZE=200 PROMPT_SIZES="800 2000 3000"
       default EVAL_SIZE=500 MAX_NEW_TOKENS=56 ON_LENGTH_LIMIT=drop SAMPLING_BATCH_SIZE=128 GOLD_LABEL_SHARE="3.3 %"
-      default SFT_SIZE=8000 SFT_LR=3e-3 SFT_EPOCHS=3 SFT_BATCH_SIZE=32
+      default SFT_SIZE=8000 SFT_LR=5e-3 SFT_EPOCHS=3 SFT_BATCH_SIZE=32
       default JUDGE_LR=1e-3 JUDGE_EPOCHS=20 JUDGE_BATCH_SIZE=16 ;;
-    mistral-7b)   default INIT=alignment-handbook/zephyr-7b-sft-full ;;                                # Section 5.1
-    phi-2)        default INIT=lole25/phi-2-sft-ultrachat-full LR=5e-6 ITERATIONS=1 ;;                 # App. B.3
+    mistral-7b)   default INIT=alignment-handbook/zephyr-7b-sft-full EMPTY_SYSTEM=1 ;;                 # Section 5.1
+    phi-2)        default INIT=lole25/phi-2-sft-ultrachat-full LR=5e-6 ITERATIONS=1 EMPTY_SYSTEM=1 ;;  # App. B.3
+    phi-2-base)   default BASE=microsoft/phi-2 INIT_TOKENIZER=lole25/phi-2-sft-ultrachat-full SFT_EPOCHS=3
+                  default SFT_BATCH_SIZE=64 LR=5e-6 ITERATIONS=1 EMPTY_SYSTEM=1 ;;                     # App. B.1
     llama-3-8b)   default INIT=meta-llama/Meta-Llama-3-8B-Instruct LR=1e-5 SEED_EPOCHS=1 BETA=0.01 ITERATIONS=2 ;;
     phi-3-medium) default INIT=microsoft/Phi-3-medium-4k-instruct LR=1e-5 SEED_EPOCHS=1 BETA=0.01 ITERATIONS=2 ;;
     mistral-7b-no-seed)                                                                                # Figure 4
       default INIT=mistralai/Mistral-7B-v0.1 PI_0=mistralai/Mistral-7B-Instruct-v0.1 SEED_SIZE=0
       default INIT_TOKENIZER="$PI_0"  # a base model has no chat template
       default INIT_NAME="Mistral-7B-v0.1 (pi_init)" PI_0_NAME="Mistral-7B-Instruct-v0.1 (pi_0)" ;;
-    *) fail "\"$SETTING\" is not world, mistral-7b, phi-2, llama-3-8b, phi-3-medium, mistral-7b-no-seed or test" ;;
+    *) fail "\"$SETTING\" is not test world mistral-7b phi-2 phi-2-base llama-3-8b phi-3-medium mistral-7b-no-seed" ;;
   esac
   default SEED=0 NAME="$SETTING-seed${SEED:-0}" RUNS="$PWD/runs" SOURCE=ultrafeedback SPLIT=train
   default INIT= INIT_NAME="SFT (pi_init)" INIT_TOKENIZER= PI_0= PI_0_NAME="DPO on the seed (pi_0)"
-  default SEED_SIZE=2000 PROMPT_SIZES="8000 20000 30000" EVAL_SIZE=200 ITERATIONS=3
+  default BASE= SFT_LR=2e-5 SFT_EPOCHS=1 SFT_BATCH_SIZE=128  # App. B.1: pi_init is made from BASE, if there is one
+  default SEED_SIZE=2000 SEED_SAMPLE=0 PROMPT_SIZES="8000 20000 30000" EVAL_SIZE=200 EMPTY_SYSTEM=0 ITERATIONS=3
   default BETA=0.1 LR=5e-7 SEED_EPOCHS=3 BATCH_SIZE=32 MICRO_BATCH_SIZE=2
   default TEMPERATURE=0.7 MAX_NEW_TOKENS=300 ON_LENGTH_LIMIT=eos SAMPLING_BATCH_SIZE=32 SAVE_EVERY=100
-  default REFINE=decoupled ALPHA=0.1 K_PERCENT=10 LAMBDAS="0.5 0.25 0.125"
+  default REFINE=decoupled MERGE_SEED= SEED_REFINE= ALPHA=0.1 K_PERCENT=10 LAMBDAS="0.5 0.25 0.125"
   default JUDGE=init REWARD_MODEL= JUDGE_MODEL= LENGTH_PENALTY=             # Tables 2, 7, 10
   default JUDGE_LR=2e-5 JUDGE_EPOCHS=3 JUDGE_BATCH_SIZE=32                                             # App. B.2
   default NNODES=1 NODE_RANK=0 RDZV_ENDPOINT= MAX_RESTARTS=0                                           # torchrun's
@@ -43,20 +46,30 @@ settings() {
 algorithm_1() {  # `stage` runs a script on all GPUs, `single` in one process
   # Input: pi_init, D_0, {X_t}
   single 00_inputs.py --source "$SOURCE" --split "$SPLIT" --seed-size "$SEED_SIZE" --prompt-sizes "${sizes[@]}" \
-    --seed "$SEED" --eval-size "$EVAL_SIZE" --output "$R/data" ${WORLD:+--all-gold --sft-size "$SFT_SIZE"} $LLM
+    --seed "$SEED" --seed-sample "$SEED_SAMPLE" --eval-size "$EVAL_SIZE" --output "$R/data" \
+    ${WORLD:+--all-gold --sft-size "$SFT_SIZE"} $LLM $EMPTY
+  [ -z "$WORLD$BASE" ] || INIT=$R/pi_init
   if [ -n "$WORLD" ]; then
-    INIT=$R/pi_init
-    stage 00_sft.py --model "$R/data/base" --input "$R/data/sft.jsonl" --output "$INIT" --epochs "$SFT_EPOCHS" \
-      --lr "$SFT_LR" --batch-size "$SFT_BATCH_SIZE" --micro-batch-size "$SFT_BATCH_SIZE" --seed "$SEED" "${shared[@]}"
+    sft SFT "$R/data/base" "$R/data/sft.jsonl" "$INIT" --micro-batch-size "$SFT_BATCH_SIZE"
+  elif [ -n "$BASE" ]; then
+    single 00_inputs.py --source ultrachat --output "$R/ultrachat" $EMPTY
+    sft SFT "$BASE" "$R/ultrachat/sft.jsonl" "$INIT" --micro-batch-size "$MICRO_BATCH_SIZE" --all-turns \
+      ${INIT_TOKENIZER:+--tokenizer "$INIT_TOKENIZER"}
   fi
 
   # Obtaining an initial weakly aligned model pi_0 using DPO with pi_init and D_0
   if [ -z "$PI_0" ]; then
     PI_0=$R/pi_0
-    stage 01_seed_dpo.py --model "$INIT" --input "$R/data/seed.jsonl" --output "$PI_0" --epochs "$SEED_EPOCHS" \
+    local seed_stage=(01_seed_dpo.py)
+    [ -z "$SEED_REFINE" ] || seed_stage=(04_refined_dpo.py --refine "$SEED_REFINE" --alpha "$ALPHA" --lam 0)
+    stage "${seed_stage[@]}" --model "$INIT" --input "$R/data/seed.jsonl" --output "$PI_0" --epochs "$SEED_EPOCHS" \
       "${training[@]}"
   fi
-  [ "$JUDGE" != llm ] || [ -n "$JUDGE_MODEL" ] || train_judge
+  if [ "$JUDGE" = llm ] && [ -z "$JUDGE_MODEL" ]; then  # App. B.2
+    JUDGE_MODEL=$R/judge
+    sft JUDGE "$INIT" "$R/data/judge_sft.jsonl" "$JUDGE_MODEL" --micro-batch-size "$MICRO_BATCH_SIZE" \
+      --max-prompt-length 4096 --max-length 4100
+  fi
 
   # for t = 1 to T do
   local previous=$INIT policy=$PI_0 judge t
@@ -69,26 +82,27 @@ algorithm_1() {  # `stage` runs a script on all GPUs, `single` in one process
     stage 03_judge.py "${judge[@]}" --input "$R/responses_$t.jsonl" --output "$R/preferences_$t.jsonl" \
       --micro-batch-size "$SAMPLING_BATCH_SIZE" ${LENGTH_PENALTY:+--length-penalty "$LENGTH_PENALTY"}
     # pi_theta, pi_ref <- pi_{t-1}; de-coupled noise detection, refined labels, update; pi_t
-    stage 04_refined_dpo.py --model "$policy" --input "$R/preferences_$t.jsonl" --output "$R/pi_$t" \
+    stage 04_refined_dpo.py --model "$policy" --output "$R/pi_$t" \
+      --input "$R/preferences_$t.jsonl" ${MERGE_SEED:+"$R/data/seed.jsonl"} \
       --refine "$REFINE" --alpha "$ALPHA" --k-percent "$K_PERCENT" --lam "${lambdas[t-1]}" "${training[@]}"
     previous=$policy policy=$R/pi_$t
   done
+}
+
+sft() {  # SFT or JUDGE (whose values are taken), model, examples, output, more options
+  local epochs=$1_EPOCHS lr=$1_LR size=$1_BATCH_SIZE
+  stage 00_sft.py --model "$2" --input "$3" --output "$4" --epochs "${!epochs}" --lr "${!lr}" --batch-size "${!size}" \
+    --seed "$SEED" "${shared[@]}" "${@:5}"
 }
 
 other_judge() {  # what the paper compares with
   case $JUDGE in
     previous) judge=(--judge previous --model "$policy" --ref-model "$previous" --beta "$BETA") ;;
     none)     judge=(--judge none --model "$policy" --beta "$BETA") ;;
+    pairrm)   judge=(--judge pairrm --reward-model "${REWARD_MODEL:-llm-blender/PairRM-hf}") ;;
     reward)   judge=(--judge reward --reward-model "$REWARD_MODEL") ;;
     llm)      judge=(--judge llm --judge-model "$JUDGE_MODEL") ;;
   esac
-}
-
-train_judge() {  # App. B.2
-  JUDGE_MODEL=$R/judge
-  stage 00_sft.py --model "$INIT" --input "$R/data/judge_sft.jsonl" --output "$JUDGE_MODEL" --epochs "$JUDGE_EPOCHS" \
-    --lr "$JUDGE_LR" --batch-size "$JUDGE_BATCH_SIZE" --micro-batch-size "$MICRO_BATCH_SIZE" --seed "$SEED" \
-    --max-prompt-length 4096 --max-length 4100 "${shared[@]}"
 }
 
 evaluation() {  # return pi_T, and evaluate every model on the way
@@ -97,7 +111,7 @@ evaluation() {  # return pi_T, and evaluate every model on the way
   evaluate dpo "$PI_0_NAME" "$GOLD_LABEL_SHARE" "$PI_0"
   for (( t = 1; t <= ITERATIONS; t++ )); do
     evaluate "spa_$t" "SPA, iteration $t (pi_$t)" "$GOLD_LABEL_SHARE" "$R/pi_$t" \
-      ${WORLD:+--preferences "$R/preferences_$t.jsonl"}
+      --preferences "$R/preferences_$t.jsonl"
   done
   if [ -n "$WORLD" ]; then
     stage 01_seed_dpo.py --model "$INIT" --input "$R/data/all_gold.jsonl" --output "$R/dpo_all_gold" --epochs 1 \
@@ -109,33 +123,38 @@ evaluation() {  # return pi_T, and evaluate every model on the way
 
 evaluate() {  # folder, name in the table, share of gold labels, model, more options
   stage 05_eval.py sample --model "$4" --input "$R/data/eval.jsonl" --output "$R/eval/$1" --name "$2" \
-    --label-share "$3" "${sampling[@]}" ${WORLD:+--gold "$R/data/gold.json"} "${@:5}"
+    --label-share "$3" --init-model "$INIT" --beta "$BETA" "${sampling[@]}" \
+    ${WORLD:+--gold "$R/data/gold.json"} "${@:5}"
   evaluated+=("$R/eval/$1")
 }
 
 # ---- The settings are checked before the first stage ---------------------------------------------------------------
 check_settings() {  # and makes the options that several stages share
-  must_be "a whole number" "$WHOLE" SEED SEED_SIZE EVAL_SIZE ITERATIONS SEED_EPOCHS BATCH_SIZE MICRO_BATCH_SIZE \
-    MAX_NEW_TOKENS SAMPLING_BATCH_SIZE SAVE_EVERY JUDGE_EPOCHS JUDGE_BATCH_SIZE NPROC NNODES NODE_RANK MAX_RESTARTS
-  must_be "a number" "$NUMBER" BETA LR TEMPERATURE ALPHA K_PERCENT JUDGE_LR
+  must_be "a whole number" "$WHOLE" SEED SEED_SIZE SEED_SAMPLE EVAL_SIZE ITERATIONS SEED_EPOCHS BATCH_SIZE \
+    MICRO_BATCH_SIZE MAX_NEW_TOKENS SAMPLING_BATCH_SIZE SAVE_EVERY SFT_EPOCHS SFT_BATCH_SIZE JUDGE_EPOCHS \
+    JUDGE_BATCH_SIZE NPROC NNODES NODE_RANK MAX_RESTARTS
+  must_be "a number" "$NUMBER" BETA LR TEMPERATURE ALPHA K_PERCENT SFT_LR JUDGE_LR
+  must_be "0 or 1" "0|1" EMPTY_SYSTEM
   must_be "a whole number for each of $ITERATIONS iterations" "( *$WHOLE( |\$)){$ITERATIONS,} *" PROMPT_SIZES
   must_be "a number for each of $ITERATIONS iterations" "( *$NUMBER( |\$)){$ITERATIONS,} *" LAMBDAS
   must_be "a number or auto" "-?$NUMBER|auto|" LENGTH_PENALTY
   must_be "eos, open or drop" "eos|open|drop" ON_LENGTH_LIMIT
   must_be "decoupled, self, none or worst-case" "decoupled|self|none|worst-case" REFINE
-  must_be "init, previous, none, reward or llm" "init|previous|none|reward|llm" JUDGE
+  must_be "self or worst-case" "self|worst-case|" SEED_REFINE
+  must_be "init, previous, none, pairrm, reward or llm" "init|previous|none|pairrm|reward|llm" JUDGE
   [ "$JUDGE" != reward ] || must_be "a model for JUDGE=reward" ".+" REWARD_MODEL
   [ "$NNODES" -le 1 ] || must_be "the host:port of one of the $NNODES nodes" ".+:[0-9]+" RDZV_ENDPOINT
   local name path all=60000  # rows of UltraFeedback, as the paper counts
-  for name in RUNS SOURCE INIT PI_0 INIT_TOKENIZER REWARD_MODEL JUDGE_MODEL; do
+  for name in RUNS SOURCE BASE INIT PI_0 INIT_TOKENIZER REWARD_MODEL JUDGE_MODEL; do
     case ${!name} in "" | ultrafeedback) continue ;; /*) path=${!name} ;; *) path=$caller/${!name} ;; esac
     [[ $name = RUNS || -e $path || ! -e ${!name} && ! ${!name} =~ $PATH_LIKE ]] || fail "$name: there is no $path"
     path=${path#"$PWD/"}
     [[ $name != RUNS && ! -e $path ]] || printf -v "$name" %s "${path/#-/./-}"  # or it would be read as an option
   done
-  WORLD= LLM= R=$RUNS/$NAME sizes=($PROMPT_SIZES) lambdas=($LAMBDAS)
+  WORLD= LLM= EMPTY= R=$RUNS/$NAME sizes=($PROMPT_SIZES) lambdas=($LAMBDAS)
   [ "$SETTING" != world ] || WORLD=1 SOURCE=world
   [ "$JUDGE" != llm ] || LLM=--llm-judge
+  [ "$EMPTY_SYSTEM" = 0 ] || EMPTY=--empty-system
   [ "$SOURCE" = ultrafeedback ] || all=$(IFS=+; echo $(( SEED_SIZE + ${sizes[*]} )))
   default GOLD_LABEL_SHARE="$(awk "BEGIN { printf $SEED_SIZE ? \"%.1f %%\" : \"0 %%\", 100 * $SEED_SIZE / $all }")"
   shared=(--save-every "$SAVE_EVERY")

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from transformers import AutoModelForSequenceClassification
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import chat
 import common
 import runs
 
@@ -41,7 +42,7 @@ def parse_args():
 def read_pairs(path, tokenizer):
     """[(ids of prompt and chosen, ids of prompt and rejected)] as the chat template writes them."""
     def ids(messages, text):
-        return common.encode(tokenizer, common.render(tokenizer, messages + [{"role": "assistant", "content": text}]))
+        return chat.encode(tokenizer, chat.render(tokenizer, messages + [{"role": "assistant", "content": text}]))
 
     return [[ids(row["prompt"], row[key]) for key in ("chosen", "rejected")]
             for row in runs.read_jsonl(path, runs.SEED)]
@@ -69,7 +70,7 @@ def load_classifier(name, tokenizer, seed):
 def main():
     args = parse_args()
     partial = runs.open_output(args, "model", "input")
-    tokenizer = common.load_tokenizer(args.model, args.tokenizer, args.chat_template)
+    tokenizer = chat.load_tokenizer(args.model, args.tokenizer, args.chat_template)
     pairs = read_pairs(args.input, tokenizer)
     pairs, held_out = pairs[:len(pairs) - len(pairs) // 10], pairs[len(pairs) - len(pairs) // 10:]
     model = load_classifier(args.model, tokenizer, args.seed).to(common.start_ranks().device).train()

@@ -165,7 +165,8 @@ def sample(args):
     asked = read_rows(args.instructions, {"instruction": runs.is_text}, "instruction")
     partial = runs.open_output(args, "model", "instructions")
     sampler = Sampler(args, args.model)
-    prompts = sampler.prompt_ids([runs.as_messages(row["instruction"]) for row in asked], args.instructions)
+    start = [{"role": "system", "content": ""}] if args.empty_system else []
+    prompts = sampler.prompt_ids([start + runs.as_messages(row["instruction"]) for row in asked], args.instructions)
     answers = sampler.generate_answers(partial, prompts, [row["instruction"] for row in asked])
     rows = [{"dataset": row.get("dataset", ""), "instruction": row["instruction"], "output": text,
              "generator": args.name or file_name(args.model)} for row, (text, _) in zip(asked, answers)]
@@ -187,7 +188,7 @@ def judge(args):
             fields = {"instruction": base["instruction"], "output_1": m["output"], "output_2": big_m["output"]}
             jobs[k] = [part | {"content": fill(part["content"], fields)} for part in template]
     for k, most_likely in ask_judge(args, partial, jobs, logprobs=True).items():
-        rows[k]["preference"] = preference_of(most_likely, swapped[k])
+        rows[k]["preference"] = preference_of(most_likely or [], swapped[k])
     missing = sum(row["preference"] is None for row in rows)
     write_output(args, partial, rows, {"annotations": len(rows), "missing preferences": missing})
 

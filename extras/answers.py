@@ -9,6 +9,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
+import chat
 import common
 import runs
 
@@ -18,13 +19,13 @@ class Sampler:
 
     def __init__(self, args, name):
         self.args, self.ranks = args, common.start_ranks()
-        self.tokenizer = common.load_tokenizer(name, args.tokenizer, args.chat_template)
-        self.eos = common.eos_ids(name, self.tokenizer)
+        self.tokenizer = chat.load_tokenizer(name, args.tokenizer, args.chat_template)
+        self.eos = chat.eos_ids(name, self.tokenizer)
         self.model = common.load_model(name, self.ranks.device, common.scoring_dtype(self.ranks.device))
 
     def prompt_ids(self, conversations, where):
         """The token ids of each conversation (a list of messages). where: the file, for errors"""
-        return [common.prompt_ids(self.tokenizer, messages, f"{where}, row {k}")
+        return [chat.prompt_ids(self.tokenizer, messages, f"{where}, row {k}")
                 for k, messages in enumerate(conversations, 1)]
 
     def check_limits(self, prompts, new_tokens=0):
@@ -48,7 +49,7 @@ class Sampler:
             u = np.array([[common.uniforms(args.seed, keys[i], 0, args.max_new_tokens)] for i in batch])
             sampled = common.sample_responses(self.model, [prompts[i] for i in batch], u, temperatures[batch[0]],
                                               args.max_new_tokens, self.eos)
-            return [(common.response_text(self.tokenizer, ids), finish) for [(ids, finish)] in sampled]
+            return [(chat.response_text(self.tokenizer, ids), finish) for [(ids, finish)] in sampled]
 
         answers = common.map_batches(generate, batches, partial, self.ranks, label)
         return [answers[i] for i in range(len(prompts))]

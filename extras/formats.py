@@ -1,6 +1,6 @@
-"""Preferences in other people's formats, as 00_inputs.py uses them: --source ultrafeedback, org/name or a file.
+"""Other people's data, as 00_inputs.py uses it: --source ultrafeedback, ultrachat, org/name or a file.
 
-The format is decided once for a source, by what more than half of its (labelled) rows are:
+The format of preferences is decided once for a source, by what more than half of its (labelled) rows are:
 
     Format                          prompt               chosen, rejected
     TRL, standard                   string               strings
@@ -11,6 +11,8 @@ The format is decided once for a source, by what more than half of its (labelled
     Anthropic hh-rlhf               - (or transcript)    transcripts: "\\n\\nHuman: ... \\n\\nAssistant: ..."
     repeated prompts                string               strings that begin with the prompt, which is cut off
     prompts                         any of these         - (for X_t; labelled rows may be among them)
+
+UltraChat, for SFT, has "messages" that end with the response.
 
 Messages are [{"role": "user", "content": ...}, ...]. Rows may have "id" (else it is their number) and, before their
 prompt, "system", a string, and "history", messages or [[user, assistant], ...]. Rows that cannot be used are dropped
@@ -24,7 +26,8 @@ from pathlib import Path
 
 import runs
 
-ULTRAFEEDBACK = "argilla/ultrafeedback-binarized-preferences-cleaned"
+HUB = {"ultrafeedback": ("argilla/ultrafeedback-binarized-preferences-cleaned", "train"),  # name, split
+       "ultrachat": ("HuggingFaceH4/ultrachat_200k", "train_sft")}
 HUB_NAME = re.compile(r"\w[\w.-]*/[\w.-]+(?<!\.json)(?<!\.jsonl)(?<!\.gz)(?<!\.parquet)")
 
 
@@ -32,24 +35,21 @@ class Unusable(Exception):
     """A row that is dropped. Its text is the cause."""
 
 
-def read_preferences(args):
-    """(the rows that can be used, as `as_preference` makes them; counts of what was read and dropped).
+def read_source(args):
+    """(the rows that can be used, with "id" and what `as_preference` finds, or of UltraChat `as_example`; counts).
 
     Raises InputError where an id repeats, too many rows cannot be used, or there are no labels for the seed.
     """
     table = [(where, {key: value for key, value in row.items() if value is not None})  # Parquet's "missing" is None
              for where, row in read_table(args)]
-    name = choose_format([row for _, row in table])
-    rows, where_of, dropped = [], {}, {}
+    chats, rows, where_of, dropped = args.source == "ultrachat", [], {}, {}
+    name = "chats" if chats else choose_format([row for _, row in table])
     for k, (where, row) in enumerate(table):
         row_id = row.get("id", k)
         try:
             if not runs.is_id(row_id):
                 raise Unusable(f'"id" is not {runs.is_id.__doc__}')
-            read = FORMATS[name](row)
-            if read is None and is_labelled(row):
-                raise Unusable(f"not {name}, as most rows are")
-            rows.append({"id": str(row_id), **as_preference(read or row)})
+            rows.append({"id": str(row_id), **(as_example(row) if chats else as_preference(row, name))})
         except Unusable as cause:
             dropped.setdefault(str(cause), []).append(where)
         else:
@@ -57,8 +57,9 @@ def read_preferences(args):
                 raise runs.InputError(f"{where}: has the id {row_id!r} of {where_of[str(row_id)]}: ids must differ")
 
     counts = {f"dropped ({cause})": f"{len(places)}, first {places[0]}" for cause, places in dropped.items()}
-    columns = (f"columns found: {', '.join(dict.fromkeys(key for _, row in table for key in row))}; wanted: prompt, "
-               "chosen and rejected, or the last two alone, in one of the formats that 00_inputs.py lists")
+    columns = (f"columns found: {', '.join(dict.fromkeys(key for _, row in table for key in row))}; wanted: " + (
+        "messages" if chats else "prompt, chosen and rejected, or the last two alone, in one of the formats that "
+        "extras/formats.py lists"))
     lost = len(table) - len(rows)
     if 20 * lost > len(table):
         cause, places = next(iter(dropped.items()))
@@ -66,9 +67,9 @@ def read_preferences(args):
         raise runs.InputError(f"{places[0]}: {cause}: {lost} of {len(table)} rows, more than one in twenty, cannot be "
                               f"used ({causes}): {columns}")
     labelled = sum(map(is_labelled, rows))
-    if args.seed_size and not labelled:
+    if args.seed_size and not labelled and not chats:
         raise runs.InputError(f"{args.source}: no row is labelled, for --seed-size {args.seed_size}: {columns}")
-    if FORMATS[name] is cut_prompt:
+    if FORMATS.get(name) is cut_prompt:
         counts["prompts cut off both answers"] = labelled
     return rows, {"rows read": len(table), "format": name, **counts}
 
@@ -81,9 +82,10 @@ def read_table(args):
         return [(f"{source}, row {k}", row) for k, row in enumerate(rows)]
 
     try:
-        if source == "ultrafeedback" or HUB_NAME.fullmatch(source) and not Path(source).exists():
+        if source in HUB or HUB_NAME.fullmatch(source) and not Path(source).exists():
             from datasets import load_dataset  # slow to import
-            return numbered(load_dataset(ULTRAFEEDBACK if source == "ultrafeedback" else source, split=args.split))
+            name, split = HUB.get(source, (source, "train"))
+            return numbered(load_dataset(name, split=args.split or split))
         if source.endswith(".parquet"):
             from datasets import Dataset
             return numbered(Dataset.from_parquet(source))
@@ -94,8 +96,8 @@ def read_table(args):
         raise runs.InputError(f"{source}:{line_number}: is not in UTF-8: give a JSON, JSON Lines or Parquet file")
     except Exception as error:  # datasets raises many kinds
         reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {str(error)[:200]}"
-        raise runs.InputError(f"{source}: cannot be read ({reason}): --source is ultrafeedback or org/name (from the "
-                              "Hub: go online), world, or a JSON, JSON Lines or Parquet file")
+        raise runs.InputError(f"{source}: cannot be read ({reason}): --source is ultrafeedback, ultrachat or org/name "
+                              "(from the Hub: go online), world, or a JSON, JSON Lines or Parquet file")
     if text.lstrip().startswith("["):  # one JSON array, not lines
         table = numbered(runs.parse_json(text, source))
     else:  # not splitlines(): JSON strings may contain U+2028 and others that it takes for the end of a line
@@ -164,8 +166,15 @@ def choose_format(rows):
     return next(names, "strings or messages")
 
 
-def as_preference(row):
-    """{"prompt": messages} and, if labelled, "chosen", "rejected" and "reference" as strings. Raises Unusable."""
+def as_preference(row, name):
+    """{"prompt": messages} and, if labelled, "chosen", "rejected" and "reference" as strings, of a row of that format.
+
+    Raises Unusable.
+    """
+    read = FORMATS[name](row)
+    if read is None and is_labelled(row):
+        raise Unusable(f"not {name}, as most rows are")
+    row = read or row
     if not is_labelled(row):
         return {"prompt": find_prompt(row, [])}
     (prompt_1, chosen), (prompt_2, rejected) = (split_answer(row, key) for key in ("chosen", "rejected"))
@@ -174,6 +183,12 @@ def as_preference(row):
     if chosen.strip() == rejected.strip():
         raise Unusable("chosen and rejected are equal")
     return {"prompt": prompt_1, "chosen": chosen, "rejected": rejected, "reference": chosen}
+
+
+def as_example(row):
+    """{"prompt": messages, "response": string} of a row of UltraChat. Raises Unusable."""
+    prompt, response = split_answer(row, "messages")
+    return {"prompt": prompt, "response": response}
 
 
 def split_answer(row, key):

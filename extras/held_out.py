@@ -7,6 +7,7 @@
 
 import numpy as np
 
+import chat
 import common
 import runs
 
@@ -34,7 +35,7 @@ def evaluate(args, sampler, rows, partial):
     labelled, pairs = [], []
     for row in rows:
         if runs.is_text(row.get("chosen")) and runs.is_text(row.get("rejected")):
-            pair = common.tokenize_pair(args.input, row, sampler.tokenizer, sampler.eos)
+            pair = chat.tokenize_pair(args.input, row, sampler.tokenizer, sampler.eos)
             if common.row_length(pair) - min(len(pair["chosen"]), len(pair["rejected"])) <= common.count_positions(
                     sampler.model):
                 labelled.append(row)

@@ -11,13 +11,14 @@ import numpy as np
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
+import chat
 import common
 import runs
 from extras.small_world import gold_score, read_gold
 
 
 def judge_reward(rows, args, partial, ranks):
-    """An external reward model: its one output for (x, y), each response by itself (in Tables 2 and 7 it is PairRM)."""
+    """An external reward model: its one output for (x, y), each response by itself."""
     model, tokenizer = load_reward_model(args.reward_model, ranks.device)
     limit = min(getattr(model.config, "max_position_embeddings", math.inf), tokenizer.model_max_length)
     for row in rows:
@@ -52,7 +53,7 @@ def load_reward_model(name, device):
 def encode(tokenizer, messages, text):
     """A prompt and a response as the reward model reads them: by its chat template, else as a pair of texts."""
     if tokenizer.chat_template:
-        ids = common.encode(tokenizer, common.render(tokenizer, messages + [{"role": "assistant", "content": text}]))
+        ids = chat.encode(tokenizer, chat.render(tokenizer, messages + [{"role": "assistant", "content": text}]))
         return {"input_ids": ids, "attention_mask": [1] * len(ids)}
     return dict(tokenizer(as_text(messages), text, split_special_tokens=True))
 
@@ -71,7 +72,11 @@ LETTERS = ("A", "B")  # the options of LLM-as-judge, in the order of its prompt
 
 
 def as_text(messages):
-    """A conversation as plain text: one user turn is its content; of more turns each begins with its role."""
+    """A conversation as plain text: one user turn is its content; of more turns each begins with its role.
+
+    An empty system message, as Zephyr's recipe has it, is none.
+    """
+    messages = [message for message in messages if message["content"]]
     if len(messages) == 1:
         return messages[0]["content"]
     return "\n\n".join(f"{message['role']}: {message['content']}" for message in messages)
@@ -90,10 +95,14 @@ def judging_prompt(messages, one, two):
 JUDGING_WORDS = " ".join([judging_prompt(runs.as_messages(""), "", "")[0]["content"], *LETTERS])
 
 
-def judging_examples(seed):
-    """Listing 2, as rows for 00_sft.py: Listing 1 about each seed pair in both orders, and the chosen one's letter."""
-    for row in seed:
-        for letter, one, two in zip(LETTERS, ("chosen", "rejected"), ("rejected", "chosen")):
+def judging_examples(seed, orders):
+    """Listing 2, as rows for 00_sft.py: Listing 1 about each seed pair, and the chosen one's letter.
+
+    orders: "both", or "one": A and B are the answer in turn
+    """
+    for k, row in enumerate(seed):
+        for letter in LETTERS if orders == "both" else LETTERS[k % 2]:
+            one, two = ("chosen", "rejected") if letter == "A" else ("rejected", "chosen")
             yield {"id": f"{row['id']}-{letter}", "prompt": judging_prompt(row["prompt"], row[one], row[two]),
                    "response": letter}
 
@@ -104,7 +113,7 @@ def judge_llm(rows, args, partial, ranks):
     A response's reward is the mean over both orders of the pair, so that position bias cancels, or, with --llm-order
     first, its value in the order of sampling alone. Of more than two responses: the mean over all pairs that it is in.
     """
-    tokenizer = common.load_tokenizer(args.judge_model)
+    tokenizer = chat.load_tokenizer(args.judge_model)
     model = common.load_model(args.judge_model, ranks.device, common.scoring_dtype(ranks.device))
     (before, letters), logps = letter_ids(args.judge_model, tokenizer), common.ResponseLogps(model)
     orders = itertools.permutations if args.llm_order == "both" else itertools.combinations
@@ -114,7 +123,7 @@ def judge_llm(rows, args, partial, ranks):
 
     def question(row, one, two):
         messages = judging_prompt(row["prompt"], row["responses"][one]["text"], row["responses"][two]["text"])
-        ids = common.prompt_ids(tokenizer, messages, f"{args.input}, id {row['id']}") + before
+        ids = chat.prompt_ids(tokenizer, messages, f"{args.input}, id {row['id']}") + before
         common.check_limits(args.input, [(row["id"], ids, letters)], model, "02's --max-new-tokens")
         return ids
 
@@ -143,8 +152,8 @@ def letter_ids(name, tokenizer):
     Raises InputError unless it is one token.
     """
     question = judging_prompt(runs.as_messages("x"), "y", "z")
-    prompt, eos = common.prompt_ids(tokenizer, question, name), common.eos_ids(name, tokenizer)
-    answers = [common.response_ids(tokenizer, question, prompt, letter, eos) for letter in LETTERS]
+    prompt, eos = chat.prompt_ids(tokenizer, question, name), chat.eos_ids(name, tokenizer)
+    answers = [chat.response_ids(tokenizer, question, prompt, letter, eos) for letter in LETTERS]
     differ = [k for k, (a, b) in enumerate(zip(*answers)) if a != b]
     if len(answers[0]) != len(answers[1]) or len(differ) != 1:
         raise runs.InputError(f"{name}: its tokenizer makes {answers} of the options {LETTERS}: give a judge to which "

@@ -28,7 +28,9 @@ import runs
 from extras.answers import Sampler, file_name, fill, is_string, read_rows, write_output
 from extras.endpoint import FREE, ask_judge
 
-TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1}  # the other categories: 0
+TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "extraction": 0.0, "math": 0.0, "coding": 0.0, "reasoning": 0.0,
+                "stem": 0.1, "humanities": 0.1}  # an unknown category: 0.7
+ERROR = "$ERROR$"  # FastChat's judgment where the judge gave none
 CATEGORIES = ["writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities"]
 
 
@@ -79,8 +81,9 @@ def sample(args):
     questions = read_rows(args.questions, QUESTIONS, "question_id")
     partial = runs.open_output(args, "model", "questions")
     sampler = Sampler(args, args.model)
-    temperatures = [TEMPERATURES.get(row["category"], 0) for row in questions]
-    conversations, finishes = [[] for _ in questions], []
+    temperatures = [TEMPERATURES.get(row["category"], 0.7) for row in questions]
+    start = [{"role": "system", "content": ""}] if args.empty_system else []
+    conversations, finishes = [start for _ in questions], []
     for turn in (0, 1):
         conversations = [asked + runs.as_messages(row["turns"][turn]) for asked, row in zip(conversations, questions)]
         prompts = sampler.prompt_ids(conversations, args.questions)
@@ -91,7 +94,7 @@ def sample(args):
         finishes += [finish for _, finish in answers]
     rows = [{"question_id": row["question_id"],
              "answer_id": hashlib.sha256(json.dumps([name, row["question_id"], messages]).encode()).hexdigest()[:22],
-             "model_id": name, "choices": [{"index": 0, "turns": [messages[1]["content"], messages[3]["content"]]}],
+             "model_id": name, "choices": [{"index": 0, "turns": [messages[-3]["content"], messages[-1]["content"]]}],
              "tstamp": time.time()} for row, messages in zip(questions, conversations)]
     counts = {"questions": len(questions), "turns cut at the limit": finishes.count("length")}
     sampler.ranks.on_first(lambda: write_output(args, partial, rows, counts, runs.write_jsonl))
@@ -107,6 +110,7 @@ def judge(args):
     args.output = str(Path(args.output) / "model_score" / f"{model}_{judge_name}.json")
     partial = runs.open_output(args, "questions", "answers", "judge_prompts", "reference_answers", free=FREE)
     for k, text in ask_judge(args, partial, jobs, logprobs=False).items():
+        text = ERROR if text is None else text
         rows[k] |= {"judgment": text, "score": read_rating(text), "tstamp": time.time()}
     path.parent.mkdir(parents=True, exist_ok=True)
     runs.write_jsonl(path, others + rows)

@@ -1,7 +1,7 @@
 """Evaluated models side by side: python 05_eval.py report pi_*.json mt_bench/model_score/*.json --output report
 
-Each path is a metrics file or a folder that `sample` wrote, in the order of the table's rows. AlpacaEval's and
-MT-Bench's metrics of one --name share a row. Writes
+Each path is a metrics file (*.args.json is passed over) or a folder that `sample` wrote, in the order of the table's
+rows. AlpacaEval's and MT-Bench's metrics of one --name share a row. Writes
     table.md    Table 1 with its columns in the paper's order; Figure 3, by iteration, of names like "SPA, iteration 2";
                 Figure 5a, MT-Bench by category
     samples.md  the first prompts with each model's response, where the folders have responses
@@ -28,6 +28,7 @@ COLORS = ["#1f77b4", "#d62728", "#2ca02c", "#ff7f0e", "#9467bd", "#8c564b", "#e3
 
 def report(args):
     """Write table.md, samples.md and report.svg."""
+    args.evaluated = [path for path in args.evaluated if not path.endswith(".args.json")] or args.evaluated
     partial = runs.open_output(args, "evaluated")
     evaluated, rows = [read_metrics(path) for path in args.evaluated], []
     for metrics, _ in evaluated:
@@ -106,10 +107,11 @@ def tables(metrics):
 
 
 def samples(with_responses, count=3):
-    """The first prompts with every model's answer. with_responses: [(metrics, responses)]"""
+    """The first prompts, whole conversations, with every model's answer. with_responses: [(metrics, responses)]"""
     blocks = []
     for k in range(min(count, *(len(responses) for _, responses in with_responses))):
-        lines = ["> " + with_responses[0][1][k]["prompt"][-1]["content"], ""]
+        prompt = "\n\n".join(f"**{m['role']}**: {m['content']}" for m in with_responses[0][1][k]["prompt"])
+        lines = ["> " + line for line in prompt.split("\n")] + [""]
         lines += [f"- **{metrics['name']}**: {responses[k]['response']}" for metrics, responses in with_responses]
         blocks.append("\n".join(lines))
     return "\n\n".join(blocks) + "\n"

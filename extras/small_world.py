@@ -1,9 +1,9 @@
 """The small world: a synthetic help desk with a base model and a gold judge, all that a run on a laptop needs.
 
-A customer writes about a thing. An answer is an opening, one or two offers and a closing. One word of each sentence
-says in what spirit it is meant: helpful (1), vague (0) or rude (-1). The gold judge knows every sentence that can be
-said about a thing; a response is worth the mean value of its sentences. A sentence that is none of them (malformed, or
-about a part of another thing), or that is repeated, is worth -1.
+A customer writes about a thing. An answer is an opening, one or two offers and a closing. The first words of each
+sentence say in what spirit it is meant: helpful (1), vague (0) or rude (-1). The gold judge knows every sentence that
+can be said about a thing; a response is worth the mean value of its sentences. A sentence that is none of them
+(malformed, or about a part of another thing), or that is repeated, is worth -1.
 """
 
 import contextlib
@@ -26,26 +26,27 @@ PARTS = {
     "suitcase": "wheel lock pocket frame", "mixer": "bowl whisk gear cover", "heater": "coil fuse thermostat pipe",
     "printer": "roller cartridge drawer sensor", "vacuum": "hose filter bag brush", "fridge": "shelf door hinge seal",
     "piano": "key hammer bench soundboard"}
-SPIRIT = {1: "gladly|kindly|happily|cheerfully", 0: "maybe|perhaps|possibly|somehow",
-          -1: "never|hardly|grudgingly|angrily"}
-OPENINGS = ["i SPIRIT {read|hear} about your THING .",
-            "we SPIRIT help people with a THING ."]
-OFFERS = ["we SPIRIT {clean|wipe|dry|oil} the PART {with a cloth|with warm water|once a week} .",
-          "we SPIRIT fix the PART in {five|ten|twenty} minutes .",
-          "we SPIRIT {send|bring|lend} you a new PART {today|tomorrow|this week} .",
-          "i SPIRIT show you how to {clean|wipe|dry|oil} the PART .",
-          "you can SPIRIT leave the PART with us {today|tomorrow|this week} ."]
-CLOSINGS = ["i SPIRIT hope the THING works again {today|tomorrow|this week} .",
-            "i SPIRIT wish you a good {day|week|year} with it ."]
+SPIRIT = {1: "we will gladly|we are happy to|of course we can|it is our pleasure to|we would love to|let us",
+          0: "maybe we can|we might|one day we may|perhaps we could|if we have time we will|we can try to",
+          -1: "we refuse to|do not ask us to|we are too busy to|nobody here will|we are not paid to|"
+              "it is not our job to"}
+OPENINGS = ["SPIRIT help you with your THING .",
+            "SPIRIT look at your THING {today|tomorrow|this week} ."]
+OFFERS = ["SPIRIT {clean|dry|oil} the PART {with care|for free|at once} .",
+          "SPIRIT fix the PART in {five|ten|twenty} minutes .",
+          "SPIRIT {send|bring|lend} you a new PART {today|tomorrow|this week} .",
+          "SPIRIT show you how to {clean|dry|oil} the PART ."]
+CLOSINGS = ["SPIRIT test it again {today|tomorrow|this week} .",
+            "SPIRIT {call|write to} you again {today|tomorrow|this week} ."]
 WRITERS = {"grumpy": (0.1, 0.3, 0.6), "tired": (0.3, 0.4, 0.3), "kind": (0.6, 0.3, 0.1)}  # shares of 1, 0, -1
 PROMPT = ("my {old|new|small|big|red|blue|green|cheap|heavy|lovely} THING from "
           "{the market|the corner shop|my uncle|my sister|a friend|the big store|my office|the museum} "
           "{is broken|does not work|makes a noise|smells of smoke|fell down|stopped today} . "
           "{can you help|what can i do|any idea} ?")
-SHAPE = dict(hidden_size=128, intermediate_size=352, num_hidden_layers=4, num_attention_heads=4,
+SHAPE = dict(hidden_size=64, intermediate_size=176, num_hidden_layers=2, num_attention_heads=4,
              num_key_value_heads=4, max_position_embeddings=256, tie_word_embeddings=False)
-SHAPES = {"llama": {}, "phi": {"intermediate_size": 512},  # scaled-down versions of the real differences
-          "mistral": {"intermediate_size": 448, "num_key_value_heads": 1}}
+SHAPES = {"llama": {}, "phi": {"intermediate_size": 256},  # scaled-down versions of the real differences
+          "mistral": {"intermediate_size": 224, "num_key_value_heads": 1}}
 CHAT_TEMPLATE = ("{{ bos_token }}{% for m in messages %}<{{ m.role }}> {{ m.content }}"
                  "{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
                  "{% if add_generation_prompt %}<assistant>{% endif %}")
@@ -67,12 +68,15 @@ def known_sentences(thing):
 
 
 def write_answer(rng, sentences, writer=None):
-    """An opening, one or two offers and a closing, all different, by a writer or a random one of the WRITERS."""
-    shares, said = WRITERS[writer or rng.choice(list(WRITERS))], []
+    """An opening, one or two offers and a closing, all different, by a writer, else each by a random one of WRITERS.
+
+    Sentences by one writer would depend on each other, and a pi_init that has learnt this judges worse later on.
+    """
+    said = []
     for kind in [0] + [1] * rng.randint(1, 2) + [2]:
         sentence = None
         while sentence is None or sentence in said:  # gold would punish a repetition
-            [value] = rng.choices(list(sentences), shares)
+            [value] = rng.choices(list(sentences), WRITERS[writer or rng.choice(list(WRITERS))])
             sentence = rng.choice(rng.choice(sentences[value][kind]))
         said.append(sentence)
     return " ".join(said)
@@ -114,14 +118,13 @@ def make_world(args, folder, more_text=""):
 
 
 def write_examples(prompts, sentences, seed, folder):
-    """sft.jsonl: an answer by a random writer to each prompt, (thing, text). sft_kind.jsonl: the kind writers' part."""
+    """sft.jsonl: an answer to each prompt, (thing, text). sft_kind.jsonl: one by a kind writer to a third of them."""
     examples, kind = [], []
     for k, (thing, text) in enumerate(prompts):
-        rng = random.Random(f"{seed} sft {text}")
-        writer = rng.choice(list(WRITERS))
-        examples.append({"id": f"sft-{k}", "prompt": text, "response": write_answer(rng, sentences[thing], writer)})
-        if writer == "kind":
-            kind.append(examples[-1])
+        rng, example = random.Random(f"{seed} sft {text}"), {"id": f"sft-{k}", "prompt": text}
+        examples.append(example | {"response": write_answer(rng, sentences[thing])})
+        if rng.random() < 1 / len(WRITERS):
+            kind.append(example | {"response": write_answer(rng, sentences[thing], "kind")})
     runs.write_jsonl(folder / "sft.jsonl", examples)
     runs.write_jsonl(folder / "sft_kind.jsonl", kind)
 

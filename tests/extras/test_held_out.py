@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
-import common
+import chat
 import runs
 from extras import held_out
 from stages import rows, run, write_rows
@@ -17,7 +17,7 @@ from stages import rows, run, write_rows
 
 @torch.no_grad()
 def logp(model, tokenizer, prompt, text):
-    prompt = common.prompt_ids(tokenizer, prompt, "")
+    prompt = chat.prompt_ids(tokenizer, prompt, "")
     ids = tokenizer(text).input_ids + [tokenizer.eos_token_id]
     logits = model(input_ids=torch.tensor([prompt + ids])).logits[0, len(prompt) - 1:-1]
     return -F.cross_entropy(logits, torch.tensor(ids), reduction="sum").item()

@@ -11,11 +11,12 @@ import torch
 from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, BertConfig,
                           LlamaConfig, PreTrainedTokenizerFast)
 
-import common
+import chat
 import runs
 import stages
 from extras import judges, small_world
 from stages import attempt, refused, rows, run, write_rows
+from test_pairrm import save_pairrm
 
 stage = stages.load("03_judge")
 
@@ -147,7 +148,7 @@ The answer is:"""
 def letters(model, tokenizer, prompt, one, two):
     """log p of A and of B as the answer to Listing 1, from the whole forward pass of one text."""
     question = LISTING_1.format(prompt=prompt[0]["content"], one=one["text"], two=two["text"])
-    ids = common.prompt_ids(tokenizer, [{"role": "user", "content": question}], "")
+    ids = chat.prompt_ids(tokenizer, [{"role": "user", "content": question}], "")
     logp = model(input_ids=torch.tensor([ids])).logits[0, -1].log_softmax(-1)
     return [logp[tokenizer.convert_tokens_to_ids(letter)].item() for letter in "AB"]
 
@@ -200,8 +201,15 @@ def test_the_judge_s_training_data_ask_what_03_asks(world, tokenizer):
         one, two = (row["chosen"], row["rejected"]) if letter == "A" else (row["rejected"], row["chosen"])
         question = LISTING_1.format(prompt=row["prompt"][0]["content"], one=one, two=two)
         assert example["prompt"] == [{"role": "user", "content": question}] and example["response"] == letter
-        ids = common.prompt_ids(tokenizer, example["prompt"], "")
+        ids = chat.prompt_ids(tokenizer, example["prompt"], "")
         assert tokenizer.unk_token_id not in ids and len(ids) + 2 <= 256  # the model's positions
+
+
+def test_in_one_order_each_letter_is_right_for_every_second_pair(world, tmp_path):
+    data = dict(source=world / "all_gold.jsonl", seed_size=20, prompt_sizes=[20], eval_size=1)
+    both, one = (rows(run("00_inputs", **data, llm_judge=orders, output=tmp_path / orders) / "judge_sft.jsonl")
+                 for orders in ("both", "one"))
+    assert len(both) == 40 and one == [both[2 * k + k % 2] for k in range(20)]
 
 
 def test_each_of_several_turns_begins_with_its_role():
@@ -302,23 +310,25 @@ def test_equation_13_and_the_automatic_penalty_by_hand():
 
 
 FIT = {"init": ["model", "init_model"], "previous": ["model", "ref_model"], "none": ["model"],
-       "reward": ["reward_model"], "llm": ["judge_model"], "gold": ["gold"]}
+       "pairrm": ["reward_model"], "reward": ["reward_model"], "llm": ["judge_model"], "gold": ["gold"]}
 
 
 @pytest.fixture
-def options_of(responses, pi_0, pi_init, reward_model, world):
+def options_of(responses, pi_0, pi_init, reward_model, world, tmp_path):
     """{judge: options that work, without --output}"""
     values = {"model": pi_0, "init_model": pi_init, "ref_model": pi_init, "reward_model": reward_model,
               "judge_model": pi_0, "gold": world / "gold.json"}
-    return {name: {"judge": name, "input": responses, "micro_batch_size": 4} | {key: values[key] for key in FIT[name]}
-            for name in FIT}
+    fit = {name: {key: values[key] for key in keys} for name, keys in FIT.items()}
+    fit["pairrm"] = {"reward_model": save_pairrm(tmp_path / "pairrm_model")}
+    return {name: {"judge": name, "input": responses, "micro_batch_size": 4} | fit[name] for name in FIT}
 
 
 @pytest.mark.parametrize("penalty, unit", [(0.05, "tokens"), (0.005, "characters"), (-0.002, None), ("auto", None)])
 def test_the_penalty_goes_with_every_judge(judged, responses, options_of, penalty, unit):
     rewards_of = {"init": lambda row: stage.implicit_rewards(row["logps"]["policy"], row["logps"]["ref"], 0.1),
                   "none": lambda row: [0.1 * logp for logp in row["logps"]["policy"]],
-                  "llm": lambda row: judges.llm_rewards(2, row["options"]), "reward": lambda row: row["scores"]}
+                  "llm": lambda row: judges.llm_rewards(2, row["options"]), "reward": lambda row: row["scores"],
+                  "pairrm": lambda row: [(row["logits"][0][2] - row["logits"][1][2]) / 2, 0]}
     lengths = [[len(y["ids" if unit == "tokens" else "text"]) for y in row["responses"]] for row in rows(responses)]
     for name in rewards_of:
         labelled = judged(**options_of[name], length_penalty=penalty, **{"length_unit": unit} if unit else {})
@@ -364,7 +374,7 @@ def test_two_processes_write_the_same_bytes_which_04_reads(options_of, pi_0, tmp
         run("04_refined_dpo", model=pi_0, input=one, batch_size=4, output=tmp_path / f"pi_{name}")
 
 
-@pytest.mark.parametrize("name", ["previous", "none", "reward", "llm"])
+@pytest.mark.parametrize("name", ["previous", "none", "pairrm", "reward", "llm"])
 def test_what_is_finished_is_not_computed_again(options_of, tmp_path, monkeypatch, name):
     journals = []
     for _ in range(2):  # stopped at the end, and started again

@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import chat
 import common
 import runs
 import stages
@@ -45,7 +46,7 @@ def test_there_is_every_table():
 
 def test_the_settings_are_those_of_run_all(plan, monkeypatch):
     train = plan.tasks[plan.spa("spa", 2)].options
-    assert [train[key] for key in ("beta", "lr", "batch_size", "lam", "seed")] == ["10", "1e-4", "16", "0.25", "1"]
+    assert [train[key] for key in ("beta", "lr", "batch_size", "lam", "seed")] == ["10", "2e-4", "16", "0.25", "1"]
     monkeypatch.setenv("LR", "0.5")
     assert tables.Plan(Path("runs"), 1).of["04_refined_dpo.py"][0]["lr"] == "0.5"
     monkeypatch.setenv("LR", "half")
@@ -190,7 +191,7 @@ def test_a_world_of_another_kind_of_model(shape, world, tmp_path):
     model, tokenizer = (kind.from_pretrained(folder / "base") for kind in (AutoModelForCausalLM, AutoTokenizer))
     assert model.config.model_type == shape
     # greedy sampling, with its cache, takes the most likely tokens of the whole forward pass
-    prompts = [common.prompt_ids(tokenizer, row["prompt"], "") for row in rows(folder / "prompts_1.jsonl")[:3]]
+    prompts = [chat.prompt_ids(tokenizer, row["prompt"], "") for row in rows(folder / "prompts_1.jsonl")[:3]]
     u = torch.zeros(3, 1, 8, dtype=torch.float64).numpy()
     for prompt, [(ids, _)] in zip(prompts, common.sample_responses(model.eval(), prompts, u, 0, 8, [])):
         for k, token in enumerate(ids):
@@ -198,10 +199,11 @@ def test_a_world_of_another_kind_of_model(shape, world, tmp_path):
             assert logits[token] >= logits.max() - 1e-4
 
 
-def test_kind_writers_answers_are_those_of_all(world):
+def test_kind_writers_answer_a_third_of_the_prompts(world):
     examples = {row["id"]: row for row in rows(world / "sft.jsonl")}
     kind = rows(world / "sft_kind.jsonl")
-    assert 0 < len(kind) < len(examples) and all(examples[row["id"]] == row for row in kind)
+    assert 0 < len(kind) < len(examples)
+    assert all(examples[row["id"]]["prompt"] == row["prompt"] for row in kind)
     gold = small_world.read_gold(world / "gold.json")
 
     def mean(examples):

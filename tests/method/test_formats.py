@@ -113,6 +113,29 @@ def test_the_hub_gives_what_a_parquet_file_gives(tmp_path, monkeypatch, source, 
                for name in NAMES)
 
 
+def test_ultrachat_gives_conversations_for_sft(tmp_path, monkeypatch):
+    import datasets
+    talks = [[*TALK, assistant("roach")] if k % 2 else talk(k, "yes") for k in range(40)]
+    talks += [[user("ask"), assistant(" ")], talk(41, "yes")[:1]]
+    given, asked = [{"prompt": "a", "prompt_id": f"hash {k}", "messages": talks[k]} for k in range(42)], []
+
+    def load_dataset(name, split):
+        asked.append((name, split))
+        return datasets.Dataset.from_list(given)
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    output = run("00_inputs", source="ultrachat", empty_system=True, output=tmp_path / "out")
+    assert asked == [("HuggingFaceH4/ultrachat_200k", "train_sft")]
+    assert {path.name for path in output.iterdir()} == {"sft.jsonl", "args.json"}
+    assert made(output, "sft") == [
+        {"id": str(k), "prompt": TALK if k % 2 else [{"role": "system", "content": ""}, user(f"ask {k}")],
+         "response": "roach" if k % 2 else f"yes {k}"} for k in range(40)]
+    counts = json.loads((output / "args.json").read_text())["counts"]
+    assert counts["rows read"] == 42 and counts['dropped (no answer in "messages")'] == "2, first ultrachat, row 40"
+    given[:2] = [{"prompt": "a", "messages": None}] * 2
+    line = refused("00_inputs", source="ultrachat", split="test_sft", output=tmp_path / "other")
+    assert asked[1:] == [("HuggingFaceH4/ultrachat_200k", "test_sft")] and "4 of 42" in line and "messages" in line
+
+
 def test_a_path_comes_before_a_name_on_the_hub_which_is_named_where_it_cannot_be_reached(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert "some-one/pairs: " in refused("00_inputs", source="some-one/pairs", output="out")  # the tests are offline

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
-import common
+import chat
 from conftest import save_tiny
 from stages import digest, refused, rows, run, write_rows
 
@@ -49,7 +49,7 @@ def test_02_writes_two_different_responses_per_prompt_in_the_order_of_the_prompt
     for prompt, row in zip(prompts, rows(responses), strict=True):
         assert list(row) == ["id", "prompt", "prompt_ids", "responses"]
         assert (row["id"], row["prompt"]) == (prompt["id"], prompt["prompt"])
-        assert row["prompt_ids"] == common.prompt_ids(tokenizer, row["prompt"], "")
+        assert row["prompt_ids"] == chat.prompt_ids(tokenizer, row["prompt"], "")
         one, two = row["responses"]
         assert one["ids"] != two["ids"]
         for y in (one, two):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-import common
+import chat
 import runs
 import stages
 from conftest import WORLD
@@ -106,7 +106,7 @@ def source(tmp_path):
                                            for k in range(40)])
 
 
-def test_the_sets_are_disjoint_and_only_the_seed_has_labels(source, tmp_path):
+def test_the_sets_are_disjoint_and_the_prompt_sets_have_no_labels(source, tmp_path):
     output = run("00_inputs", source=source, **sizes(6, 10, 12, 4), all_gold=True, output=tmp_path / "out")
     assert lengths(output) == [6, 10, 12, 4]
     prompts = [prompt for name in NAMES for prompt in by_prompt(output, name)]
@@ -117,6 +117,8 @@ def test_the_sets_are_disjoint_and_only_the_seed_has_labels(source, tmp_path):
                for key in ("chosen", "rejected"))
     assert all(list(row) == ["id", "prompt"] for name in NAMES[1:3] for row in made(output, name))
     assert all(row["reference"] == f"yes {row['id']}" for row in made(output, "eval"))
+    assert all((row["chosen"], row["rejected"]) == ([assistant(f"yes {row['id']}")], [assistant(f"no {row['id']}")])
+               for row in made(output, "eval"))
     ids = [row["id"] for name in NAMES for row in made(output, name)]
     assert len(set(ids)) == len(ids)
     # all_gold: the labels of the seed and of all prompts
@@ -144,6 +146,40 @@ def test_a_larger_seed_leaves_the_prompt_sets_as_they_are(source, world, tmp_pat
     for name in NAMES[1:]:
         assert made(small, name) == made(large, name) and made(world, name) == made(larger_world, name)
     assert by_prompt(small, "seed").items() <= by_prompt(large, "seed").items()
+
+
+def test_a_sample_of_the_seed_is_the_next_block_with_the_same_prompt_sets(source, tmp_path):
+    options = dict(source=source, **sizes(6, 10, 8, 4))
+    outputs = [run("00_inputs", **options, seed_sample=k, output=tmp_path / f"out_{k}") for k in range(3)]
+    first = run("00_inputs", **options, output=tmp_path / "first")
+    assert digest(first / "seed.jsonl") == digest(outputs[0] / "seed.jsonl")
+    for name in NAMES[1:]:
+        assert {digest(output / f"{name}.jsonl") for output in outputs} == {digest(first / f"{name}.jsonl")}
+    assert lengths(first) == [6, 10, 8, 4]  # of 40, so that three samples of 6 are what is left
+    assert len({row["id"] for output in outputs for name in NAMES for row in made(output, name)}) == 40
+    # a larger seed is that of several samples
+    large = run("00_inputs", **options | {"seed_size": 12}, output=tmp_path / "large")
+    assert made(large, "seed") == made(outputs[1], "seed") + made(outputs[0], "seed")
+    line = refused("00_inputs", **options, seed_sample=3, output=tmp_path / "out")
+    assert str(source) in line and "--prompt-sizes" in line and "--seed-sample" in line
+    refused("00_inputs", **options | {"prompt_sizes": [10, 13]}, seed_sample=2, output=tmp_path / "out")
+
+
+def test_an_empty_system_message_is_put_before_prompts_that_have_none(world, pi_init, tokenizer, tmp_path):
+    empty = {"role": "system", "content": ""}
+    given = made(world, "all_gold")[:12] + [{"id": "talk", "prompt": TALK, "chosen": "a", "rejected": "b"}]
+    given.append(given[0] | {"id": "again", "prompt": [empty, *given[0]["prompt"]]})  # now it is the same prompt
+    options = dict(source=write(tmp_path / "mine.jsonl", given), **sizes(6, 3, 2, 2), all_gold=True)
+    output = run("00_inputs", **options, empty_system=True, output=tmp_path / "out")
+    kept = [row["prompt"] for name in NAMES for row in made(output, name)]
+    assert len(kept) == 13 and TALK in kept and all(prompt[:1] in ([empty], TALK[:1]) for prompt in kept)
+    assert {json.dumps(row["prompt"]) for row in made(output, "all_gold")} <= set(map(json.dumps, kept))
+    # the stages render it, without an option
+    responses = run("02_generate", model=pi_init, input=output / "prompts_1.jsonl", max_new_tokens=2,
+                    output=tmp_path / "responses.jsonl")
+    marks = tokenizer.convert_tokens_to_ids(["<system>", "<user>"])
+    assert all([i for i in row["prompt_ids"] if i in marks][:2] == marks for row in rows(responses))
+    assert "--empty-system" in refused("00_inputs", **WORLD, empty_system=True, output=tmp_path / "world")
 
 
 def test_no_seed_data_needs_no_labels(tmp_path):
@@ -193,7 +229,7 @@ def test_the_world_s_words_are_all_in_its_vocabulary(world, tokenizer):
         for row in read(world, name):
             assert tokenizer.unk_token_id not in tokenizer(row[key]).input_ids
             assert tokenizer.decode(tokenizer(row[key]).input_ids) == row[key]
-            prompt = common.prompt_ids(tokenizer, runs.as_messages(row["prompt"]), "")
+            prompt = chat.prompt_ids(tokenizer, runs.as_messages(row["prompt"]), "")
             assert tokenizer.unk_token_id not in prompt and prompt.count(tokenizer.bos_token_id) == 1
 
 

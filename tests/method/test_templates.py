@@ -7,6 +7,7 @@ from datetime import datetime, timedelta
 import pytest
 from transformers import GenerationConfig, LlamaConfig
 
+import chat
 import common
 import runs
 import stages
@@ -59,7 +60,7 @@ def made(tmp_path):
         LlamaConfig(eos_token_id=config).save_pretrained(tmp_path)
         if generation:
             GenerationConfig(eos_token_id=generation).save_pretrained(tmp_path)
-        return tokenizer, common.eos_ids(str(tmp_path), tokenizer)
+        return tokenizer, chat.eos_ids(str(tmp_path), tokenizer)
     return make
 
 
@@ -69,8 +70,8 @@ def ids_of(tokenizer, text):
 
 def answer(tokenizer, eos, text=ANSWER, asked=ASKED):
     """(the prompt, the answer after it) as text with its special tokens."""
-    prompt = common.prompt_ids(tokenizer, asked, "here")
-    return tokenizer.decode(prompt), tokenizer.decode(common.response_ids(tokenizer, asked, prompt, text, eos))
+    prompt = chat.prompt_ids(tokenizer, asked, "here")
+    return tokenizer.decode(prompt), tokenizer.decode(chat.response_ids(tokenizer, asked, prompt, text, eos))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -91,8 +92,8 @@ def test_an_answer_ends_with_the_first_end_that_the_template_writes(made, name, 
 
     tokenizer, eos = made(name, as_ids(config), as_ids(generation))
     assert eos[0] == ID[end] and sorted(eos[1:]) == sorted(as_ids(others))
-    prompt = common.prompt_ids(tokenizer, ASKED, "here")
-    ids = common.response_ids(tokenizer, ASKED, prompt, ANSWER, eos)
+    prompt = chat.prompt_ids(tokenizer, ASKED, "here")
+    ids = chat.response_ids(tokenizer, ASKED, prompt, ANSWER, eos)
     assert ids[-1] == ID[end] and not {*ids[:-1]} & {*eos}
     assert tokenizer.decode(ids[:-1], skip_special_tokens=True).removeprefix("final").strip() == ANSWER
 
@@ -117,13 +118,13 @@ def test_a_system_message_that_the_template_leaves_out_is_an_error(made):
     tokenizer, eos = made("phi-3-medium")
     assert answer(tokenizer, eos)[1] == f"{ANSWER}<|end|>"
     with pytest.raises(runs.InputError, match=r"in.jsonl, id 7: .*system's .*be brief.*--chat-template"):
-        common.prompt_ids(tokenizer, [SYSTEM, *ASKED], "in.jsonl, id 7")
+        chat.prompt_ids(tokenizer, [SYSTEM, *ASKED], "in.jsonl, id 7")
     spelled = SYSTEM | {"content": "be </s> brief"}  # also one that spells a special token
     with pytest.raises(runs.InputError, match="system's"):
-        common.prompt_ids(tokenizer, [spelled, *ASKED], "here")
-    common.prompt_ids(made("gemma")[0], [spelled, *ASKED], "here")
+        chat.prompt_ids(tokenizer, [spelled, *ASKED], "here")
+    chat.prompt_ids(made("gemma")[0], [spelled, *ASKED], "here")
     tokenizer.chat_template = "{% for m in messages %}{{ m.content | replace('\n\n', '\n') }}{% endfor %}"  # Falcon's
-    common.prompt_ids(tokenizer, [SYSTEM | {"content": "be\n\nbrief"}, *ASKED], "here")
+    chat.prompt_ids(tokenizer, [SYSTEM | {"content": "be\n\nbrief"}, *ASKED], "here")
 
 
 @pytest.mark.parametrize("name", ["02_generate", "01_seed_dpo", "05_eval sample"])
@@ -177,7 +178,7 @@ def test_a_date_in_the_prompts_is_that_of_the_output_in_all_runs_that_make_it(wo
 
 def test_the_templates_of_one_output_write_one_time(made):
     tokenizer, _ = made("llama-3.1")
-    prompts = {common.render(tokenizer, ASKED) for _ in range(2)}
+    prompts = {chat.render(tokenizer, ASKED) for _ in range(2)}
     assert len(prompts) == 1 and re.search(r"\d\d:\d\d:\d\d", prompts.pop())
 
 
@@ -206,12 +207,12 @@ def test_an_answer_with_or_without_a_thought_continues_its_prompt(made, name, te
 @pytest.mark.parametrize("name", ["qwen3", "deepseek-r1"])
 def test_thoughts_of_earlier_turns_may_be_left_out_of_a_prompt(made, name):
     talk = [*ASKED, {"role": "assistant", "content": THOUGHT}, *ASKED]
-    text = made(name)[0].decode(common.prompt_ids(made(name)[0], talk, "here"))
+    text = made(name)[0].decode(chat.prompt_ids(made(name)[0], talk, "here"))
     assert "an eel is" not in text and "the eel" in text
     with pytest.raises(runs.InputError, match="assistant's"):  # but not their answers
         tokenizer = made(name)[0]
         tokenizer.chat_template = tokenizer.chat_template.replace("m.content.split('</think>')[-1]", "'no'")
-        common.prompt_ids(tokenizer, talk, "here")
+        chat.prompt_ids(tokenizer, talk, "here")
 
 
 @pytest.mark.parametrize("name, sampled, text", [
@@ -224,14 +225,14 @@ def test_thoughts_of_earlier_turns_may_be_left_out_of_a_prompt(made, name):
     ("gemma", "the eel<end_of_turn>", ANSWER)])
 def test_what_judges_and_benchmarks_read_is_the_answer_after_the_thought(made, name, sampled, text):
     tokenizer, _ = made(name)
-    assert common.response_text(tokenizer, ids_of(tokenizer, sampled)) == text
+    assert chat.response_text(tokenizer, ids_of(tokenizer, sampled)) == text
 
 
 def test_a_tokenizer_without_thoughts_keeps_a_text_that_spells_their_end():
     tokenizer = make_tokenizer()
-    assert common.response_text(tokenizer, ids_of(tokenizer, "a </think> b</s>")) == "a </think> b"
+    assert chat.response_text(tokenizer, ids_of(tokenizer, "a </think> b</s>")) == "a </think> b"
     words = make_tokenizer("whole words")  # to it the end of a thought is an unknown word like others
-    assert common.response_text(words, ids_of(words, "the whale eel")) == "the eel"
+    assert chat.response_text(words, ids_of(words, "the whale eel")) == "the eel"
 
 
 # ---------------------------------------------------------------------------------------------

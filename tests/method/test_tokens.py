@@ -7,6 +7,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
 
+import chat
 import common
 import runs
 from extras import judges
@@ -104,7 +105,7 @@ def case(request, tmp_path):
     end = tokenizer.convert_tokens_to_ids(end)
     LlamaConfig(eos_token_id=2).save_pretrained(tmp_path)
     GenerationConfig(eos_token_id=2 if end == 2 else [2, end]).save_pretrained(tmp_path)  # Llama 3's is a list
-    return types.SimpleNamespace(tokenizer=tokenizer, end=end, bos=bos, eos=common.eos_ids(str(tmp_path), tokenizer))
+    return types.SimpleNamespace(tokenizer=tokenizer, end=end, bos=bos, eos=chat.eos_ids(str(tmp_path), tokenizer))
 
 
 def test_the_first_eos_is_the_one_that_the_template_writes(case):
@@ -113,7 +114,7 @@ def test_the_first_eos_is_the_one_that_the_template_writes(case):
 
 @pytest.mark.parametrize("messages", [TALK, TALK[1:2], TALK[1:]], ids=["system and turns", "one turn", "turns"])
 def test_a_prompt_has_the_template_s_bos_once_and_all_of_its_messages(case, messages):
-    ids = common.prompt_ids(case.tokenizer, messages, "here")
+    ids = chat.prompt_ids(case.tokenizer, messages, "here")
     assert ids.count(1) == case.bos and (ids[:1] == [1]) == bool(case.bos)
     text = case.tokenizer.decode(ids)
     at = [text.index(m["content"]) for m in messages]
@@ -127,15 +128,15 @@ def test_one_bos_where_the_tokenizer_adds_one_itself(name):
     # it to the tokenizer, and so its model was trained with one
     tokenizer = make_tokenizer(template=CHAT[name])
     tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
-    prompt = common.prompt_ids(tokenizer, TALK, "here")
+    prompt = chat.prompt_ids(tokenizer, TALK, "here")
     assert prompt[0] == 1 and prompt.count(1) == 1
-    response = common.response_ids(tokenizer, TALK, prompt, TEXT, [3, 2])
+    response = chat.response_ids(tokenizer, TALK, prompt, TEXT, [3, 2])
     assert 1 not in response and tokenizer.decode(response[:-1]).strip() == TEXT
 
 
 def test_a_response_is_the_rest_of_the_joint_rendering_with_one_eos_the_last(case):
-    prompt = common.prompt_ids(case.tokenizer, TALK, "here")
-    ids = common.response_ids(case.tokenizer, TALK, prompt, TEXT, case.eos)
+    prompt = chat.prompt_ids(case.tokenizer, TALK, "here")
+    ids = chat.response_ids(case.tokenizer, TALK, prompt, TEXT, case.eos)
     assert ids[-1] == case.end and sum(i in case.eos for i in ids) == 1 and 1 not in ids
     assert case.tokenizer.decode(ids[:-1]).strip() == TEXT
     joint = case.tokenizer.apply_chat_template(TALK + [{"role": "assistant", "content": TEXT}], return_dict=False)
@@ -145,10 +146,10 @@ def test_a_response_is_the_rest_of_the_joint_rendering_with_one_eos_the_last(cas
 
 def test_a_response_that_merges_with_the_prompt_is_the_rest_of_the_text():
     tokenizer, text = make_tokenizer(template=NO_EOS), ": so"  # after "assistant:" the two colons are one token
-    prompt = common.prompt_ids(tokenizer, TALK, "here")
+    prompt = chat.prompt_ids(tokenizer, TALK, "here")
     joint = tokenizer.apply_chat_template(TALK + [{"role": "assistant", "content": text}], return_dict=False)
     assert joint[:len(prompt)] != prompt
-    ids = common.response_ids(tokenizer, TALK, prompt, text, [2])
+    ids = chat.response_ids(tokenizer, TALK, prompt, text, [2])
     assert ids == tokenizer(text + "\n", add_special_tokens=False).input_ids + [2]
 
 
@@ -156,7 +157,7 @@ def test_a_response_that_merges_with_the_prompt_is_the_rest_of_the_text():
                                              ("{{ raise_exception('no system here') }}", "id 7.*no system here")])
 def test_a_prompt_that_the_template_refuses_or_makes_nothing_of_is_an_input_error(template, words):
     with pytest.raises(runs.InputError, match=words):
-        common.prompt_ids(make_tokenizer(template=template), TALK, "seed.jsonl, id 7")
+        chat.prompt_ids(make_tokenizer(template=template), TALK, "seed.jsonl, id 7")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -195,7 +196,7 @@ def test_a_special_token_that_a_content_spells_is_text(both, kind, spelled):
     talk = [{"role": "user", "content": spelled}, {"role": "assistant", "content": spelled},
             {"role": "user", "content": "the"}]
     for messages in (talk, talk[:1], talk[2:] + talk):
-        ids = common.chat_ids(tokenizer, messages, add_generation_prompt=True)
+        ids = chat.chat_ids(tokenizer, messages, add_generation_prompt=True)
         assert ids == oracle.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
         if kind in LOSSLESS:
             rendered = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
@@ -206,18 +207,18 @@ def test_a_special_token_that_a_content_spells_is_text(both, kind, spelled):
 def test_an_ordinary_text_is_tokenised_as_by_transformers(both, text):
     tokenizer, oracle = both
     messages = [{"role": "user", "content": text}, {"role": "assistant", "content": text}]
-    assert common.chat_ids(tokenizer, messages) == tokenizer.apply_chat_template(messages, return_dict=False)
+    assert chat.chat_ids(tokenizer, messages) == tokenizer.apply_chat_template(messages, return_dict=False)
     messages += [{"role": "user", "content": "</s>"}]  # also beside one that is not ordinary
-    assert common.chat_ids(tokenizer, messages) == oracle.apply_chat_template(messages, return_dict=False)
+    assert chat.chat_ids(tokenizer, messages) == oracle.apply_chat_template(messages, return_dict=False)
 
 
 @pytest.mark.parametrize("text", ["the eel </s>", "</s>", "a<|im_end|>\n", "</s> <|eot_id|> <|im_end|> b"])
 def test_a_response_that_spells_an_eos_has_one_the_last(both, kind, tmp_path, text):
     tokenizer, _ = both
     LlamaConfig(eos_token_id=[2, 3, 5]).save_pretrained(tmp_path)
-    eos = common.eos_ids(str(tmp_path), tokenizer)
-    prompt = common.prompt_ids(tokenizer, TALK[1:2], "here")
-    ids = common.response_ids(tokenizer, TALK[1:2], prompt, text, eos)
+    eos = chat.eos_ids(str(tmp_path), tokenizer)
+    prompt = chat.prompt_ids(tokenizer, TALK[1:2], "here")
+    ids = chat.response_ids(tokenizer, TALK[1:2], prompt, text, eos)
     assert [i in eos for i in ids] == [False] * (len(ids) - 1) + [True]
     if kind in LOSSLESS:
         assert tokenizer.decode(ids[:-1]).strip() == text.strip()
@@ -236,7 +237,7 @@ def test_a_special_token_that_is_an_ordinary_word_stays_one():
     tokenizer = make_tokenizer(template=CHAT["chatml"])
     tokenizer.add_special_tokens({"pad_token": "a"})
     messages = [{"role": "user", "content": "a fish </s>"}]
-    ids = common.chat_ids(tokenizer, messages)
+    ids = chat.chat_ids(tokenizer, messages)
     assert tokenizer.decode(ids) == "<|im_start|>user\na fish </s><|im_end|>\n" and 2 not in ids
 
 
@@ -249,12 +250,12 @@ def test_a_special_token_that_merges_make_is_kept_apart_too(ignore_merges):
     bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="</s>", chat_template=CHAT["zephyr"])
     messages = [{"role": "user", "content": "x </s> </s>"}]
-    ids = common.chat_ids(tokenizer, messages)
+    ids = chat.chat_ids(tokenizer, messages)
     assert ids.count(0) == 1 and tokenizer.decode(ids) == "<|user|>\nx </s> </s></s>\n"
 
 
 def test_the_small_world_knows_no_word_that_spells_a_special_token(tokenizer):
-    ids = common.prompt_ids(tokenizer, [{"role": "user", "content": "my lid <eos> <assistant> <bos> is"}], "here")
+    ids = chat.prompt_ids(tokenizer, [{"role": "user", "content": "my lid <eos> <assistant> <bos> is"}], "here")
     words = tokenizer.convert_ids_to_tokens(ids)
     assert words == ["<bos>", "<user>", "my", "lid", "<unk>", "<unk>", "<unk>", "is", "<assistant>"]
 

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
+import chat
 import common
 import runs
 import stages
@@ -179,8 +180,8 @@ def test_04_merges_d_t_with_the_labelled_texts_of_the_seed(pi_0, preferences, to
     merged = run("04_refined_dpo", **options, input=[preferences, world / "seed.jsonl"], output=tmp_path / "merged")
     pairs = rows(preferences)
     for row in runs.read_jsonl(world / "seed.jsonl", runs.SEED):
-        prompt = common.prompt_ids(tokenizer, row["prompt"], "")
-        responses = {y: {"text": row[y], "finish": "eos", "ids": common.response_ids(
+        prompt = chat.prompt_ids(tokenizer, row["prompt"], "")
+        responses = {y: {"text": row[y], "finish": "eos", "ids": chat.response_ids(
             tokenizer, row["prompt"], prompt, row[y], [tokenizer.eos_token_id])} for y in ("chosen", "rejected")}
         pairs.append({"id": row["id"], "prompt_ids": prompt, **responses})
     one = run("04_refined_dpo", **options, input=write_rows(tmp_path / "one.jsonl", pairs), output=tmp_path / "one")
@@ -311,7 +312,7 @@ CUTS = [{}, dict(max_prompt_length=17), dict(max_length=20)]  # prompts have 15 
 
 def cut_text(tokenizer, row, keys, max_prompt_length=99, max_length=99):
     """(prompt ids, [ids of each response]), or None where the prompt is too long."""
-    prompt = common.prompt_ids(tokenizer, runs.as_messages(row["prompt"]), "")
+    prompt = chat.prompt_ids(tokenizer, runs.as_messages(row["prompt"]), "")
     responses = [tokenizer(row[key]).input_ids + [tokenizer.eos_token_id] for key in keys]
     return (prompt, [ids[:max_length - len(prompt)] for ids in responses]) if len(prompt) <= max_prompt_length else None
 
@@ -334,13 +335,78 @@ def test_00_sft_is_the_cross_entropy_on_response_tokens_only(world, pi_init, tok
     assert (len(kept) < len(examples)) == ("max_prompt_length" in cut)
 
 
+@pytest.fixture(scope="module")
+def talks(world, tmp_path_factory):
+    """Conversations of one to three turns, and "<think> words </think>" before every answer but the first."""
+    given, talks = rows(world / "sft.jsonl"), []
+    for k in range(20):
+        messages = [{"role": "system", "content": "my"}] * (k % 2)
+        for turn in given[2 * k:2 * k + k % 3]:
+            messages += [{"role": "user", "content": turn["prompt"]},
+                         {"role": "assistant", "content": f"<think> we </think> {turn['response']}"}]
+        messages.append({"role": "user", "content": given[k]["prompt"]})
+        talks.append({"id": k, "prompt": messages, "response": given[k]["response"]})
+    return write_rows(tmp_path_factory.mktemp("talks") / "talks.jsonl", talks)
+
+
+@pytest.mark.parametrize("all_turns", [False, True])
+@pytest.mark.parametrize("cut", [{}, dict(max_prompt_length=24), dict(max_length=60)])
+def test_00_sft_trains_on_the_last_turn_or_on_all_turns(talks, pi_init, tokenizer, tmp_path, all_turns, cut):
+    options = dict(lr=1e-3, batch_size=7, epochs=2)
+    output = run("00_sft", model=pi_init, input=talks, micro_batch_size=3, output=tmp_path / "out", **options, **cut,
+                 **{"all_turns": True} if all_turns else {})
+    kept, assistant = [], tokenizer.convert_tokens_to_ids("<assistant>")
+    for row in rows(talks):
+        messages = row["prompt"] + [{"role": "assistant", "content": row["response"]}]
+        ids = tokenizer.apply_chat_template(messages, tokenize=True, return_dict=False)
+        trained, answer = [], False
+        for i in ids:  # an answer is what follows <assistant>, to the next <eos>
+            trained.append(answer)
+            answer = i == assistant or answer and i != tokenizer.eos_token_id
+        if not all_turns:
+            last = len(ids) - ids[::-1].index(assistant)
+            trained = [k >= last for k in range(len(ids))]
+        if trained.index(True) <= cut.get("max_prompt_length", 999) and any(trained[:cut.get("max_length")]):
+            kept.append((ids[:cut.get("max_length")], trained[:cut.get("max_length")]))
+    model, logged, steps = AutoModelForCausalLM.from_pretrained(pi_init), [], common.epoch_batches(len(kept), 7, 2, 0)
+    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0)
+    for step, batch in enumerate(steps):
+        loss = tokens = 0
+        for ids, trained in (kept[i] for i in batch):
+            mask = torch.tensor(trained[1:])
+            losses = F.cross_entropy(model(input_ids=torch.tensor([ids])).logits[0, :-1], torch.tensor(ids[1:]),
+                                     reduction="none")
+            loss, tokens = loss + losses[mask].sum(), tokens + mask.sum()
+        optimizer.zero_grad()
+        (loss / tokens).backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
+        optimizer.param_groups[0]["lr"] = rate(step, len(steps), 1e-3)
+        optimizer.step()
+        logged.append({"loss": (loss / tokens).item(), "step": step + 1, "grad_norm": norm})
+    check_equal(output, logged, model.state_dict())
+    assert counts(output)["dropped as too long"] == 20 - len(kept) and (len(kept) == 20) == (not cut or all_turns)
+    assert counts(output).get("earlier turns left out") == (0 if all_turns else None)
+
+
+def test_a_turn_that_the_template_writes_in_another_way_later_is_not_trained(talks, pi_init, tokenizer, tmp_path):
+    template = tmp_path / "template"  # it leaves out the thoughts of earlier turns
+    template.write_text(tokenizer.chat_template.replace(
+        "m.content", "m.content if loop.last else m.content.split('</think>')[-1]"))
+    options = dict(model=pi_init, input=talks, chat_template=template, batch_size=7, lr=1e-3)
+    one = run("00_sft", **options, output=tmp_path / "one")
+    two = run("00_sft", **options, output=tmp_path / "two", all_turns=True)
+    assert digest(one / "model.safetensors") == digest(two / "model.safetensors")
+    assert counts(two)["earlier turns left out"] == sum((len(row["prompt"]) - 1) // 2 for row in rows(talks))
+
+
 @pytest.mark.parametrize("cut", CUTS)
 def test_01_cuts_responses_and_drops_long_prompts_and_then_equal_pairs(world, pi_init, tokenizer, tmp_path, cut):
-    output = run("01_seed_dpo", model=pi_init, input=world / "seed.jsonl", output=tmp_path / "out", batch_size=20,
-                 **cut)
+    seed = runs.read_jsonl(world / "seed.jsonl", runs.SEED)
+    seed[0]["rejected"] = seed[0]["chosen"] + " my"  # they differ at the end alone
+    output = run("01_seed_dpo", model=pi_init, input=write_rows(tmp_path / "seed.jsonl", seed), batch_size=20, epochs=2,
+                 output=tmp_path / "out", **cut)
     model, found = AutoModelForCausalLM.from_pretrained(pi_init), counts(output)
-    pairs = [cut_text(tokenizer, row, ["chosen", "rejected"], **cut)
-             for row in runs.read_jsonl(world / "seed.jsonl", runs.SEED)]
+    pairs = [cut_text(tokenizer, row, ["chosen", "rejected"], **cut) for row in seed]
     kept = [(prompt, pair) for prompt, pair in filter(None, pairs) if pair[0] != pair[1]]
     long, equal = pairs.count(None), len(pairs) - pairs.count(None) - len(kept)
     assert [found[f"dropped as {name}"] for name in ("too long", "equal after cutting")] == [long, equal]

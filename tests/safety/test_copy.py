@@ -1,4 +1,4 @@
-"""A stage is copied with common.py and runs.py, or the README's stand-in for it, and nothing else."""
+"""A stage is copied with common.py, chat.py where it reads texts, and runs.py or the README's stand-in for it."""
 
 import ast
 import re
@@ -34,7 +34,7 @@ def made(world, pi_init, tmp_path_factory):
 @pytest.mark.parametrize("stage", ["01_seed_dpo", "02_generate", "03_judge", "04_refined_dpo"])
 def test_a_copied_stage_makes_the_same(made, tmp_path, stage, with_runs):
     options, output = made[stage]
-    for name in (stage, "common", "runs"):
+    for name in (stage, "common", "runs", *["chat"] * (stage != "03_judge")):
         shutil.copy(PAGE[name], tmp_path)
     if with_runs == "stand-in":
         (tmp_path / "runs.py").write_text(STAND_IN)
@@ -72,6 +72,7 @@ def test_imports_go_one_way_and_common_knows_little_of_runs():
     imported = {name: imports(path) for name, path in PAGE.items()}
     assert imported["runs"] == {} and imported["common"].keys() == {"runs"}
     assert "*" not in imported["common"]["runs"] and len(imported["common"]["runs"]) <= 5
+    assert imported["chat"].keys() == {"common", "runs"}
 
     def below(name, *above):
         assert name not in above, (*above, name)

@@ -18,7 +18,7 @@ from argparse import Namespace
 
 import pytest
 
-import common
+import chat
 import runs
 import stages
 from children import STAGES, at_end, fork, good, kill, no_child_outlives_its_test, succeeded
@@ -187,8 +187,8 @@ def stage(name, option, folder, **options):
 def kinds(files, tokenizer, pi_0):
     """{kind: (a good file, read)}; read(path) is what a stage does with such a file."""
     def chat_template(path):
-        with_it = common.load_tokenizer(str(pi_0), chat_template=str(path))
-        return common.prompt_ids(with_it, TALK, path), common.eos_ids(str(pi_0), with_it)
+        with_it = chat.load_tokenizer(str(pi_0), chat_template=str(path))
+        return chat.prompt_ids(with_it, TALK, path), chat.eos_ids(str(pi_0), with_it)
 
     source = stage("00_inputs", "source", files, seed_size=1, prompt_sizes=[1], eval_size=0)
     readers = {

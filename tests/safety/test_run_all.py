@@ -129,7 +129,7 @@ def test_two_machines_give_what_one_gives(little, tmp_path):
 @pytest.mark.parametrize("machines", [1, 2])
 def test_a_process_that_dies_is_started_again_and_goes_on(tmp_path, machines):
     commands = on_machines(machines, tmp_path, NPROC=str(3 - machines), MAX_RESTARTS="1", SAVE_EVERY="4",
-                           SFT_EPOCHS="10", SFT_BATCH_SIZE="8")
+                           SFT_EPOCHS="10", SFT_BATCH_SIZE="8", SFT_LR="3e-3")
     with open(tmp_path / "log", "w") as log:
         assert statuses([start(commands[0].pop(0), log)], log) == [0]  # 00_inputs.py
         agents = [start(of_machine[0], log) for of_machine in commands]
@@ -165,26 +165,42 @@ def only(stage, commands):
     return [args for name, args in commands if name == stage]
 
 
-PAPER = {  # Sections 5.1 and 5.3, App. B.3: (pi_init, learning rate, beta, epochs on the seed, iterations)
-    "mistral-7b": ("alignment-handbook/zephyr-7b-sft-full", 5e-7, 0.1, 3, 3),
-    "phi-2": ("lole25/phi-2-sft-ultrachat-full", 5e-6, 0.1, 3, 1),
-    "llama-3-8b": ("meta-llama/Meta-Llama-3-8B-Instruct", 1e-5, 0.01, 1, 2),
-    "phi-3-medium": ("microsoft/Phi-3-medium-4k-instruct", 1e-5, 0.01, 1, 2),
-    "mistral-7b-no-seed": ("mistralai/Mistral-7B-v0.1", 5e-7, 0.1, None, 3)}
+def of_the_paper(seed_size=2000, seed_epochs=3, lr=5e-7, beta=0.1, empty_system=False):
+    """{stage: values} of Section 5.1, with 300 tokens and a window of 50 pairs by App. B.4."""
+    training = dict(lr=lr, beta=beta, batch_size=32)
+    return {"00_inputs": dict(source="ultrafeedback", seed_size=seed_size, prompt_sizes=[8000, 20000, 30000],
+                              seed_sample=0, empty_system=empty_system),
+            "01_seed_dpo": training | dict(epochs=seed_epochs),
+            "02_generate": dict(samples=2, temperature=0.7, max_new_tokens=300),
+            "03_judge": dict(judge="init", beta=beta, length_penalty=None),
+            "04_refined_dpo": training | dict(epochs=1, refine="decoupled", alpha=0.1, k_percent=10, refine_after=0.2,
+                                              window=50)}
+
+
+PHI_2 = of_the_paper(lr=5e-6, empty_system=True)  # App. B.3; the system message is of Zephyr's recipe
+OTHERS = of_the_paper(lr=1e-5, beta=0.01, seed_epochs=1)  # App. B.3
+PAPER = {  # pi_init, iterations, values
+    "mistral-7b": ("alignment-handbook/zephyr-7b-sft-full", 3, of_the_paper(empty_system=True)),
+    "phi-2": ("lole25/phi-2-sft-ultrachat-full", 1, PHI_2),  # Section 5.3, App. B.3
+    "phi-2-base": ("runs/phi-2-base-seed0/pi_init", 1, PHI_2 | {
+        "00_sft": dict(model="microsoft/phi-2", batch_size=64, epochs=3, lr=2e-5)}),  # App. B.1
+    "llama-3-8b": ("meta-llama/Meta-Llama-3-8B-Instruct", 2, OTHERS),
+    "phi-3-medium": ("microsoft/Phi-3-medium-4k-instruct", 2, OTHERS),
+    "mistral-7b-no-seed": ("mistralai/Mistral-7B-v0.1", 3, of_the_paper(seed_size=0))}  # Figure 4
 
 
 @pytest.mark.parametrize("setting", PAPER)
 def test_a_setting_is_algorithm_1_with_the_paper_s_values(setting):
-    init, lr, beta, seed_epochs, iterations = PAPER[setting]
-    printed = commands(setting)
-    [inputs] = only("00_inputs", printed)
-    assert (inputs.source, inputs.prompt_sizes) == ("ultrafeedback", [8000, 20000, 30000])
-    assert inputs.seed_size == (2000 if seed_epochs else 0)
+    (init, iterations, values), printed = PAPER[setting], commands(setting)
+    inputs = printed[0][1]
+    for stage, args in printed:
+        wanted = values.get(stage, {}) if getattr(args, "source", "") != "ultrachat" else {}
+        assert {name: getattr(args, name) for name in wanted} == wanted, stage
+    assert len(only("00_sft", printed)) == ("00_sft" in values)
     policy = only("02_generate", printed)[0].model
-    if seed_epochs:  # pi_0 from pi_init and D_0
+    if inputs.seed_size:  # pi_0 from pi_init and D_0
         [seed] = only("01_seed_dpo", printed)
-        assert (seed.model, seed.input, seed.output) == (init, f"{inputs.output}/seed.jsonl", policy)
-        assert (seed.lr, seed.beta, seed.epochs, seed.batch_size) == (lr, beta, seed_epochs, 32)
+        assert (seed.model, seed.input, seed.output) == (init, [f"{inputs.output}/seed.jsonl"], policy)
         assert seed.ref_model in (None, init)
     else:
         assert not only("01_seed_dpo", printed) and policy == "mistralai/Mistral-7B-Instruct-v0.1"
@@ -193,27 +209,52 @@ def test_a_setting_is_algorithm_1_with_the_paper_s_values(setting):
     loop = zip(*(only(stage, printed) for stage in order[:3]))
     for t, (generate, judge, train) in enumerate(loop, 1):
         assert (generate.model, generate.input) == (policy, f"{inputs.output}/prompts_{t}.jsonl")
-        assert (generate.samples, generate.temperature, generate.max_new_tokens) == (2, 0.7, 300)
         # the judge's reference is pi_init, the training's is pi_{t-1}
-        assert (judge.model, judge.init_model, judge.input, judge.beta) == (policy, init, generate.output, beta)
-        assert (train.model, train.input) == (policy, judge.output) and train.ref_model in (None, policy)
-        assert (train.lr, train.beta, train.epochs, train.batch_size) == (lr, beta, 1, 32)
-        assert (train.refine, train.alpha, train.k_percent, train.lam) == ("decoupled", 0.1, 10, 1 / 2 ** t)
-        assert (train.refine_after, train.window) == (0.2, 50)
+        assert (judge.model, judge.init_model, judge.input) == (policy, init, generate.output)
+        assert (train.model, train.input) == (policy, [judge.output]) and train.ref_model in (None, policy)
+        assert train.lam == [1 / 2, 1 / 4, 1 / 8][t - 1]
         policy = train.output
     evaluated = [args for args in only("05_eval", printed) if args.command == "sample"]
     assert [args.model for args in evaluated][::len(evaluated) - 1] == [init, policy]
-    if not seed_epochs:  # pi_init is a base model, without a chat template
+    if not inputs.seed_size:  # pi_init is a base model, without a chat template
         assert evaluated[0].tokenizer or evaluated[0].chat_template
+
+
+@pytest.mark.parametrize("setting, base, batch_size, epochs", [  # App. B.1
+    ("phi-2-base", "microsoft/phi-2", 64, 3), ("mistral-7b", "mistralai/Mistral-7B-v0.1", 128, 1)])
+def test_pi_init_is_made_from_a_base_model_and_ultrachat(setting, base, batch_size, epochs):
+    printed = commands(setting, BASE=base)
+    [sft], [_, chats] = only("00_sft", printed), only("00_inputs", printed)
+    assert (sft.model, sft.batch_size, sft.epochs, sft.lr) == (base, batch_size, epochs, 2e-5)
+    assert (chats.source, chats.split, chats.empty_system) == ("ultrachat", None, True)
+    assert sft.input == f"{chats.output}/sft.jsonl" and sft.all_turns
+    assert sft.output == only("01_seed_dpo", printed)[0].model == only("03_judge", printed)[0].init_model
+    assert sft.tokenizer or setting != "phi-2-base"  # whose base model has no chat template
 
 
 def test_variables_of_the_environment_come_first():
     printed = commands("mistral-7b", LR="1e-6", SEED="7", ITERATIONS="1", NAME="mine", RUNS="elsewhere", K_PERCENT="20",
-                       ON_LENGTH_LIMIT="open", LAMBDAS=" .25  1e-1 ", PROMPT_SIZES="10  20")
+                       ON_LENGTH_LIMIT="open", LAMBDAS=" .25  1e-1 ", PROMPT_SIZES="10  20", SEED_SAMPLE="2",
+                       EMPTY_SYSTEM="0")
+    assert (printed[0][1].seed_sample, printed[0][1].empty_system) == (2, False)
     [generate], [train] = only("02_generate", printed), only("04_refined_dpo", printed)
     assert (train.lr, train.seed, train.k_percent, train.lam) == (1e-6, 7, 20, 0.25)
     assert (train.output, generate.on_length_limit) == ("elsewhere/mine/pi_1", "open")
     assert {args.seed for _, args in printed if hasattr(args, "seed")} == {7}
+
+
+@pytest.mark.parametrize("environment, name", [({}, "llm-blender/PairRM-hf"), ({"REWARD_MODEL": "my/own"}, "my/own")])
+def test_pairrm_can_judge(environment, name):
+    judges = only("03_judge", commands("mistral-7b", JUDGE="pairrm", **environment))
+    assert [(args.judge, args.reward_model) for args in judges] == [("pairrm", name)] * 3
+
+
+def test_the_row_of_zephyr_has_its_recipe_s_values():  # App. B.2
+    [row] = [line for line in (ROOT / "benchmarks/README.md").read_text().splitlines() if "| Zephyr-7b-beta" in line]
+    [words] = [shlex.split(code) for code in row.split("`")[1::2] if code.startswith("01_seed_dpo.py")]
+    args = parsed("01_seed_dpo", words[1:] + ["--model", "x", "--output", "x"])
+    assert (args.beta, args.batch_size, args.epochs, args.lr) == (0.01, 128, 1, 5e-7)
+    assert (args.max_prompt_length, args.max_length) == (512, 1024)
 
 
 @pytest.mark.parametrize("setting, environment, share", [
@@ -255,7 +296,8 @@ def test_an_unknown_word_is_refused_before_anything_is_installed(clone, words):
     "ITERATIONS='a[$(touch evil)]'", "SEED_SIZE=08", "NNODES=two", "NPROC=-1", "LR=1e-", "BETA=nan",
     "JUDGE_EPOCHS=many", "LENGTH_PENALTY=some", "NNODES=2 RDZV_ENDPOINT=", "NNODES=2 RDZV_ENDPOINT=host",
     "ON_LENGTH_LIMIT=cut", "REFINE=yes", "JUDGE=gpt-4", "JUDGE=reward REWARD_MODEL=", "INIT=/no/such/model",
-    "JUDGE=llm JUDGE_MODEL=../no/such/model", "PI_0=./pi_0", "SOURCE=/no/such.jsonl"])
+    "JUDGE=llm JUDGE_MODEL=../no/such/model", "PI_0=./pi_0", "SOURCE=/no/such.jsonl", "BASE=/no/such/model",
+    "EMPTY_SYSTEM=yes", "SEED_SAMPLE=1st", "SFT_LR=high"])
 def test_a_plan_that_cannot_be_carried_out_is_refused_before_the_first_stage(clone, setting, variables):
     bash, log = clone
     environment = dict(pair.split("=", 1) for pair in shlex.split(variables))
@@ -279,7 +321,7 @@ def stub(tmp_path):
     return program, log
 
 
-@pytest.mark.parametrize("stage, status", [("00_sft", 2), ("03_judge", 7), ("pi_2 --refine", 137), ("report", 1)])
+@pytest.mark.parametrize("stage, status", [("00_sft", 2), ("03_judge", 7), ("pi_2 --", 137), ("report", 1)])
 def test_a_failed_stage_stops_the_script_with_its_status(stub, stage, status):
     program, log = stub
     done = bash(PYTHON=str(program), FAILS=stage, STATUS=str(status))
@@ -326,7 +368,8 @@ def test_strange_paths_reach_the_stages_as_they_are(clone, stub, strange):
     [inputs, seed, *_] = [shlex.split(line) for line in log.read_text().splitlines()]
     inputs, seed = parsed("00_inputs", inputs[1:]), parsed("01_seed_dpo", seed[1:])
     assert (inputs.source, inputs.output) == (folder, f"{folder}/{strange}/data")
-    assert (seed.model, seed.input, seed.output) == (folder, f"{inputs.output}/seed.jsonl", f"{folder}/{strange}/pi_0")
+    assert (seed.model, seed.output) == (folder, f"{folder}/{strange}/pi_0")
+    assert seed.input == [f"{inputs.output}/seed.jsonl"]
     assert not list(log.parent.rglob("evil"))
 
 
@@ -351,6 +394,24 @@ def test_paths_are_the_caller_s_wherever_the_script_is_called_from(stub, tmp_pat
         assert refused.returncode == 2 and name in refused.stderr and f"{there}/README.md" in refused.stderr
     assert bash("--dry-run", cwd=there).stdout == bash("--dry-run").stdout
     assert bash("--dry-run", cwd=ROOT.parent, RUNS=f"{ROOT.name}/runs").stdout == bash("--dry-run").stdout
+
+
+def test_the_seed_joins_each_round_and_has_its_own_refinement():
+    plain = [options.input for stage, options in commands("mistral-7b") if stage == "04_refined_dpo"]
+    merged = [options.input for stage, options in commands("mistral-7b", MERGE_SEED="1") if stage == "04_refined_dpo"]
+    seed = plain[0][0].replace("preferences_1", "data/seed")
+    assert len(plain) == 3 and merged == [[*paths, seed] for paths in plain]
+    (_, _), (stage, first), *_ = commands("mistral-7b", SEED_REFINE="worst-case")
+    assert stage == "04_refined_dpo" and (first.refine, first.input, first.epochs) == ("worst-case", [seed], 3)
+    assert bash("--dry-run", SEED_REFINE="none").returncode == 2
+
+
+@pytest.mark.parametrize("setting", ["world", "mistral-7b", "phi-2"])
+def test_every_setting_ends_with_agreement_and_signs_of_health(setting):
+    evaluated = [options for stage, options in commands(setting) if stage == "05_eval" and options.command == "sample"]
+    init, beta = evaluated[0].model, next(options.beta for stage, options in commands(setting) if stage == "03_judge")
+    assert all((options.init_model, options.beta) == (init, beta) for options in evaluated)
+    assert all(options.preferences for options in evaluated if "SPA" in options.name)
 
 
 def test_test_runs_the_tests(stub):
