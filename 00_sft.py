@@ -63,7 +63,7 @@ def tokenize(args, row, tokenizer, eos):
         if [m["role"] for m in messages[k - 1:k + 1]] == ["user", "assistant"]:
             prompt, response = turn(messages[:k], messages[k]["content"])
             end = len(prompt) + len(response)
-            if ids[:end] == prompt + response:
+            if ids[:end] == prompt + response and runs.is_text(messages[k]["content"]):
                 trained[len(prompt):end] = [1] * len(response)
             else:  # within a conversation the template writes it in another way, say without its thoughts
                 left_out += 1

@@ -110,8 +110,7 @@ evaluation() {  # return pi_T, and evaluate every model on the way
   evaluate sft "$INIT_NAME" "0 %" "$INIT" ${INIT_TOKENIZER:+--tokenizer "$INIT_TOKENIZER"}
   evaluate dpo "$PI_0_NAME" "$GOLD_LABEL_SHARE" "$PI_0"
   for (( t = 1; t <= ITERATIONS; t++ )); do
-    evaluate "spa_$t" "SPA, iteration $t (pi_$t)" "$GOLD_LABEL_SHARE" "$R/pi_$t" \
-      --preferences "$R/preferences_$t.jsonl"
+    evaluate "spa_$t" "SPA, iteration $t (pi_$t)" "$GOLD_LABEL_SHARE" "$R/pi_$t" --preferences "$R/preferences_$t.jsonl"
   done
   if [ -n "$WORLD" ]; then
     stage 01_seed_dpo.py --model "$INIT" --input "$R/data/all_gold.jsonl" --output "$R/dpo_all_gold" --epochs 1 \

@@ -1,7 +1,7 @@
 """The small world on several seeds: mean and standard deviation of every row of its table.
 
-    python benchmarks/small_world.py --jobs 2             # seeds 1 to 10, half an hour on two cores; README has 1 to 6
-    python benchmarks/small_world.py --seeds 100 101 --jobs 2
+    python benchmarks/small_world.py --jobs 2             # seeds 41 to 60, half an hour on two cores
+    python benchmarks/small_world.py --seeds 1 2 --jobs 2
 
 Runs `bash run_all.sh world` once a seed (what is complete is not run again), then prints the table and what it claims,
 and draws the means and their standard errors: benchmarks/small_world.svg.
@@ -9,7 +9,6 @@ Data, base model, order of the pairs and samples all follow the seed.
 """
 
 import argparse
-import itertools
 import json
 import os
 import statistics
@@ -22,12 +21,10 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 from extras.report import figure
-from extras.small_world import gold_values, read_gold
 
 ROWS = ["sft", "dpo", "spa_1", "spa_2", "spa_3", "dpo_all_gold"]
-COLUMNS = {"win_rate": "Win rate (%)", "length_controlled_winrate": "LC win rate (%)",
-           "avg_length": "Mean length (chars)", "judge_accuracy": "Judge accuracy (%)", "malformed": "Malformed (%)",
-           "eos_rate": "EOS (%)"}
+COLUMNS = {"win_rate": "Win rate (%)", "judge_accuracy": "Judge accuracy (%)", "agreement": "Held-out agreement (%)",
+           "kl_per_token": "KL per token", "malformed": "Malformed (%)", "avg_length": "Mean length (chars)"}
 
 
 def run(seed, args):
@@ -43,21 +40,11 @@ def run(seed, args):
     return {row: json.loads((evaluated / row / "metrics.json").read_text()) for row in ROWS}
 
 
-def one_manner(path):
-    """The correlation of two sentences' values in an answer of pi_init: 0 where it mixes the manners of the writers."""
-    gold, pairs = read_gold(path / "data" / "gold.json"), []
-    for line in (path / "eval" / "sft" / "responses.jsonl").read_text().splitlines():
-        row = json.loads(line)
-        values = gold_values(gold, row["prompt"], row["response"])
-        pairs += itertools.permutations([value for value in values if value is not None], 2)
-    return statistics.correlation(*zip(*pairs))
-
-
-def cell(values):
+def cell(values, digits=1):
     values = [value for value in values if value is not None]
     if not values:
         return "-"
-    return f"{statistics.mean(values):.1f} ± {statistics.stdev(values) if len(values) > 1 else 0:.1f}"
+    return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values) if len(values) > 1 else 0:.{digits}f}"
 
 
 def mean_row(rows):
@@ -73,7 +60,7 @@ def mean_row(rows):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--seeds", type=int, nargs="+", default=range(1, 11), help="(it was tuned on 100 ...)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=range(41, 61), help="(41 to 60 chose nothing)")
     parser.add_argument("--runs", default=str(HERE.parent / "runs"), help="folder of the runs")
     parser.add_argument("--jobs", type=int, default=1, help="seeds at a time")
     args = parser.parse_args()
@@ -83,7 +70,7 @@ def main():
     print(f"Seeds {' '.join(map(str, args.seeds))}: mean ± standard deviation\n")
     print("| Model | Gold labels | " + " | ".join(COLUMNS.values()) + " |\n" + "|---" * (len(COLUMNS) + 2) + "|")
     for row in ROWS:
-        cells = [cell([seed[row].get(key) for seed in seeds]) for key in COLUMNS]
+        cells = [cell([seed[row].get(key) for seed in seeds], 3 if key == "kl_per_token" else 1) for key in COLUMNS]
         print("| " + " | ".join([seeds[0][row]["name"], seeds[0][row]["gold_labels"], *cells]) + " |")
     (HERE / "small_world.svg").write_text(figure([mean_row([seed[row] for seed in seeds]) for row in ROWS]))
     wins = {row: [seed[row]["win_rate"] for seed in seeds] for row in ROWS}
@@ -94,16 +81,16 @@ def main():
         print(name)
         for row in ("spa_1", "spa_2", "spa_3"):
             print(f"  {row:13}", *(f"{seed[row][key]:5.1f}" for seed in seeds))
-    manners = [one_manner(Path(args.runs) / f"world-seed{seed}") for seed in args.seeds]
-    print("Correlation of the sentences of an answer of pi_init\n" + " " * 15, *(f"{value:5.2f}" for value in manners))
     gains = [last - seed for last, seed in zip(wins["spa_3"], wins["dpo"])]
-    accuracy = [seed[f"spa_{t}"]["judge_accuracy"] for seed in seeds for t in (1, 2, 3)]
+    accuracy, malformed = ([seed[f"spa_{t}"][key] for seed in seeds for t in (1, 2, 3)]
+                           for key in ("judge_accuracy", "malformed"))
     above = sum(spa > gold for spa, gold in zip(wins["spa_3"], wins["dpo_all_gold"]))
-    grown = [statistics.mean(wins[row]) for row in ("sft", "dpo", "spa_1", "spa_2", "spa_3")]
+    stages = ("sft", "dpo", "spa_1", "spa_2", "spa_3")
+    growth = [after - before for one, two in zip(stages, stages[1:]) for before, after in zip(wins[one], wins[two])]
     print(f"SPA's last iteration above seed DPO by {cell(gains)} points, at least {min(gains):.1f}")
-    print(f"the mean grows with every stage: {grown == sorted(grown)}")
-    print(f"judge accuracy at least {min(accuracy):.1f} % in every iteration of every seed")
-    print(f"SPA's last iteration above DPO on all gold labels on {above} of {len(seeds)} seeds")
+    print(f"the least growth from one stage to the next, of all seeds: {min(growth):.1f} points")
+    print(f"judge accuracy {min(accuracy):.1f} to {max(accuracy):.1f} %, malformed at most {max(malformed):.1f} %")
+    print(f"SPA's last iteration above DPO on all gold labels, one epoch, on {above} of {len(seeds)} seeds")
 
 
 if __name__ == "__main__":

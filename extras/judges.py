@@ -53,6 +53,7 @@ def load_reward_model(name, device):
 def encode(tokenizer, messages, text):
     """A prompt and a response as the reward model reads them: by its chat template, else as a pair of texts."""
     if tokenizer.chat_template:
+        messages = [message for message in messages if message != EMPTY_SYSTEM]
         ids = chat.encode(tokenizer, chat.render(tokenizer, messages + [{"role": "assistant", "content": text}]))
         return {"input_ids": ids, "attention_mask": [1] * len(ids)}
     return dict(tokenizer(as_text(messages), text, split_special_tokens=True))
@@ -68,6 +69,7 @@ def reward_scores(model, encoded):
     return scores
 
 
+EMPTY_SYSTEM = {"role": "system", "content": ""}
 LETTERS = ("A", "B")  # the options of LLM-as-judge, in the order of its prompt
 
 
@@ -76,7 +78,7 @@ def as_text(messages):
 
     An empty system message, as Zephyr's recipe has it, is none.
     """
-    messages = [message for message in messages if message["content"]]
+    messages = [message for message in messages if message != EMPTY_SYSTEM]
     if len(messages) == 1:
         return messages[0]["content"]
     return "\n\n".join(f"{message['role']}: {message['content']}" for message in messages)

@@ -392,11 +392,14 @@ def test_a_turn_that_the_template_writes_in_another_way_later_is_not_trained(tal
     template = tmp_path / "template"  # it leaves out the thoughts of earlier turns
     template.write_text(tokenizer.chat_template.replace(
         "m.content", "m.content if loop.last else m.content.split('</think>')[-1]"))
-    options = dict(model=pi_init, input=talks, chat_template=template, batch_size=7, lr=1e-3)
-    one = run("00_sft", **options, output=tmp_path / "one")
-    two = run("00_sft", **options, output=tmp_path / "two", all_turns=True)
+    given = rows(talks)
+    question = given[0]["prompt"][-1:]
+    given[0]["prompt"] = question + [{"role": "assistant", "content": ""}] + question  # nor is one without a text
+    options = dict(model=pi_init, input=write_rows(tmp_path / "in.jsonl", given), chat_template=template, batch_size=7)
+    one = run("00_sft", **options, lr=1e-3, output=tmp_path / "one")
+    two = run("00_sft", **options, lr=1e-3, output=tmp_path / "two", all_turns=True)
     assert digest(one / "model.safetensors") == digest(two / "model.safetensors")
-    assert counts(two)["earlier turns left out"] == sum((len(row["prompt"]) - 1) // 2 for row in rows(talks))
+    assert counts(two)["earlier turns left out"] == sum((len(row["prompt"]) - 1) // 2 for row in given)
 
 
 @pytest.mark.parametrize("cut", CUTS)

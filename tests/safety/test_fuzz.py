@@ -166,9 +166,10 @@ def to_judge(folder, **changes):
 
 
 def reader(name, function, model, *more):
-    """A stage's own function that reads --input."""
+    """A stage's own function that reads --input; 01 and 04 take several files."""
     def read(path):
-        args = Namespace(input=str(path), model=str(model), max_prompt_length=64, max_length=128)
+        args = Namespace(input=[str(path)] if function == "read_pairs" else str(path), model=str(model),
+                         max_prompt_length=64, max_length=128, all_turns=True)
         list(getattr(stages.load(name), function)(args, *more))  # some yield their rows
     return read
 
@@ -195,7 +196,7 @@ def kinds(files, tokenizer, pi_0):
         "seed.jsonl": reader("01_seed_dpo", "read_pairs", pi_0, tokenizer),
         "sft.jsonl": reader("00_sft", "read_examples", pi_0, tokenizer),
         "prompts_1.jsonl": reader("02_generate", "read_prompts", pi_0, tokenizer),
-        "preferences.jsonl": reader("04_refined_dpo", "read_pairs", pi_0),
+        "preferences.jsonl": reader("04_refined_dpo", "read_pairs", pi_0, tokenizer),
         "responses.jsonl": stage("03_judge", "input", files, judge="gold", gold=files / "labels.jsonl"),
         "labels.jsonl": stage("03_judge", "gold", files, judge="gold", input=files / "responses.jsonl"),
         "gold.json": lambda path: gold_score(read_gold(path), TALK, "we fix it . no ."),
