@@ -12,7 +12,17 @@ annotations.json  [{"dataset", "instruction", "output_1", "generator_1" (the bas
 
 alpaca_eval_clf.txt is in the alpaca_eval package. The judge is an OpenAI-compatible endpoint that gives log-probs, or a
 model on this machine (no --judge-url). The key is read from OPENAI_API_KEY and written nowhere. Answers are kept as
-they come: after a stop, failed requests or --max-requests the same command resumes.
+they come: after a stop, failed requests or --max-requests the same command resumes. A pair that the judge refuses for
+ever (HTTP 400, no content, a content filter) has the preference null.
+
+The official tool, `pip install alpaca_eval==0.6.6 "setuptools<81"`, gives these outputs to the judge by itself, and
+scores these annotations; it takes df_gamed.csv from the Hub. alpaca-score reads what it writes:
+
+    alpaca_eval --model_outputs outputs.json --reference_outputs alpaca_eval_gpt4_baseline.json --output_path official
+    python -c "import json, alpaca_eval.metrics as metrics; print(metrics.get_length_controlled_winrate( \\
+        json.load(open('annotations.json')), save_weights_dir=None))"
+    python 05_eval.py alpaca-score official/weighted_alpaca_eval_gpt4_turbo/annotations.json --df-gamed df_gamed.csv \\
+        --name "SPA, iteration 3" --output official.json
 
 Departs from the official tool: the L1 penalty of the LC win rate is fixed at 1/10, not cross-validated (on eight models
 of the leaderboard it differs by up to 0.08 points, all else by 1e-6); the order of the two outputs is drawn otherwise;

@@ -25,9 +25,10 @@ PAUSE = 1.0  # seconds before the first retry, doubled for each further one; Ret
 def ask_judge(args, partial, jobs, logprobs):
     """{k: answer} to jobs {k: messages}: a text; with logprobs, [(token, log-prob)] of the most likely first tokens.
 
-    The answer is None where the endpoint refuses for ever, as a content filter does. Answers are recorded in `partial`
-    as they come, so that a resumed run asks only for what is missing. Raises InputError where requests have failed, and
-    before most are sent where none would be answered: they are sent one at a time until one is.
+    The answer is None where the endpoint refuses for ever, as a content filter does; of more than one in twenty none is
+    recorded, since the fault is elsewhere. Answers are recorded in `partial` as they come, so that a resumed run asks
+    only for what is missing. Raises InputError where requests have failed, and before most are sent where none would be
+    answered: they are sent one at a time until one is.
     """
     if not args.judge_url:
         return ask_local_model(args, partial, jobs, logprobs)
@@ -57,9 +58,9 @@ def ask_judge(args, partial, jobs, logprobs):
         finally:  # on Ctrl-C too: what the requests that were sent have led to is still recorded
             endpoint.stop.set()
             pool.shutdown(cancel_futures=True)
-            for k, (how, _) in unanswered.items():
-                if how == "refused" and answers:  # otherwise all may be refused
-                    keep(k, None)
+            refused = [k for k, (how, _) in unanswered.items() if how == "refused"]
+            for k in refused if answers and len(refused) <= max(PROBES, len(jobs) // 20) else ():
+                keep(k, None)
     # the reason that matters most
     how, why = min(unanswered.values(), key=lambda end: ("fault", "failed", "refused").index(end[0]), default=("", ""))
     if missing := len(jobs.keys() - answers.keys()):
@@ -102,14 +103,15 @@ class Endpoint:
 
     def ask(self, messages):
         """("answered", the answer), or (how it ended, why there is none): "failed", may be answered another time;
-        "refused", never will; "fault", nor will any other. What may be temporary is tried again."""
+        "refused", never will; "fault", nor will any other. What may be temporary is tried again; an endpoint that always
+        replies to it, but without an answer, refuses it."""
         retries = 0
         while True:
             with self.lock:
                 if self.stop.is_set() or self.requests == self.args.max_requests:
                     return "failed", f"--max-requests {self.args.max_requests} is reached"
                 self.requests += 1
-            limit, pause = self.limit, min(60, PAUSE * 2 ** retries)
+            limit, pause, replied = self.limit, min(60, PAUSE * 2 ** retries), False
             try:
                 response = self.post(messages, limit)
                 if response.status_code == 400 and limit == LIMITS[0] and LIMITS[1] in response.text:
@@ -117,6 +119,7 @@ class Endpoint:
                     continue
                 if re.fullmatch(r"\d+(\.\d+)?", wait := response.headers.get("retry-after", "")):
                     pause = min(600, float(wait))
+                replied = response.status_code == 200 and self.works
                 how, found = self.read(response)
             except Exception as error:  # many kinds: a timeout, a broken connection, a reply without an answer
                 how, found = "failed", f"{type(error).__name__}: {error}"
@@ -126,6 +129,7 @@ class Endpoint:
             if how == "fault":
                 self.stop.set()
             if how != "failed" or retries == self.args.judge_retries:
+                how = "refused" if replied else how
                 return how, " ".join(found.replace(self.key, "***").split())[:160]  # a server may repeat the key
             retries += 1
             self.stop.wait(pause)

@@ -11,9 +11,16 @@ folder mt_bench:
     model_judgment/gpt-4_single.jsonl  {"question_id", "model", "judge", "user_prompt", "judgment", "score", "turn",
                                        "tstamp"} of all models that were judged; this model's older ones are replaced
     model_score/spa_3_gpt-4.json       mean ratings, 1 to 10: of both turns, each turn, each of the eight categories
-A judgment without a rating has the score -1 and is left out of the means. Copied into FastChat's data/mt_bench, the
-first two work with its `gen_judgment.py` and `show_result.py --judge-model gpt-4`, which prints the same means. The
-judge, its key and how mt-judge resumes are as for alpaca-judge (alpaca_eval.py).
+A judgment without a rating has the score -1 and is left out of the means; so has one that the judge refuses for ever,
+"$ERROR$". The judge, its key and how mt-judge resumes are as for alpaca-judge (alpaca_eval.py).
+
+FastChat, `pip install fschat==0.2.36 "openai<1" anthropic torch transformers accelerate pandas`, rates these answers
+itself, or takes these ratings and shows the same means. In its fastchat/llm_judge, with the folder mt_bench in it:
+
+    cp -r mt_bench/model_answer data/mt_bench/
+    python -m fastchat.llm_judge.gen_judgment --model-list spa_3 --judge-model gpt-4
+    cp -r mt_bench/model_judgment data/mt_bench/      # instead of the line above
+    python -m fastchat.llm_judge.show_result --judge-model gpt-4
 """
 
 import hashlib

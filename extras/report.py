@@ -2,10 +2,11 @@
 
 Each path is a metrics file (*.args.json is passed over) or a folder that `sample` wrote, in the order of the table's
 rows. AlpacaEval's and MT-Bench's metrics of one --name share a row. Writes
-    table.md    Table 1 with its columns in the paper's order; Figure 3, by iteration, of names like "SPA, iteration 2";
-                Figure 5a, MT-Bench by category
+    table.md    Table 1 with its columns in the paper's order; agreement with held-out labels and its calibration;
+                Figure 3, by iteration, of names like "SPA, iteration 2"; Figure 5a, MT-Bench by category
     samples.md  the first prompts with each model's response, where the folders have responses
-    report.svg  Figure 3: win rates by iteration with their standard errors
+    report.svg  Figure 3: win rates by iteration with their standard errors; the judge's accuracy by iteration; the win
+                rate against the KL from pi_init
 """
 
 import html
@@ -21,8 +22,11 @@ from extras.mt_bench import category_order
 COLUMNS = {"gold_labels": "Gold labels", "length_controlled_winrate": "LC win rate (%)", "win_rate": "Win rate (%)",
            "mt_bench": "MT-Bench (1-10)", "mt_bench_turn_1": "First turn", "mt_bench_turn_2": "Second turn",
            "avg_length": "Mean length (chars)", "judge_accuracy": "Judge accuracy (%)", "malformed": "Malformed (%)",
-           "eos_rate": "EOS (%)"}  # the first four in the order of Table 1
+           "eos_rate": "EOS (%)", "agreement": "Held-out agreement (%)", "kl_per_token": "KL per token",
+           "improbable": "Improbable tokens (%)"}  # the first four in the order of Table 1
 ERRORS = {"length_controlled_winrate": "lc_standard_error", "win_rate": "standard_error"}
+PANELS = [("length_controlled_winrate", None), ("win_rate", None), ("judge_accuracy", None),
+          ("win_rate", "kl_per_token")]  # (a metric, what it is drawn against: None for the iteration)
 COLORS = ["#1f77b4", "#d62728", "#2ca02c", "#ff7f0e", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f"]
 
 
@@ -57,7 +61,7 @@ def read_metrics(path):
     try:  # what can be shown alone can be shown beside others
         figure([metrics])
         tables([metrics])
-    except (AttributeError, KeyError, TypeError, ValueError, OverflowError):
+    except (AttributeError, KeyError, TypeError, ValueError, OverflowError, IndexError):
         raise runs.InputError(f"{file}: is not a metrics file of 05_eval.py: {runs.shown(metrics)}: evaluate again")
     if metrics.get("gold_labels") == "-":
         del metrics["gold_labels"]
@@ -68,7 +72,9 @@ def read_metrics(path):
 def table(head, rows):
     """Markdown, with a dash for None, and without the columns in which every row has None."""
     def cell(value):
-        return "-" if value is None else f"{value:.2f}" if isinstance(value, float) else str(value)
+        if isinstance(value, float):  # a KL may be small
+            return f"{value:.2f}" if value == 0 or abs(value) >= 0.1 else f"{value:.2g}"
+        return "-" if value is None else str(value)
     kept = [k for k in range(len(head)) if k == 0 or any(row[k] is not None for row in rows)]
     lines = [[head[k] for k in kept], ["---"] * len(kept)] + [[cell(row[k]) for k in kept] for row in rows]
     return "".join("| " + " | ".join(line) + " |\n" for line in lines)
@@ -93,6 +99,7 @@ def curves(metrics, key):
 def tables(metrics):
     """Table 1, Figure 3 by iteration and Figure 5a by category, as far as there are metrics."""
     text = table(["Model", *COLUMNS.values()], [[row["name"], *map(row.get, COLUMNS)] for row in metrics])
+    text += agreement_tables(metrics)
     for key in ("length_controlled_winrate", "win_rate", "mt_bench"):
         lines, iterations = curves(metrics, key)
         if iterations:
@@ -106,41 +113,74 @@ def tables(metrics):
     return text
 
 
+def agreement_tables(metrics):
+    """Agreement with held-out labels beside what needs no training, and its calibration (extras/held_out.py)."""
+    labelled, text = [row for row in metrics if "agreement_n" in row], ""
+    rows = [[row["name"], f"{row['agreement']:.2f} ± {row['agreement_error'] or 0:.2f}", row["agreement_n"]]
+            for row in labelled if "agreement" in row]
+    for name, key in (("the longer response", "longer_agreement"), ("likelihood under pi_init", "init_agreement")):
+        rows += dict.fromkeys((name, f"{row[key]:.2f}", row["agreement_n"]) for row in labelled)
+    if rows:
+        text += "\n" + table(["Agreement with held-out labels", "%", "Pairs"], rows)
+    calibrated = [row for row in labelled if "calibration" in row]
+    if calibrated:
+        text += "\n" + table(
+            ["Percent right (pairs) at a confidence of", *(f"{50 + 5 * k}-{55 + 5 * k} %" for k in range(10))],
+            [[row["name"], *(f"{right:.0f} at {100 * confidence:.0f} ({n})" if n else None
+                             for confidence, right, n in row["calibration"])] for row in calibrated])
+    return text
+
+
 def samples(with_responses, count=3):
     """The first prompts, whole conversations, with every model's answer. with_responses: [(metrics, responses)]"""
     blocks = []
     for k in range(min(count, *(len(responses) for _, responses in with_responses))):
-        prompt = "\n\n".join(f"**{m['role']}**: {m['content']}" for m in with_responses[0][1][k]["prompt"])
-        lines = ["> " + line for line in prompt.split("\n")] + [""]
+        turns = [m for m in with_responses[0][1][k]["prompt"] if m["content"]]  # a system message may be empty
+        texts = [f"**{m['role']}**: {m['content']}" for m in turns] if len(turns) > 1 else [turns[0]["content"]]
+        lines = [f"> {line}".rstrip() for line in "\n\n".join(texts).split("\n")] + [""]
         lines += [f"- **{metrics['name']}**: {responses[k]['response']}" for metrics, responses in with_responses]
         blocks.append("\n".join(lines))
     return "\n\n".join(blocks) + "\n"
 
 
 def figure(metrics):
-    """Figure 3 as SVG. A method has a curve, a model without an iteration in its name a dashed line."""
-    metrics = [row for row in metrics if any(row.get(key) is not None for key in ERRORS)]
+    """Figure 3 and what explains it, as SVG: PANELS, two in a row, as far as there are metrics."""
+    metrics = [row for row in metrics if any(row.get(key) is not None for key, _ in PANELS)]
     names = dict.fromkeys(iteration_of(row["name"])[0] for row in metrics)
-    colors = dict(zip(names, itertools.cycle(COLORS)))
-    parts = [part for left, key in zip((50, 510), ERRORS) for part in panel(metrics, key, left, colors)]
+    colors, parts, count = dict(zip(names, itertools.cycle(COLORS))), [], 0
+    for key, against in PANELS:
+        rows = [row for row in metrics if row.get(key) is not None and (against is None or (
+            row.get(against) is not None and iteration_of(row["name"])[1] is not None))]
+        if rows:
+            elements = "\n".join(panel(rows, key, against, colors))
+            parts.append(f'<g transform="translate({50 + 460 * (count % 2)} {360 * (count // 2)})">\n{elements}\n</g>')
+            count += 1
+    bottom = 360 * ((count + 1) // 2)
     for k, (name, color) in enumerate(colors.items()):
-        parts += [f'<rect x="50" y="{360 + 20 * k}" width="12" height="12" fill="{color}"/>',
-                  label(70, 371 + 20 * k, name, "start")]
-    size = f'width="930" height="{370 + 20 * len(colors)}"'
+        parts += [f'<rect x="50" y="{bottom + 20 * k}" width="12" height="12" fill="{color}"/>',
+                  label(70, bottom + 11 + 20 * k, name, "start")]
+    size = f'width="930" height="{bottom + 10 + 20 * len(colors)}"'
     return (f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif" font-size="13">\n'
             f'<rect {size} fill="white"/>\n' + "\n".join(parts) + "\n</svg>\n")
 
 
-def panel(metrics, key, left, colors):
-    """SVG elements: the metric `key` by iteration, in 400 x 280 pixels that begin `left` pixels from the left."""
-    rows = [row for row in metrics if row.get(key) is not None]
-    lines, iterations = curves(metrics, key)
-    ends = [row[key] + sign * (row.get(ERRORS[key]) or 0) for row in rows for sign in (-1, 1)] or [0]
+def panel(rows, key, against, colors):
+    """SVG elements, 400 x 280 pixels: the metric `key` against another one; None: the iteration.
+
+    A method has a curve through its iterations, a model without an iteration in its name a dashed line.
+    """
+    lines, iterations = curves(rows, key)
+    ends = [row[key] + sign * (row.get(ERRORS.get(key)) or 0) for row in rows for sign in (-1, 1)]
     low = 10 * math.floor(min(ends) / 10)
     high = max(low + 10, 10 * math.ceil(max(ends) / 10))
+    ticks = iterations
+    if against:
+        values = [row[against] for row in rows]
+        first, last = min(0, *values), max(0, *values)
+        ticks = [first + k * (last - first) / 4 for k in range(5)]
 
-    def x(t):
-        return left + 40 + 320 * (t - iterations[0]) / max(1, iterations[-1] - iterations[0])
+    def x(value):
+        return 40 + 320 * (value - ticks[0]) / ((ticks[-1] - ticks[0]) or 1)
 
     def y(value):
         return 310 - 280 * (value - low) / (high - low)  # counted from the top
@@ -149,18 +189,19 @@ def panel(metrics, key, left, colors):
         d = " L".join(f"{at:.1f},{y(value):.1f}" for at, value in points)
         return f'<path d="M{d}" stroke="{color}" stroke-width="2" fill="none" {style}/>'
 
-    parts = [label(left, 20, COLUMNS[key], "start"), label(left + 200, 346, "Iteration")]
-    parts += [label(x(t), 328, t) for t in iterations]
+    parts = [label(0, 20, COLUMNS[key], "start"), label(200, 346, COLUMNS[against] if against else "Iteration")]
+    parts += [label(x(tick), 328, f"{tick:.2g}" if against else tick) for tick in ticks]
     for value in range(low, high + 1, (high - low) // 5):  # both are multiples of 10
-        parts += [path([(left, value), (left + 400, value)], "#e0e0e0"), label(left - 8, y(value) + 4, value, "end")]
-    parts += [path([(x(t), line[t][key]) for t in sorted(line)], colors[method]) for method, line in lines.items()]
-    for row in rows:
-        (method, t), value, error = iteration_of(row["name"]), row[key], row.get(ERRORS[key]) or 0
-        if t is None:
-            parts.append(path([(left, value), (left + 400, value)], colors[method], 'stroke-dasharray="7 5"'))
-        else:
-            parts += [path([(x(t), value - error), (x(t), value + error)], colors[method]),
-                      f'<circle cx="{x(t):.1f}" cy="{y(value):.1f}" r="4" fill="{colors[method]}"/>']
+        parts += [path([(0, value), (400, value)], "#e0e0e0"), label(-8, y(value) + 4, value, "end")]
+    for method, line in lines.items():
+        points = [(x(row[against] if against else t), row) for t, row in sorted(line.items())]
+        parts.append(path([(at, row[key]) for at, row in points], colors[method]))
+        for at, row in points:
+            value, error = row[key], row.get(ERRORS.get(key)) or 0
+            parts += [path([(at, value - error), (at, value + error)], colors[method]),
+                      f'<circle cx="{at:.1f}" cy="{y(value):.1f}" r="4" fill="{colors[method]}"/>']
+    parts += [path([(0, row[key]), (400, row[key])], colors[row["name"]], 'stroke-dasharray="7 5"')
+              for row in rows if iteration_of(row["name"])[1] is None]
     return parts
 
 

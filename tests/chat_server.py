@@ -35,7 +35,7 @@ class Server:
     or a number of seconds to keep the client waiting."""
 
     def __init__(self, respond):
-        self.respond, self.requests, self.headers, self.together = respond, [], [], 0
+        self.respond, self.requests, self.headers, self.paths, self.together = respond, [], [], [], 0
         self.lock, self.now = threading.Lock(), 0
         server = self
 
@@ -56,6 +56,7 @@ class Server:
             before = self.requests.count(request)
             self.requests.append(request)
             self.headers.append(dict(handler.headers))
+            self.paths.append(handler.path)
             self.now += 1
             self.together = max(self.together, self.now)
         made = self.respond(request, before)

@@ -8,6 +8,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 
+import common
 import stages
 from extras import alpaca_eval
 
@@ -220,11 +221,30 @@ def test_alpaca_sample_writes_model_outputs(tmp_path, pi_init):
     assert "row 6" in error
 
 
+def test_an_empty_system_message(tmp_path, pi_init, tokenizer, monkeypatch):
+    asked, original = [], common.sample_responses
+
+    def sample_responses(model, prompts, *rest):
+        asked.append(prompts)
+        return original(model, prompts, *rest)
+    monkeypatch.setattr(common, "sample_responses", sample_responses)
+    benchmark = tmp_path / "baseline.json"
+    benchmark.write_text(json.dumps([{"instruction": "the lid is wet ."}]))
+    for empty in (False, True):
+        words = ["alpaca-sample", *["--empty-system"] * empty]
+        [made] = read(stages.run("05_eval", *words, model=pi_init, instructions=benchmark, max_new_tokens=4,
+                                 output=tmp_path / f"{empty}.json"))
+        assert list(made) == ["dataset", "instruction", "output", "generator"]
+        messages = [{"role": "system", "content": ""}] * empty + [{"role": "user", "content": "the lid is wet ."}]
+        assert asked[-1] == [tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)]
+    assert asked[-1] != asked[0]
+
+
 def test_defaults():
-    common = ["--output", "o", "--model", "m"]
+    options = ["--output", "o", "--model", "m"]
     for words, limit in ((["alpaca-sample", "--instructions", "i"], 2048), (["mt-sample", "--questions", "q"], 1024),
                          (["sample", "--input", "i"], 300), (["sample", "--input", "i", "--max-new-tokens", "9"], 9)):
-        assert stages.parsed("05_eval", words + common).max_new_tokens == limit
+        assert stages.parsed("05_eval", words + options).max_new_tokens == limit
 
 
 # ---------------------------------------------------------------------------------------------
@@ -284,6 +304,76 @@ def test_report_has_the_papers_tables(tmp_path, models):
     assert categories[0][1:] == ["writing", "math"] and categories[2] == ["SFT", "6.34", "1.00"]
 
 
+def test_report_passes_over_the_records_beside_metrics_files(tmp_path, models):
+    record = tmp_path / "0.json.args.json"
+    record.write_text('{"made_from": {}}')
+    words = ["05_eval", "report", *sorted(tmp_path.glob("*.json"))]
+    assert record in words and "models 5" in stages.attempt(*words, output=tmp_path / "report").out
+    assert record.name in stages.refused("05_eval", "report", record, output=tmp_path / "none")
+
+
+def test_samples_show_the_whole_conversation(tmp_path):
+    messages = [("system", "Be brief."), ("user", "Name a fish."), ("assistant", "An eel."), ("user", "Now\na bird.")]
+    prompt = [{"role": role, "content": content} for role, content in messages]
+    write_metrics(tmp_path / "metrics.json", "SFT", win_rate=1.0)
+    stages.write_rows(tmp_path / "responses.jsonl", [{"id": 1, "prompt": prompt, "response": "A wren."}])
+    stages.run("05_eval", "report", tmp_path, output=tmp_path / "report")
+    quoted, answer = (tmp_path / "report" / "samples.md").read_text().split("\n\n")
+    assert [line for line in quoted.split("\n") if line.strip("> ")] == [
+        "> **system**: Be brief.", "> **user**: Name a fish.", "> **assistant**: An eel.", "> **user**: Now",
+        "> a bird."]
+    assert answer == "- **SFT**: A wren.\n"
+
+
+def test_a_single_turn_has_no_role_in_the_samples(tmp_path):
+    write_metrics(tmp_path / "metrics.json", "SFT", win_rate=1.0)
+    prompts = [[{"role": "system", "content": ""}, {"role": "user", "content": "Name a fish."}], "Name a bird."]
+    stages.write_rows(tmp_path / "responses.jsonl", [{"id": k, "prompt": prompt, "response": "A wren."}
+                                                     for k, prompt in enumerate(prompts)])
+    stages.run("05_eval", "report", tmp_path, output=tmp_path / "report")
+    assert (tmp_path / "report" / "samples.md").read_text() == (
+        "> Name a fish.\n\n- **SFT**: A wren.\n\n> Name a bird.\n\n- **SFT**: A wren.\n")
+
+
+LABELS = {"agreement_n": 40, "longer_agreement": 52.5, "init_agreement": 45.0}
+BINS = [[None, None, 0]] * 9 + [[0.984, 75.0, 32]]
+
+
+def test_report_shows_agreement_with_held_out_labels_and_its_calibration(tmp_path):
+    paths = [write_metrics(tmp_path / "0.json", "SFT", n=40, **LABELS)]  # pi_init itself has none
+    paths += [write_metrics(tmp_path / f"{t}.json", f"SPA, iteration {t}", **LABELS, agreement=60.0 + t, improbable=0.5,
+                            agreement_error=7.746, calibration=BINS, kl_per_token=0.0123 * t) for t in (1, 2)]
+    stages.run("05_eval", "report", *paths, output=tmp_path / "report")
+    main, agreement, calibration = [
+        [line.strip("| ").split(" | ") for line in block.splitlines()]
+        for block in (tmp_path / "report" / "table.md").read_text().split("\n\n")]
+    assert main[0] == ["Model", "Held-out agreement (%)", "KL per token", "Improbable tokens (%)"]
+    assert main[2:] == [["SFT", "-", "-", "-"], ["SPA, iteration 1", "61.00", "0.012", "0.50"],
+                        ["SPA, iteration 2", "62.00", "0.025", "0.50"]]
+    assert agreement[2:] == [["SPA, iteration 1", "61.00 ± 7.75", "40"], ["SPA, iteration 2", "62.00 ± 7.75", "40"],
+                             ["the longer response", "52.50", "40"], ["likelihood under pi_init", "45.00", "40"]]
+    assert calibration[0][1:] == ["95-100 %"] and calibration[2] == ["SPA, iteration 1", "75 at 98 (32)"]
+
+
+def test_the_figure_has_the_judge_and_the_kl_where_they_are_known(tmp_path):
+    """Both panels are of the second row, 360 pixels below the first."""
+    paths = [write_metrics(tmp_path / f"{t}.json", f"SPA, iteration {t}", win_rate=10.0 * t, judge_accuracy=80.0 + t,
+                           length_controlled_winrate=10.0 * t, kl_per_token=0.02 * t) for t in (1, 2)]
+    paths += [write_metrics(tmp_path / "0.json", "DPO", win_rate=5.0, kl_per_token=0.01)]  # no iteration, so no point
+    for name, metrics in (("all", paths), ("one", paths[2:])):
+        stages.run("05_eval", "report", *metrics, output=tmp_path / name)
+    (*first, judge, kl), one = ([panel for panel in ElementTree.parse(tmp_path / name / "report.svg").iter()
+                                 if panel.tag.endswith("}g")] for name in ("all", "one"))
+    assert [panel[0].text for panel in (*first, *one)] == ["LC win rate (%)", "Win rate (%)", "Win rate (%)"]
+    assert [[element.text for element in panel][:2] for panel in (judge, kl)] == [
+        ["Judge accuracy (%)", "Iteration"], ["Win rate (%)", "KL per token"]]
+    assert [panel.get("transform") for panel in (judge, kl)] == ["translate(50 360)", "translate(510 360)"]
+    # from 80 at y = 310 to 90 at y = 30; from KL 0 at x = 40 to 0.04 at x = 360, win rates from 10 to 20
+    assert [[(e.get("cx"), e.get("cy")) for e in panel if e.get("cx")] for panel in (judge, kl)] == [
+        [("40.0", "282.0"), ("360.0", "254.0")], [("200.0", "310.0"), ("360.0", "30.0")]]
+    assert "M200.0,310.0 L360.0,30.0" in [element.get("d") for element in kl]
+
+
 def test_report_keeps_two_models_of_one_name_apart(tmp_path, models):
     other = write_metrics(tmp_path / "other.json", "SFT", win_rate=1.0)
     stages.run("05_eval", "report", *models[:2], other, output=tmp_path / "report")
@@ -304,13 +394,16 @@ def test_the_figure(tmp_path, models):
     assert labels[-4:] == ["<b>&", "DPO", "SPA", "PairRM"]
     assert {"Iteration", "LC win rate (%)", "Win rate (%)", "1", "2"} <= set(labels)
     # the right one: from 0 at y = 310 to 30 at y = 30, SPA's first point 12.9 +- 1.1
-    assert [(c["cx"], c["cy"]) for c in circles[3:5]] == [("550.0", "189.6"), ("870.0", "124.3")]
-    assert "M550.0,199.9 L550.0,179.3" in [path["d"] for path in paths]
-    assert "M550.0,189.6 L870.0,124.3" in [path["d"] for path in paths]
+    assert [(c["cx"], c["cy"]) for c in circles[3:5]] == [("40.0", "189.6"), ("360.0", "124.3")]
+    assert "M40.0,199.9 L40.0,179.3" in [path["d"] for path in paths]
+    assert "M40.0,189.6 L360.0,124.3" in [path["d"] for path in paths]
 
 
 @pytest.mark.parametrize("metrics", [{"name": None}, {"win_rate": "high"}, {"win_rate": 1, "standard_error": [2]},
-                                     {"mt_bench_categories": [1]}, [], 3])
+                                     {"mt_bench_categories": [1]}, [], 3, {"judge_accuracy": "x"},
+                                     {"agreement_n": 3}, LABELS | {"agreement": 3, "agreement_error": "x"},
+                                     LABELS | {"calibration": BINS[:9] + [[0.9, 1]]},
+                                     LABELS | {"calibration": BINS[5:]}])
 def test_a_file_without_metrics_is_named(tmp_path, metrics):
     path = tmp_path / "m.json"
     path.write_text(json.dumps({"name": "SFT"} | metrics if isinstance(metrics, dict) else metrics))

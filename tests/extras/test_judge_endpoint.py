@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import re
 import time
 from pathlib import Path
 
@@ -53,7 +54,7 @@ def judge(server, pair, output, **options):
 
 def fails(server, pair, output, **options):
     """The one line."""
-    words, options = command(pair, judge_url=server.url, output=output, **options)
+    words, options = command(pair, output=output, **{"judge_url": server.url} | options)
     return stages.refused(*words, **options)
 
 
@@ -185,16 +186,104 @@ def test_max_requests_of_a_run(tmp_path, pair):
     assert len(server.requests) == 7
 
 
-def test_what_is_rejected_is_not_asked_again(tmp_path, pair):
-    with serving(lambda request, before: (401, json.dumps({"error": f"wrong key {KEY}"}), {})) as server:
+FILTERED = {"finish_reason": "content_filter", "logprobs": {"content": []}}
+REFUSALS = {"HTTP 400": (400, '{"error": {"code": "content_filter"}}', {}), "HTTP 422": (422, "too long", {}),
+            "null content": says(None), "a content filter": says("") | FILTERED}
+
+
+@pytest.mark.parametrize("refusal", REFUSALS)
+def test_a_row_that_is_refused_for_ever_is_missing_and_not_asked_for_again(tmp_path, pair, refusal):
+    def respond(request, before):  # the first row is one of them
+        return REFUSALS[refusal] if re.search("say [03] ", str(request)) else prefers_ours(request, before)
+    with serving(respond) as server:
+        fails(server, pair, tmp_path / "a.json", max_requests=6)
+        words, options = command(pair, judge_url=server.url, output=tmp_path / "a.json")
+        ran = stages.attempt(*words, **options)
+    assert ran.status == 0 and "missing preferences 2" in ran.out and len(server.requests) == N
+    found = [row["preference"] for row in json.loads((tmp_path / "a.json").read_text())]
+    assert found == [None, *[pytest.approx(1.9)] * 2, None, *[pytest.approx(1.9)] * 8]
+
+
+FAULTS = {"a wrong key": (401, f"wrong key {KEY}", {}), "not allowed": (403, "", {}), "no such model": (404, "", {}),
+          "a redirect": (307, "", {"Location": "/v1/chat/completions"}), "no log-probs": says("m"),
+          "empty log-probs": says("m") | {"logprobs": {"content": []}}}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_what_all_requests_would_meet_stops_at_the_first(tmp_path, pair, fault):
+    with serving(lambda request, before: FAULTS[fault]) as server:
         error = fails(server, pair, tmp_path / "a.json")
-    assert "HTTP 401" in error and KEY not in error and len(server.requests) == N
+    assert "--judge-url" in error and KEY not in error and len(server.requests) == 1
+
+
+def test_a_row_without_an_answer_in_all_replies_is_missing(tmp_path, pair):
+    def respond(request, before):
+        return says("m") if "say 3 " in str(request) else prefers_ours(request, before)
+    with serving(respond) as server:
+        rows = judge(server, pair, tmp_path / "a.json", judge_retries=1)
+    assert [row["preference"] for row in rows].count(None) == 1 and len(server.requests) == N + 1
+
+
+def test_refusals_of_more_than_one_row_in_twenty_are_not_taken_for_missing_rows(tmp_path, pair):
+    broke = [True]
+
+    def respond(request, before):  # six of twelve
+        odd = int(re.search("say ([0-9]+) ", str(request))[1]) % 2
+        return (400, "credit balance too low", {}) if odd and broke[0] else prefers_ours(request, before)
+    with serving(respond) as server:
+        assert "credit balance too low" in fails(server, pair, tmp_path / "a.json")
+        broke[0] = False
+        assert [row["preference"] for row in judge(server, pair, tmp_path / "a.json")] == pytest.approx([1.9] * N)
+
+
+def test_a_refusal_of_every_row_is_not_taken_for_missing_rows(tmp_path, pair):
+    refuses = [True]
+    with serving(lambda request, before: (400, "no such option", {}) if refuses[0] else prefers_ours(request, before)
+                 ) as server:
+        error = fails(server, pair, tmp_path / "a.json")
+        assert "no such option" in error and len(server.requests) == 5
+        refuses[0] = False
+        assert [row["preference"] for row in judge(server, pair, tmp_path / "a.json")] == pytest.approx([1.9] * N)
+
+
+def test_a_key_that_is_withdrawn_stops_the_run_and_what_was_answered_is_kept(tmp_path, pair):
+    withdrawn = []
 
     def respond(request, before):
-        return (400, '{"error": "too long"}', {}) if "say 3" in str(request) else prefers_ours(request, before)
+        return (401, "", {}) if withdrawn == [True] and len(server.requests) > 6 else prefers_ours(request, before)
     with serving(respond) as server:
-        error = fails(server, pair, tmp_path / "b.json")
-    assert "1 of 12" in error and "too long" in error and len(server.requests) == N
+        withdrawn.append(True)
+        assert "6 of 12" in fails(server, pair, tmp_path / "a.json", judge_requests=1)
+        assert len(server.requests) == 7
+        withdrawn.clear()
+        assert [row["preference"] for row in judge(server, pair, tmp_path / "a.json")] == pytest.approx([1.9] * N)
+        assert len(server.requests) == 7 + 6
+
+
+def test_max_completion_tokens_where_the_endpoint_asks_for_it(tmp_path, pair):
+    def respond(request, before):
+        unsupported = "'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead."
+        return (400, unsupported, {}) if "max_tokens" in request else prefers_ours(request, before)
+    with serving(respond) as server:
+        rows = judge(server, pair, tmp_path / "a.json", judge_retries=0)
+    assert [row["preference"] for row in rows] == pytest.approx([1.9] * N) and len(server.requests) == N + 1
+    assert {request["max_completion_tokens"] for request in server.requests[1:]} == {1}
+
+
+@pytest.mark.parametrize("url", ["/openai/deployments/gpt?api-version=2024-10-21",
+                                 "/openai/deployments/gpt/chat/completions?api-version=2024-08-01-preview"])
+def test_azure(tmp_path, pair, url, monkeypatch):
+    with serving(prefers_ours) as server:
+        options = {"judge_url": server.url.removesuffix("/v1") + url}
+        monkeypatch.setattr(huggingface_hub.constants, "HF_DEBUG", True)  # the client would print the header
+        assert "HF_DEBUG" in fails(server, pair, tmp_path / "a.json", **options) and not server.requests
+        monkeypatch.setattr(huggingface_hub.constants, "HF_DEBUG", False)
+        words, options = command(pair, output=tmp_path / "a.json", **options)
+        stages.run(*words, **options)
+    assert set(server.paths) == {"/openai/deployments/gpt/chat/completions?" + url.partition("?")[2]}
+    headers = [{name.lower(): value for name, value in sent.items()} for sent in server.headers]
+    assert len(headers) == N and all(sent["api-key"] == KEY and "authorization" not in sent for sent in headers)
+    assert KEY.encode() not in everything_written(tmp_path)
 
 
 def test_the_key_is_sent_and_never_written(tmp_path, pair, caplog):

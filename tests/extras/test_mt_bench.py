@@ -9,6 +9,7 @@ import pytest
 import common
 import stages
 from chat_server import KEY, says, serving
+from conftest import save_tiny
 from extras import endpoint, mt_bench
 from stages import write_rows
 
@@ -51,16 +52,18 @@ def judge(answers, server, options):
     return stages.rows(options["output"] / "model_judgment" / "gpt-x_single.jsonl")
 
 
-def test_answers_of_two_turns(tmp_path, questions, pi_init, tokenizer, monkeypatch):
+def test_answers_of_two_turns(tmp_path, questions, tokenizer, monkeypatch):
     asked, said, original = [], set(), common.sample_responses
 
     def sample_responses(model, prompts, u, temperature, max_new_tokens, eos):
-        asked.extend((temperature, max_new_tokens, prompt) for prompt in prompts)
         sampled = original(model, prompts, u, temperature, min(12, max_new_tokens), eos)
-        said.update(tokenizer.decode(ids, skip_special_tokens=True).strip() for [(ids, _)] in sampled)
+        if temperature < 2:  # otherwise it is the model's trial, when it is loaded
+            asked.extend((temperature, max_new_tokens, prompt) for prompt in prompts)
+            said.update(tokenizer.decode(ids, skip_special_tokens=True).strip() for [(ids, _)] in sampled)
         return sampled
 
     monkeypatch.setattr(common, "sample_responses", sample_responses)
+    pi_init = save_tiny(tmp_path / "pi_init", tokenizer, max_position_embeddings=2048)
     stages.run("05_eval", "mt-sample", model=pi_init, questions=questions, output=tmp_path / "bench")
     rows = stages.rows(tmp_path / "bench" / "model_answer" / "pi_init.jsonl")
     assert [row["question_id"] for row in rows] == [101, 102, 103, 104]
@@ -79,8 +82,29 @@ def test_answers_of_two_turns(tmp_path, questions, pi_init, tokenizer, monkeypat
     assert {n for _, n, _ in asked} == {1024}
 
 
+def test_an_empty_system_message_and_an_unknown_category(tmp_path, pi_init, tokenizer, monkeypatch):
+    asked, original = [], common.sample_responses
+
+    def sample_responses(model, prompts, u, temperature, *rest):
+        asked.append((temperature, prompts))
+        return original(model, prompts, u, temperature, *rest)
+    monkeypatch.setattr(common, "sample_responses", sample_responses)
+    questions = write_rows(tmp_path / "q.jsonl", [{"question_id": 1, "category": "cooking",
+                                                   "turns": ["the lid is wet .", "and now ?"]}])
+    stages.run("05_eval", "mt-sample", "--empty-system", model=pi_init, questions=questions, max_new_tokens=4,
+               output=tmp_path / "bench")
+    [row] = stages.rows(tmp_path / "bench" / "model_answer" / "pi_init.jsonl")
+    [turns] = [choice["turns"] for choice in row["choices"]]
+    talk = [("system", ""), ("user", "the lid is wet ."), ("assistant", turns[0]), ("user", "and now ?")]
+    messages = [{"role": role, "content": content} for role, content in talk]
+    assert asked[-2:] == [(0.7, [tokenizer.apply_chat_template(
+        messages[:n], add_generation_prompt=True, return_dict=False)]) for n in (2, 4)]
+    assert len(turns) == 2
+
+
 def test_temperatures_and_rating():
-    assert mt_bench.TEMPERATURES == {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1}
+    assert mt_bench.TEMPERATURES == {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1, "extraction": 0,
+                                     "math": 0, "coding": 0, "reasoning": 0}
     for text, score in [("Rating: [[5]]", 5), ("[[7.5]] then [[2]]", 7.5), ("no rating", -1), ("[[rating]]", -1),
                         ("Rating: [8]", 8), ("[1] is cited, [[3]]", 3), ("", -1)]:
         assert mt_bench.read_rating(text) == score
@@ -143,6 +167,17 @@ def test_a_second_model_joins_the_file_and_a_model_judged_again_replaces_its_jud
         again = judge(answers, server, judge_options)
     assert again[:8] == both[8:] and [row["model"] for row in again[8:]] == ["ours"] * 8
     assert "101 another" in again[8]["user_prompt"] and len(server.requests) == 24
+
+
+def test_a_judgment_that_is_refused_for_ever_is_fastchat_s_error(tmp_path, judge_options):
+    def refuses(request, before):
+        return says(None) if " 102 " in request["messages"][1]["content"] else respond(request, before)
+    with serving(refuses) as server:
+        rows = judge(write_answers(tmp_path, "ours"), server, judge_options)
+    assert [row["score"] for row in rows] == [10, 4, -1, -1, 4, 4, 4, 4] and len(server.requests) == 8
+    assert [row["judgment"] for row in rows[2:4]] == ["$ERROR$"] * 2
+    scores = json.loads((tmp_path / "bench" / "model_score" / "ours_gpt-x.json").read_text())
+    assert scores["n_without_rating"] == 2 and scores["mt_bench"] == 5  # (10 + 5 x 4) / 6
 
 
 def test_a_stopped_run_resumes(tmp_path, judge_options):

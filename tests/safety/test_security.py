@@ -223,11 +223,12 @@ def test_a_key_that_is_not_a_key_is_refused_and_not_shown(ask, monkeypatch, key)
     assert "cret" not in ran.err + ran.out
 
 
+@pytest.mark.parametrize("version", ["", "?api-version=2024-10-21"])  # Azure's key is in a header of its own
 @pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
-def test_the_key_does_not_follow_a_redirect_to_another_host(ask, status):
+def test_the_key_does_not_follow_a_redirect_to_another_host(ask, status, version):
     with serving(lambda request, before: prefers_m(0.5)) as other:
         with serving(lambda request, before: (status, "", {"Location": other.url + "/chat/completions"})) as server:
-            ask(server.url)
+            ask(server.url + version)
     assert server.requests and KEY not in json.dumps(other.headers)
 
 
@@ -241,7 +242,8 @@ def test_netrc_does_not_replace_the_key(tmp_path, ask, monkeypatch):
 
 
 @pytest.mark.parametrize("url", [
-    "http://me:KEY@host/v1", "https://host/v1?api_key=KEY", "https://host/v1#KEY", "ftp://host/KEY", "KEY",
+    "http://me:KEY@host/v1", "https://host/v1?api_key=KEY", "https://host/v1?api-version=KEY",
+    "https://host/v1?api-version=2024-10-21&api_key=KEY", "https://host/v1#KEY", "ftp://host/KEY", "KEY",
     "file:///etc/passwd", "https://host/v1 KEY", "http://KEY@host"])
 def test_a_key_in_the_url_is_refused_and_not_shown(tmp_path, ask, url):
     ran = ask(url.replace("KEY", KEY))
