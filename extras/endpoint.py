@@ -25,7 +25,7 @@ PAUSE = 1.0  # seconds before the first retry, doubled for each further one; Ret
 def ask_judge(args, partial, jobs, logprobs):
     """{k: answer} to jobs {k: messages}: a text; with logprobs, [(token, log-prob)] of the most likely first tokens.
 
-    The answer is None where the endpoint refuses for ever, as a content filter does; of more than one in twenty none is
+    The answer is None where the endpoint refuses for ever, as a content filter does; of more than one in five none is
     recorded, since the fault is elsewhere. Answers are recorded in `partial` as they come, so that a resumed run asks
     only for what is missing. Raises InputError where requests have failed, and before most are sent where none would be
     answered: they are sent one at a time until one is.
@@ -59,7 +59,7 @@ def ask_judge(args, partial, jobs, logprobs):
             endpoint.stop.set()
             pool.shutdown(cancel_futures=True)
             refused = [k for k, (how, _) in unanswered.items() if how == "refused"]
-            for k in refused if answers and len(refused) <= max(PROBES, len(jobs) // 20) else ():
+            for k in refused if answers and len(refused) <= max(PROBES, len(jobs) // 5) else ():
                 keep(k, None)
     # the reason that matters most
     how, why = min(unanswered.values(), key=lambda end: ("fault", "failed", "refused").index(end[0]), default=("", ""))
@@ -103,8 +103,8 @@ class Endpoint:
 
     def ask(self, messages):
         """("answered", the answer), or (how it ended, why there is none): "failed", may be answered another time;
-        "refused", never will; "fault", nor will any other. What may be temporary is tried again; an endpoint that always
-        replies to it, but without an answer, refuses it."""
+        "refused", never will; "fault", nor will any other. What may be temporary is tried again; where there is
+        always a reply, but without an answer, it is refused."""
         retries = 0
         while True:
             with self.lock:

@@ -224,7 +224,7 @@ def test_a_row_without_an_answer_in_all_replies_is_missing(tmp_path, pair):
     assert [row["preference"] for row in rows].count(None) == 1 and len(server.requests) == N + 1
 
 
-def test_refusals_of_more_than_one_row_in_twenty_are_not_taken_for_missing_rows(tmp_path, pair):
+def test_refusals_of_more_than_one_row_in_five_are_not_taken_for_missing_rows(tmp_path, pair):
     broke = [True]
 
     def respond(request, before):  # six of twelve
