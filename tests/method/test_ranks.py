@@ -27,7 +27,7 @@ def jobs(world, pi_init, pi_0, preferences, tmp_path_factory):
         "sft": ("00_sft", sft), "sft fsdp": ("00_sft", dict(sft, fsdp=True)),
         "01": ("01_seed_dpo", seed), "01 fsdp": ("01_seed_dpo", dict(seed, fsdp=True)),
         "04": ("04_refined_dpo", refined), "04 fsdp": ("04_refined_dpo", dict(refined, fsdp=True)),
-        "04 odd": ("04_refined_dpo", dict(refined, batch_size=20, activation_checkpointing=True)),
+        "04 odd": ("04_refined_dpo", dict(refined, batch_size=20, lr=1e-4, activation_checkpointing=True)),
         "04 worst": ("04_refined_dpo", dict(refined, epsilon=0.05, refine="worst-case")),
         "04 worst fsdp": ("04_refined_dpo", dict(refined, epsilon=0.05, refine="worst-case", fsdp=True)),
         "05": ("05_eval", "sample", dict(sampling, input=world / "eval.jsonl", gold=world / "gold.json",

@@ -5,6 +5,7 @@ import re
 import signal
 
 import pytest
+import torch
 
 import common
 import runs
@@ -87,13 +88,31 @@ def recorded(partial):
     return {label: sorted(k for k, _ in runs.read_journal(partial, label)) for label in sorted(labels)}
 
 
-JOURNALS = {"01_seed_dpo": (6, [3]), "02_generate": (12, [3]), "03_judge": (11, [3, 3]), "05_eval sample": (12, [3])}
+# {stage: (models that are loaded before it is killed, forward passes after that, batches of each journal)}
+JOURNALS = {"01_seed_dpo": (1, 2, [3]), "02_generate": (1, 8, [3]), "03_judge": (2, 3, [3, 3]),
+            "05_eval sample": (1, 8, [3])}
+
+
+@pytest.fixture(scope="module")
+def passes(pi_0):
+    """Forward passes that loading a model takes, which tries it."""
+    count = []
+
+    def on_forward(module, _):
+        if isinstance(module, torch.nn.Embedding):
+            count.append(1)
+
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(on_forward)
+    common.load_model(str(pi_0), torch.device("cpu"))
+    hook.remove()
+    return len(count)
 
 
 @pytest.mark.parametrize("stage", JOURNALS)
 @pytest.mark.parametrize("left_by", ["one rank", "another rank", "two, to two ranks"])
-def test_finished_batches_are_not_computed_again(good, whole, tmp_path, stage, left_by):
-    forwards, batches = JOURNALS[stage]
+def test_finished_batches_are_not_computed_again(good, whole, passes, tmp_path, stage, left_by):
+    loaded, more, batches = JOURNALS[stage]
+    forwards = loaded * passes + more
     options, partial = good[stage] | {"output": tmp_path / "out"}, tmp_path / "out.partial"
     assert fork(stage, options, lambda: at_event(forwards, kill))().status == -signal.SIGKILL
     before = recorded(partial)
