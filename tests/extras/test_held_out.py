@@ -89,4 +89,5 @@ def test_the_signs_of_health_of_03_are_in_the_metrics(world, pi_0, pi_init, tmp_
     assert metrics["kl_per_token"] == counts["KL per token"] > 0
     assert metrics["improbable"] == counts["improbable tokens (%)"]
     runs.args_path(preferences).unlink()  # without its record nothing is known of it
-    assert "improbable" not in evaluated(tmp_path / "2", model=pi_0, input=world / "eval.jsonl", preferences=preferences)
+    metrics = evaluated(tmp_path / "2", model=pi_0, input=world / "eval.jsonl", preferences=preferences)
+    assert "improbable" not in metrics

@@ -1,6 +1,5 @@
 """Other people's models: what is in their files, what they can do, their limits. Each is found when it is loaded."""
 
-import json
 import shutil
 
 import pytest
@@ -11,10 +10,9 @@ from transformers import (AutoModelForSequenceClassification, BertConfig, Cohere
 
 import common
 import runs
-import stages
 from conftest import save_tiny
 from families import FAMILIES, SHAPE, make
-from stages import refused, rows, run, write_rows
+from stages import refused, run, write_rows
 
 CPU = torch.device("cpu")
 
@@ -94,7 +92,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_the_stages_cannot_use_is_refused_before_anything_is_made(tmp_path, tokenizer, world, name):
+def test_what_the_stages_cannot_use_is_refused(tmp_path, name):
     make(REFUSED[name]).save_pretrained(tmp_path / "model")
     with pytest.raises(runs.InputError, match=f"{tmp_path / 'model'}: not supported"):
         load(tmp_path / "model")

@@ -29,7 +29,8 @@ CHAT = {
              "{{ m.content | trim }}<end_of_turn>\n{% endfor %}"
              "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}",
     "llama-3.1": "Today is {{ strftime_now('%d %b %Y %H:%M:%S') }}{% for m in messages %}<|im_start|>{{ m.role }}\n"
-                 "{{ m.content }}<|eot_id|>{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
+                 "{{ m.content }}<|eot_id|>{% endfor %}"
+                 "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
     # opens a thought in the prompt, and strips thoughts from all turns
     "deepseek-r1": "{% for m in messages %}{% if m.role == 'assistant' %}<|assistant|>"
                    "{{ m.content.split('</think>')[-1] }}</s>{% else %}<|user|>{{ m.content }}{% endif %}{% endfor %}"
