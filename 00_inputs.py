@@ -92,6 +92,8 @@ def parse_args():
         "and B in turn; the world's base model then knows the words of the judging prompt (Listing 1)")
     # --source world only
     add("--sft-size", type=runs.natural, default=12000, help="--source world: examples for SFT")
+    add("--gold-length", type=runs.share, default=0.0, help="--source world: what each word adds to gold's score of a "
+        "response, between -1 and 1 without it: for Table 10, a judge that likes length (0.03: a little)")
     add("--shape", choices=("llama", "phi", "mistral"), default="llama", help="--source world: base model")
     return parser.parse_args()
 

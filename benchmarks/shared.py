@@ -156,3 +156,31 @@ def read_report(worker, log):
 def spread(values):
     low, middle, high = statistics.quantiles(values, n=4)
     return f"{middle:.2f} ({low:.2f} to {high:.2f})"
+
+
+# ---------------------------------------------------------------------------------------------
+# Means over seeds
+
+
+def cell(values, digits=1):
+    """Mean ± standard deviation of those that are not None."""
+    values = [value for value in values if value is not None]
+    if not values:
+        return "-"
+    return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values) if len(values) > 1 else 0:.{digits}f}"
+
+
+def difference(a, b):
+    """(mean, its standard error) of a - b, values of the same seeds."""
+    gains = [x - y for x, y in zip(a, b, strict=True)]
+    return statistics.mean(gains), statistics.stdev(gains) / len(gains) ** 0.5 if len(gains) > 1 else 0.0
+
+
+def mean_row(rows):
+    """The metrics of one row of a table, over the seeds, as the report draws them."""
+    (win_rate, error), (lc, lc_error) = (difference([row[key] for row in rows], [0] * len(rows))
+                                         for key in ("win_rate", "length_controlled_winrate"))
+    others = {key: statistics.mean(row[key] for row in rows) for key in ("judge_accuracy", "kl_per_token")
+              if all(row.get(key) is not None for row in rows)}
+    return {"name": rows[0]["name"], "win_rate": win_rate, "standard_error": error,
+            "length_controlled_winrate": lc, "lc_standard_error": lc_error, **others}

@@ -11,14 +11,14 @@ Data, base model, order of the pairs and samples all follow the seed.
 import argparse
 import json
 import os
-import statistics
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
+
+from shared import cell, mean_row
 
 from extras.report import figure
 
@@ -38,24 +38,6 @@ def run(seed, args):
                        check=True)
     evaluated = Path(args.runs) / f"world-seed{seed}" / "eval"
     return {row: json.loads((evaluated / row / "metrics.json").read_text()) for row in ROWS}
-
-
-def cell(values, digits=1):
-    values = [value for value in values if value is not None]
-    if not values:
-        return "-"
-    return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values) if len(values) > 1 else 0:.{digits}f}"
-
-
-def mean_row(rows):
-    """The metrics of one row of the table, over the seeds, as the report draws them."""
-    def mean_and_error(key):
-        values = [row[key] for row in rows]
-        return statistics.mean(values), statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0
-
-    (win_rate, error), (lc, lc_error) = map(mean_and_error, ("win_rate", "length_controlled_winrate"))
-    return {"name": rows[0]["name"], "win_rate": win_rate, "standard_error": error,
-            "length_controlled_winrate": lc, "lc_standard_error": lc_error}
 
 
 def main():

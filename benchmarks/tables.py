@@ -1,12 +1,15 @@
-"""The paper's comparisons in the small world: Tables 1 to 7, 10, 11 and Figures 3, 4, over several seeds.
+"""The paper's comparisons in the small world, with controls, over several seeds: benchmarks/TABLES.md.
 
-    python benchmarks/tables.py                     # all of them, into benchmarks/TABLES.md
-    python benchmarks/tables.py --table 6           # one of them (a figure is F3 or F4), printed
+    python benchmarks/tables.py                     # all of them, into benchmarks/TABLES.md and figure_*.svg
+    python benchmarks/tables.py --table 6 6b        # some of them (a figure is F3, F4 or F5b), printed
     python benchmarks/tables.py --dry-run           # print the commands without running them
 
 A row's commands are those that `bash run_all.sh world --dry-run` prints, with the row's own models, files and options.
 Variables of the environment count as they do there. What rows and tables share is made once, in runs/tables/seedN. Each
 seed runs its stages one after another, on one core; run again, it skips those that are complete and resumes.
+
+Rows are compared by the mean over the seeds of the difference within a seed, with its standard error. It counts as seen
+where it is more than two standard errors from 0.
 """
 
 import argparse
@@ -27,89 +30,149 @@ from datetime import date
 from pathlib import Path
 
 import torch
-from shared import ROOT, command_line
+from shared import ROOT, command_line, cell, difference, mean_row
 
 import runs
+from extras.report import figure
 
 METRICS = {"length_controlled_winrate": "LC win rate", "win_rate": "win rate", "avg_length": "length"}
 
 # ---------------------------------------------------------------------------------------------
 # The tables. A model is VARIANT/t: pi_t of a variant of SPA (t = 0: its DPO on the seed), its SFT or its base model.
 
-# paper: LC win rate, win rate, length, as far as the paper has them. Rows of different families (Table 5: kinds of
-# model) are not compared, nor are rows of one group (Table 4: samples of the seed).
-Row = namedtuple("Row", "label paper model family group", defaults=("", None))
+# paper: LC win rate, win rate, length, as far as the paper has them; minus: the row that this one is compared with.
+# The order of two rows is compared with the paper's within a family; None: with no other row.
+Row = namedtuple("Row", "label paper model minus family", defaults=(None, ""))
 TABLES = {  # title, remark, rows
     "1": ("Main results", "", [
-        Row("Base model", (0.17, 0.50), "spa/base"), Row("DPO, 100 % (Zephyr)", (11.75, 10.03), "all_gold/0"),
-        Row("SFT", (7.58, 4.72), "spa/sft"), Row("DPO, 3.3 %", (9.03, 7.68), "spa/0"),
-        Row("SPA, 3.3 %", (15.39, 21.13), "spa/3")]),
-    "2": ("Ways to judge", "The reward model learnt from the gold labels of all prompts, 30 times the seed.", [
-        Row("Iterative DPO, reward model (PairRM)", (11.87, 9.46), "reward/3"),
-        Row("Iterative DPO, LLM-as-judge", (9.28, 9.18), "llm/3"), Row("SPA", (15.39, 21.13), "spa/3")]),
+        Row("Base model", (0.17, 0.50), "spa/base", family=None),
+        Row("SFT", (7.58, 4.72), "spa/sft", "spa/0"), Row("DPO, 3.3 %", (9.03, 7.68), "spa/0"),
+        Row("DPO, 100 % (Zephyr)", (11.75, 10.03), "all_gold/0", "spa/0"),
+        Row("SPA, 3.3 %", (15.39, 21.13), "spa/3", "spa/0")]),
+    "C": ("Controls (not in the paper)",
+          "SPA's updates see 6,400 pairs: the 200 of the seed three times, each of D_1 to D_3 once. DPO on the seed "
+          "for 30 epochs sees 6,000, as does DPO on all gold labels for one. The last three rows take the labels of D_1 "
+          "to D_3 from a coin, from Eq. 7 and from gold, and refine none.", [
+              Row("SPA, 3.3 %", (), "spa/3"),
+              *(Row(f"DPO, 3.3 %, {n} epochs", (), f"{name}/0", "spa/3")
+                for n, name in ((3, "spa"), (10, "epochs_10"), (30, "epochs_30"))),
+              *(Row(f"DPO, 100 %, {n}", (), f"{name}/0", "spa/3")
+                for n, name in (("1 epoch", "all_gold"), ("3 epochs", "all_gold_3"))),
+              Row("Labels at random", (), "random/3", "spa/0"), Row("Labels by Eq. 7", (), "spa_none/3", "spa/0"),
+              Row("Labels by gold", (), "gold/3", "spa_none/3")]),
+    "2": ("Ways to judge",
+          "PairRM learnt from far more preferences than SPA's seed has, so the first row stands for it: its reward "
+          "model learnt from the gold labels of all prompts, 30 times the seed. The second one learnt from the seed.", [
+              Row("Iterative DPO, reward model of all labels (PairRM)", (11.87, 9.46), "reward/3", "spa/3"),
+              Row("Iterative DPO, reward model of the seed's labels", (), "reward_seed/3", "spa/3"),
+              Row("Iterative DPO, LLM-as-judge", (9.28, 9.18), "llm/3", "spa/3"),
+              Row("SPA", (15.39, 21.13), "spa/3")]),
     "3": ("Seed sizes (two iterations)", "", [
         Row("DPO, 0.8 %", (7.85, 5.53), "seed_0.8/0"), Row("DPO, 1.7 %", (7.68, 5.49), "seed_1.7/0"),
         Row("DPO, 3.3 %", (9.03, 7.68), "spa/0"), Row("DPO, 10 %", (11.37, 9.32), "seed_10/0"),
-        Row("SPA, 0.8 %", (10.36, 11.34), "seed_0.8/2"), Row("SPA, 1.7 %", (12.36, 13.72), "seed_1.7/2"),
-        Row("SPA, 3.3 %", (16.23, 19.94), "spa/2"), Row("SPA, 10 %", (18.52, 23.79), "seed_10/2")]),
+        Row("SPA, 0.8 %", (10.36, 11.34), "seed_0.8/2", "seed_0.8/0"),
+        Row("SPA, 1.7 %", (12.36, 13.72), "seed_1.7/2", "seed_1.7/0"),
+        Row("SPA, 3.3 %", (16.23, 19.94), "spa/2", "spa/0"),
+        Row("SPA, 10 %", (18.52, 23.79), "seed_10/2", "seed_10/0")]),
     "4": ("Three samples of the seed (two iterations)",
-          "Another sample of the seed here leaves other prompts for the iterations.", [
-              Row("DPO, 1st seed sample", (9.03, 7.68), "spa/0", group="DPO"),
-              Row("DPO, 2nd seed sample", (8.74, 7.17), "sample_1/0", group="DPO"),
-              Row("DPO, 3rd seed sample", (9.54, 7.59), "sample_2/0", group="DPO"),
-              Row("SPA, 1st seed sample", (16.23, 19.94), "spa/2", group="SPA"),
-              Row("SPA, 2nd seed sample", (13.77, 20.06), "sample_1/2", group="SPA"),
-              Row("SPA, 3rd seed sample", (16.38, 19.74), "sample_2/2", group="SPA")]),
-    "5": ("Kinds of model (two iterations)", "", [
-        Row(f"{kind}: {name}", numbers, f"{variant}/{t}", family=kind) for kind, variant, *paper in (
-            ("Phi (for Phi-2)", "phi", (5.88, 3.78), (7.02, 5.67), (9.10, 9.43)),
-            ("Llama (for LLaMA-3-8B)", "spa", (21.40, 21.71), (24.17, 25.39), (25.03, 34.84)),
-            ("Mistral (for Phi-3-14B)", "mistral", (26.51, 21.41), (27.70, 22.12), (28.77, 24.14)))
-        for name, t, numbers in zip(("SFT", "DPO", "SPA"), ("sft", 0, 2), paper)]),
+          "Base model, SFT, prompts and evaluation are the same for the three samples of a world.", [
+              Row(f"{name}, {k} sample", paper, f"{variant}/{t}", f"{variant}/0" if t else None, k)
+              for name, t, papers in (
+                  ("DPO", 0, [(9.03, 7.68), (8.74, 7.17), (9.54, 7.59)]),
+                  ("SPA", 2, [(16.23, 19.94), (13.77, 20.06), (16.38, 19.74)]))
+              for k, variant, paper in zip(("1st", "2nd", "3rd"), ("spa", "sample_1", "sample_2"), papers)]),
+    "5": ("Kinds of model (two iterations; Phi one, App. B.3)", "", [
+        Row(f"{kind}: {name}", numbers, f"{variant}/{t}", None if name == "DPO" else f"{variant}/0", kind)
+        for kind, variant, last, *paper in (
+            ("Phi (for Phi-2)", "phi", 1, (5.88, 3.78), (7.02, 5.67), (9.10, 9.43)),
+            ("Llama (for LLaMA-3-8B)", "spa", 2, (21.40, 21.71), (24.17, 25.39), (25.03, 34.84)),
+            ("Mistral (for Phi-3-14B)", "mistral", 2, (26.51, 21.41), (27.70, 22.12), (28.77, 24.14)))
+        for name, t, numbers in zip(("SFT", "DPO", "SPA"), ("sft", 0, last), paper)]),
     "6": ("Ablation", "", [
         Row("SFT", (7.58, 4.72), "spa/sft"), Row("DPO, 3.3 %", (9.03, 7.68), "spa/0"),
-        Row("SPA, data expansion only", (14.41, 19.91), "spa_none/3"),
-        Row("SPA, and self-refinement", (14.70, 19.94), "spa_self/3"),
-        Row("SPA, and de-coupled detection", (15.39, 21.13), "spa/3"),
-        Row("Worst-case reweighting (not in the paper)", (), "worst_case/3")]),
-    "7": ("Judging iteration 2", "", [
-        Row("SPA after iteration 1", (10.57, 11.89), "spa_none/1"),
+        Row("SPA, data expansion only", (14.41, 19.91), "spa_none/3", "spa/0"),
+        Row("SPA, and self-refinement", (14.70, 19.94), "spa_self/3", "spa_none/3"),
+        Row("SPA, and de-coupled detection", (15.39, 21.13), "spa/3", "spa_self/3"),
+        Row("Worst-case reweighting (not in the paper)", (), "worst_case/3", "spa_none/3")]),
+    "7": ("Judging iteration 2", "The reward models are Table 2's.", [
+        Row("SPA after iteration 1", (10.57, 11.89), "spa_none/1", "spa_none/2"),
         Row("Eq. 7 with initial SFT model", (15.08, 19.56), "spa_none/2"),
-        Row("Eq. 7 with previous model", (13.73, 17.66), "previous/2"),
-        Row("Judgment with reward model (PairRM)", (13.57, 13.72), "then_reward/2"),
-        Row("Judgment without reference model", (12.83, 12.35), "no_reference/2")]),
-    "10": ("Length penalty", "", [
-        Row("Base model", (0.17, 0.50, 5692), "spa/base"), Row("SFT", (7.58, 4.72, 901), "spa/sft"),
-        Row("DPO, 3.3 %", (9.03, 7.68, 1802), "spa/0"), Row("DPO, 100 % (Zephyr)", (11.75, 10.03, 1552), "all_gold/0"),
-        Row("SPA (original, iteration 1)", (11.88, 12.95, 2150), "spa/1"),
-        Row("SPA (modified, iteration 1)", (11.39, 12.31, 2013), "length_penalty/1"),
-        Row("SPA (original, iteration 2)", (16.23, 19.94, 2749), "spa/2"),
-        Row("SPA (modified, iteration 2)", (14.46, 18.23, 2448), "length_penalty/2")]),
+        Row("Eq. 7 with previous model", (13.73, 17.66), "previous/2", "spa_none/2"),
+        Row("Judgment with reward model of all labels (PairRM)", (13.57, 13.72), "then_reward/2", "spa_none/2"),
+        Row("Judgment with reward model of the seed's labels", (), "then_reward_seed/2", "spa_none/2"),
+        Row("Judgment without reference model", (12.83, 12.35), "no_reference/2", "spa_none/2")]),
+    "10": ("Length penalty", "In this world gold likes length a little (`00_inputs.py --gold-length`).", [
+        Row("Base model", (0.17, 0.50, 5692), "long/base", family=None), Row("SFT", (7.58, 4.72, 901), "long/sft"),
+        Row("DPO, 3.3 %", (9.03, 7.68, 1802), "long/0"),
+        Row("DPO, 100 % (Zephyr)", (11.75, 10.03, 1552), "long_gold/0"),
+        Row("SPA (original, iteration 1)", (11.88, 12.95, 2150), "long/1"),
+        Row("SPA (modified, iteration 1)", (11.39, 12.31, 2013), "long_penalty/1", "long/1"),
+        Row("SPA (original, iteration 2)", (16.23, 19.94, 2749), "long/2"),
+        Row("SPA (modified, iteration 2)", (14.46, 18.23, 2448), "long_penalty/2", "long/2")]),
     "11": ("LLM-as-judge from the previous model", '"Previous model": pi_1 of a twin of iteration 1 whose vocabulary '
            "has the words of the judging prompt, which the policy's lacks.", [
-               Row("LLM-as-judge (iteration 1)", (8.88, 8.01), "llm/1"),
-               Row("LLM-as-judge (iteration 2, original)", (9.49, 8.46), "llm/2"),
-               Row("LLM-as-judge (iteration 2, previous model)", (9.74, 10.09), "llm_again/2"),
+               Row("LLM-as-judge (iteration 1)", (8.88, 8.01), "llm/1", "spa/2"),
+               Row("LLM-as-judge (iteration 2, original)", (9.49, 8.46), "llm/2", "spa/2"),
+               Row("LLM-as-judge (iteration 2, previous model)", (9.74, 10.09), "llm_again/2", "llm/2"),
                Row("SPA (iteration 2)", (15.46, 19.91), "spa/2")]),
     # the paper's text has some of the figure's numbers; SPA's first two are those of Table 10
     "F3": ("Iterations", "", [
-        Row(f"{name}, iteration {t}", paper.get(t, ()), f"{variant}/{t}", family=t) for name, variant, paper in (
-            ("reward model", "reward", {3: (11.87, 9.46)}),
+        Row(f"{name}, iteration {t}", paper.get(t, ()), f"{variant}/{t}", None if name == "SPA" else f"spa/{t}", t)
+        for name, variant, paper in (
+            ("Reward model of all labels", "reward", {3: (11.87, 9.46)}),
+            ("Reward model of the seed's labels", "reward_seed", {}),
             ("LLM-as-judge", "llm", {1: (8.88, 8.01), 2: (9.49, 8.46), 3: (9.28, 9.18)}),
             ("SPA", "spa", {1: (11.88, 12.95), 2: (16.23, 19.94), 3: (15.39, 21.13)})) for t in (1, 2, 3)]),
     "F4": ("No seed data", "", [
         Row("Instruction-tuned model", (10.14, 6.31), "no_seed/0"),
-        Row("SPA without a seed, iteration 1", (), "no_seed/1"),
-        Row("SPA without a seed, iteration 2", (), "no_seed/2"),
-        Row("SPA without a seed, iteration 3", (11.59, 9.79), "no_seed/3")])}
+        *(Row(f"SPA without a seed, iteration {t}", (11.59, 9.79) if t == 3 else (), f"no_seed/{t}", f"no_seed/{t - 1}")
+          for t in (1, 2, 3))]),
+    "F5b": ("Iterations, without de-coupled detection",
+            "The paper's figure has MT-Bench's score, which asks a second question after the answer. The small world's "
+            "tokenizer and base model know one turn, and a second one would need a gold judge of conversations: Tables "
+            "8 and 9 and Figure 5a are left out, and this figure has the win rate.", [
+                Row(f"{name}, iteration {t}", (), f"{variant}/{t}", None if variant == "spa_self" else f"spa_self/{t}")
+                for name, variant in (("Reward model of all labels", "reward"), ("SPA without DND", "spa_self"))
+                for t in (1, 2, 3)])}
+
+FIGURES = ("F3", "F4", "F5b")
+
+# Table 6b: 04 alone, from one model and its labels. ARMS: options of 04; LABELS: of VARIANTS, and the arms that are run
+ARMS = {"none": {}, "self, alpha 0.1, K 10 (the paper's)": dict(refine="self"),
+        "de-coupled (Eq. 11, 12)": dict(refine="decoupled"), "self, alpha 1, K 10": dict(refine="self", alpha="1"),
+        "self, alpha 1, K 30": dict(refine="self", alpha="1", k_percent="30"),
+        **{f"worst case, epsilon {e}": dict(refine="worst-case", epsilon=e) for e in ("0.01", "0.05", "0.2")}}
+LABELS = {"D_2 by Eq. 7": ({}, list(ARMS)),
+          **{f"{share} % turned": (dict(flip=share / 100), [a for a in ARMS if a != "self, alpha 1, K 10"])
+             for share in (10, 20, 30)},
+          "D_2 by gold": (dict(judge="gold"), [a for a in ARMS if "alpha 1" not in a]),
+          "the seed": (None, [a for a in ARMS if "alpha 1" not in a and "de-coupled" not in a])}
+CELLS = [(labels, arm) for labels, (_, arms) in LABELS.items() for arm in arms]
 
 # ---------------------------------------------------------------------------------------------
 # The stages
 
 Task = namedtuple("Task", "output stage options")  # stage: a script, with the command that it takes before its options
-SEED_PARTS = {"seed_0.8": 4, "seed_1.7": 2, "seed_10": 1 / 3}  # the seed is divided by it
-REFINE = {"spa_self": "self", "worst_case": "worst-case"} | dict.fromkeys(
-    ("spa_none", "reward", "then_reward", "previous", "no_reference", "llm", "llm_again", "llm_words"), "none")
+NONE = dict(refine="none")
+SEED_PARTS = {"seed_0.8": 1 / 4, "seed_1.7": 1 / 2, "seed_10": 3}  # of the seed
+GOLD_LENGTH = "0.03"  # a word: the longer of two writers' answers is the better one in 61 % of pairs
+# data: which world; labels: of the seed stage, epochs: its epochs; from the iteration after `after` on (default: all),
+# judge: of 03_judge.py, flip: the share of its labels that is turned round; everything else is an option of 04
+VARIANTS = {
+    "spa": {}, "spa_none": NONE, "spa_self": dict(refine="self"), "worst_case": dict(refine="worst-case"),
+    "epochs_10": dict(epochs="10"), "epochs_30": dict(epochs="30"),
+    "all_gold": dict(labels="all_gold.jsonl", epochs="1"), "all_gold_3": dict(labels="all_gold.jsonl", epochs="3"),
+    "random": NONE | dict(flip=0.5), "gold": NONE | dict(judge="gold"),
+    "reward": NONE | dict(judge="reward"), "reward_seed": NONE | dict(judge="reward_seed"),
+    "then_reward": NONE | dict(judge="reward", after=1), "then_reward_seed": NONE | dict(judge="reward_seed", after=1),
+    "previous": NONE | dict(judge="previous", after=1), "no_reference": NONE | dict(judge="none", after=1),
+    "llm": NONE | dict(judge="llm"), "llm_again": NONE | dict(judge="llm_again"),
+    "llm_words": NONE | dict(judge="llm", data="llm_words"), "no_seed": {},
+    "long": dict(data="long"), "long_penalty": dict(data="long", judge="penalty"),
+    "long_gold": dict(data="long", labels="all_gold.jsonl", epochs="1"),
+    **{name: dict(data=name) for name in ("seed_0.8", "seed_1.7", "seed_10", "sample_1", "sample_2", "phi", "mistral")},
+    **{f"{labels}, {arm}": dict(seed_options=NONE | ARMS[arm] | dict(lam="0")) if LABELS[labels][0] is None else
+       NONE | LABELS[labels][0] | ARMS[arm] | dict(after=1) for labels, arm in CELLS}}
 
 
 def world_options(seed):
@@ -123,7 +186,7 @@ def world_options(seed):
         sys.exit(done.stderr.strip())
     found = defaultdict(list)
     for line in done.stdout.splitlines():
-        _, script, *words = shlex.split(line)
+        _, script, *words = shlex.split(line.split(" --then ")[0])  # the other models are evaluated like the first
         options = {}
         for word in words:
             if word.startswith("--"):
@@ -144,6 +207,9 @@ class Plan:
         self.folder, self.tasks, self.outputs, self.of = folder, {}, {}, world_options(seed)
         # {table: outputs of its rows}. All of them, whichever are wanted: who asks for an output first, names it.
         self.evaluated = {key: [self.evaluate(row.model) for row in rows] for key, (_, _, rows) in TABLES.items()}
+        self.flags = [self.find_flags(t) for t in (1, 2, 3)]
+        self.evaluated["6b"] = [self.evaluate(f"{labels}, {arm}/{0 if labels == 'the seed' else 2}")
+                                for labels, arm in CELLS] + self.flags
 
     def needed(self, keys):
         """The tasks that these tables need, in order."""
@@ -160,41 +226,47 @@ class Plan:
         """The output of a stage: the path named here, or in an earlier call with the same options."""
         key = json.dumps([stage, options], sort_keys=True, default=str)
         if key not in self.outputs:
-            output = self.outputs[key] = self.folder / name
+            output = self.outputs[key] = self.folder / name.replace(" %", "").replace(", ", "_").replace(" ", "_")
             assert output not in self.tasks, output
             self.tasks[output] = Task(output, stage, options)
         return self.outputs[key]
 
     def evaluate(self, model):
         """The folder of a model's evaluation. model: as in TABLES"""
-        variant, t = model.split("/")
+        variant, t = model.rsplit("/", 1)
         folder = (self.data(variant) / "base" if t == "base" else self.pi_init(variant) if t == "sft"
                   else self.spa(variant, min(int(t), len(self.of["04_refined_dpo.py"]))))
-        return self.run(f"eval/{folder.relative_to(self.folder)}", "05_eval.py sample", model=folder,
-                        input=self.data() / "eval.jsonl", gold=self.data() / "gold.json", **self.of["05_eval.py"][0])
+        world = self.data("long" if VARIANTS[variant].get("data") == "long" else "spa")
+        name = "_long" * (world != self.data()) + f"/{folder.relative_to(self.folder)}"
+        return self.run(f"eval{name}", "05_eval.py sample", model=folder, input=world / "eval.jsonl",
+                        gold=world / "gold.json", **self.of["05_eval.py"][0])
+
+    def find_flags(self, t):
+        """What flags.py finds in D_t of SPA without refinement."""
+        options = {key: self.of["04_refined_dpo.py"][t - 1][key]
+                   for key in ("lam", "beta", "lr", "batch_size", "micro_batch_size", "seed")}
+        return self.run(f"flags_{t}.json", "benchmarks/flags.py", model=self.spa("spa_none", t - 1),
+                        input=self.preferences("spa_none", t), gold=self.data() / "gold.json", **options)
 
     def data(self, variant="spa"):
-        [world] = self.of["00_inputs.py"]
-        if variant in SEED_PARTS:
-            size = str(round(int(world["seed_size"]) / SEED_PARTS[variant]))
-            return self.run(f"data_{variant}", "00_inputs.py", **world | {"seed_size": size})
-        if variant in ("sample_1", "sample_2"):
-            return self.run(f"data_{variant}", "00_inputs.py", source=self.data("seed_10") / "all_gold.jsonl",
-                            seed=variant[-1], eval_size=0, **{key: world[key] for key in ("seed_size", "prompt_sizes")})
-        own = {"phi": dict(shape="phi"), "mistral": dict(shape="mistral"), "llm_words": dict(llm_judge=True)}
-        return self.run(f"data_{variant}", "00_inputs.py", **world, **own.get(variant, {}))
+        [world], kind = self.of["00_inputs.py"], VARIANTS[variant].get("data", "spa")
+        own = {"phi": dict(shape="phi"), "mistral": dict(shape="mistral"), "llm_words": dict(llm_judge=True),
+               "long": dict(gold_length=GOLD_LENGTH),
+               "sample_1": dict(seed_sample="1"), "sample_2": dict(seed_sample="2"),
+               **{name: dict(seed_size=round(int(world["seed_size"]) * part)) for name, part in SEED_PARTS.items()}}
+        return self.run(f"data_{kind}", "00_inputs.py", **world | own.get(kind, {}))
 
     def pi_init(self, variant="spa"):
-        if variant not in ("phi", "mistral", "llm_words"):
-            variant = "spa"
-        return self.sft(f"pi_init_{variant}", self.data(variant) / "base", self.data(variant) / "sft.jsonl")
+        kind = VARIANTS[variant].get("data")  # other seeds and another gold change neither the base model nor SFT
+        kind = kind if kind in ("phi", "mistral", "llm_words") else "spa"
+        return self.sft(f"pi_init_{kind}", self.data(kind) / "base", self.data(kind) / "sft.jsonl")
 
     def sft(self, name, model, data, **options):
         return self.run(name, "00_sft.py", model=model, input=data, **self.of["00_sft.py"][0] | options)
 
-    def reward_model(self):
-        return self.run("reward_model", "benchmarks/reward_model.py", model=self.pi_init(),
-                        input=self.data() / "all_gold.jsonl", seed=self.of["00_inputs.py"][0]["seed"])
+    def reward_model(self, labels, **options):
+        return self.run(f"reward_model_{labels}", "benchmarks/reward_model.py", model=self.pi_init(),
+                        input=self.data() / f"{labels}.jsonl", seed=self.of["00_inputs.py"][0]["seed"], **options)
 
     def llm_judge(self, name, model):
         """LLM-as-judge (App. B.2), from a model whose vocabulary has the words of Listing 1."""
@@ -203,34 +275,54 @@ class Plan:
 
     def spa(self, variant, t):
         """pi_t of a variant of SPA."""
+        own = VARIANTS[variant]
+        if t == 0 and variant == "no_seed":
+            return self.sft("pi_instruct", self.pi_init(), self.data() / "sft_kind.jsonl", epochs="1")
         if t == 0:
-            if variant == "no_seed":
-                return self.sft("pi_instruct", self.pi_init(), self.data() / "sft_kind.jsonl", epochs="1")
-            name, epochs = ("all_gold.jsonl", {"epochs": "1"}) if variant == "all_gold" else ("seed.jsonl", {})
-            return self.run(f"pi_0_{variant}", "01_seed_dpo.py", model=self.pi_init(variant),
-                            input=self.data(variant) / name, **self.of["01_seed_dpo.py"][0] | epochs)
-        policy = self.spa(variant, t - 1)
+            seed_stage = "04_refined_dpo.py" if "seed_options" in own else "01_seed_dpo.py"
+            options = {key: own[key] for key in ("epochs",) if key in own} | own.get("seed_options", {})
+            return self.run(f"pi_0_{variant}", seed_stage, model=self.pi_init(variant),
+                            input=self.data(variant) / own.get("labels", "seed.jsonl"),
+                            **self.of["01_seed_dpo.py"][0] | options)
+        if t <= own.get("after", 0):
+            return self.spa("spa_none", t)
+        options = {key: own[key] for key in ("refine", "alpha", "k_percent", "epsilon") if key in own}
+        return self.run(f"{variant}/pi_{t}", "04_refined_dpo.py", model=self.spa(variant, t - 1),
+                        input=self.preferences(variant, t),
+                        **dict(refine="decoupled") | self.of["04_refined_dpo.py"][t - 1] | options)
+
+    def preferences(self, variant, t):
+        """D_t of a variant of SPA."""
+        own, policy = VARIANTS[variant], self.spa(variant, t - 1)
+        if t <= own.get("after", 0):
+            return self.preferences("spa_none", t)
         responses = self.run(f"{variant}/responses_{t}.jsonl", "02_generate.py", model=policy,
                              input=self.data(variant) / f"prompts_{t}.jsonl", **self.of["02_generate.py"][t - 1])
-        preferences = self.run(f"{variant}/preferences_{t}.jsonl", "03_judge.py", input=responses,
-                               **self.judge(variant, t, policy), **self.of["03_judge.py"][t - 1])
-        return self.run(f"{variant}/pi_{t}", "04_refined_dpo.py", model=policy, input=preferences,
-                        refine=REFINE.get(variant, "decoupled"), **self.of["04_refined_dpo.py"][t - 1])
+        labelled = self.run(f"{variant}/preferences_{t}.jsonl", "03_judge.py", input=responses,
+                            **self.judge(own.get("judge"), variant, t, policy), **self.of["03_judge.py"][t - 1])
+        if "flip" not in own:
+            return labelled
+        return self.run(f"{variant}/turned_{t}.jsonl", "benchmarks/relabel.py", input=labelled, flip=own["flip"],
+                        seed=self.of["00_inputs.py"][0]["seed"])
 
-    def judge(self, variant, t, policy):
-        """The options of 03_judge.py. Table 7's variants differ from the second iteration on."""
+    def judge(self, judge, variant, t, policy):
+        """The options of 03_judge.py."""
         beta = self.of["04_refined_dpo.py"][0]["beta"]
-        if variant == "reward" or variant == "then_reward" and t > 1:
-            return dict(judge="reward", reward_model=self.reward_model())
-        if variant == "llm_again" and t > 1:
+        if judge == "llm_again" and t > 1:
             return dict(judge="llm", judge_model=self.llm_judge("judge_again", self.spa("llm_words", 1)))
-        if variant in ("llm", "llm_again", "llm_words"):
+        if judge in ("llm", "llm_again"):
             return dict(judge="llm", judge_model=self.llm_judge("judge", self.pi_init("llm_words")))
-        if variant == "previous" and t > 1:
+        if judge == "reward":
+            return dict(judge="reward", reward_model=self.reward_model("all_gold"))
+        if judge == "reward_seed":  # as many epochs as make its steps those of the other one, in order of magnitude
+            return dict(judge="reward", reward_model=self.reward_model("seed", epochs="20"))
+        if judge == "gold":
+            return dict(judge="gold", gold=self.data() / "gold.json")
+        if judge == "previous":
             return dict(judge="previous", model=policy, ref_model=self.spa(variant, t - 2), beta=beta)
-        if variant == "no_reference" and t > 1:
+        if judge == "none":
             return dict(judge="none", model=policy, beta=beta)
-        penalty = dict(length_penalty="auto") if variant == "length_penalty" else {}
+        penalty = dict(length_penalty="auto") if judge == "penalty" else {}
         return dict(model=policy, init_model=self.pi_init(variant), beta=beta, **penalty)  # Eq. 7
 
 
@@ -269,63 +361,130 @@ def run_tasks(tasks):
 # The report
 
 
-def cell(values):
-    if len(values) < 2:
-        return f"{values[0]:.1f}"
-    return f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
+def compare(rows, found, metric, m):
+    """[(pairs that agree with the paper), (that contradict it), (without a difference)], each (label, label, text).
+
+    found: for each row {metric: [its value of each seed]}; m: the metric's place in Row.paper
+    """
+    said = [], [], []
+    for (one, a), (two, b) in itertools.combinations(zip(rows, found), 2):
+        if one.family != two.family or None in (one.family, two.family) or m >= min(len(one.paper), len(two.paper)) \
+                or one.paper[m] == two.paper[m]:
+            continue
+        (low, a), (high, b) = ((one, a), (two, b)) if one.paper[m] < two.paper[m] else ((two, b), (one, a))
+        mean, error = difference(b[metric], a[metric])
+        verdict = 2 if abs(mean) <= 2 * error else 0 if mean > 0 else 1
+        said[verdict].append(f'"{high.label}" above "{low.label}" ({mean:+.1f} ± {error:.1f})')
+    return said
 
 
 def order(rows, found):
-    """A sentence on the pairs of rows in the paper's order. found: for each row {metric: [its value of each seed]}"""
-    said = []
+    """Sentences on the pairs of rows whose order the paper gives."""
+    text = []
     for m, (metric, name) in enumerate(METRICS.items()):
-        pairs, against = 0, []
-        for (one, a), (two, b) in itertools.combinations(zip(rows, found), 2):
-            apart = one.family != two.family or one.group is not None and one.group == two.group
-            if apart or m >= min(len(one.paper), len(two.paper)) or one.paper[m] == two.paper[m]:
-                continue
-            pairs += 1
-            low, high = (one, two) if one.paper[m] < two.paper[m] else (two, one)
-            a, b = (a, b) if low is one else (b, a)
-            gains = [y - x for x, y in zip(a[metric], b[metric])]
-            if statistics.mean(gains) <= 0:
-                against.append((statistics.mean(gains),
-                                f"\"{high.label}\" is not above \"{low.label}\" ({cell(gains)})"))
+        agree, contrary, unseen = compare(rows, found, metric, m)
+        pairs = len(agree) + len(contrary) + len(unseen)
         if pairs:
-            worst = [text for _, text in sorted(against)[:3]]
-            more = f", and {len(against) - 3} more" if len(against) > 3 else ""
-            said.append(f"by {name}, {pairs - len(against)} of {pairs} pairs of rows are in the paper's order"
-                        + (f" (not: {'; '.join(worst)}{more})" if against else ""))
-    sentence = "; ".join(said) or "the paper has no numbers to compare with"
-    return sentence[0].upper() + sentence[1:] + "."
+            text.append(f"By {name}, {len(agree)} of the paper's {pairs} orders are seen here"
+                        + (f"; contrary: {', '.join(contrary)}" if contrary else "")
+                        + (f"; no difference seen: {', '.join(unseen)}" if unseen else "") + ".")
+    return " ".join(text)
 
 
 def markdown(key, rows, found):
+    """A table. found: as of `compare`"""
     title, remark, _ = TABLES[key]
     kind = f"Figure {key[1:]}" if key[0] == "F" else f"Table {key}"
-    lengths = any(len(r.paper) > 2 for r in rows)
-    head = ["", "LC win rate (%)", "Win rate (%)", "Length (chars)", "paper: LC", "paper: win rate"]
-    lines = [f"## {kind}: {title}", "", "| " + " | ".join(head + ["paper: length"] * lengths) + " |",
-             "|---" * (len(head) + lengths) + "|"]
-    for r, values in zip(rows, found):
-        numbers = [f"{r.paper[k]:g}" if k < len(r.paper) else "-" for k in range(2 + lengths)]
-        lines.append("| " + " | ".join([r.label, *(cell(values[metric]) for metric in METRICS), *numbers]) + " |")
-    return "\n".join([*lines, "", *([remark, ""] if remark else []), order(rows, found), ""])
+    paper = [(name, m) for m, name in enumerate(("LC", "win rate", "length")) if any(len(r.paper) > m for r in rows)]
+    head = ["", "LC win rate (%)", "Win rate (%)", "Length (chars)", "Win rate above",
+            *(f"paper: {name}" for name, _ in paper)]
+    lines = [f"## {kind}: {title}", "", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
+    of_model = {row.model: (row.label, values) for row, values in zip(rows, found)}
+    for row, values in zip(rows, found):
+        above = "-"
+        if row.minus:
+            label, others = of_model[row.minus]
+            above = signed(values["win_rate"], others["win_rate"]) + f" ({label})"
+        numbers = [f"{row.paper[m]:g}" if m < len(row.paper) else "-" for _, m in paper]
+        cells = [row.label, *(cell(values[metric]) for metric in METRICS), above, *numbers]
+        lines.append(f"| {' | '.join(cells)} |")
+    if key == "4":
+        lines += ["", *over_samples(rows, found)]
+    if key in FIGURES:
+        lines += ["", f"![{title}](figure_{key[1:]}.svg)"]
+    return "\n".join([*lines, *(f"\n{text}" for text in (remark, order(rows, found)) if text), ""])
+
+
+def signed(a, b):
+    """The paired difference a - b: its mean over the seeds, and the standard error of that."""
+    mean, error = difference(a, b)
+    return f"{mean:+.1f} ± {error:.1f}"
+
+
+def over_samples(rows, found):
+    """Table 4's last two columns: of each seed the average and the variance over the samples, then their means."""
+    lines = []
+    for name in ("DPO", "SPA"):
+        samples = [values for row, values in zip(rows, found) if row.label.startswith(name)]
+        for metric in ("length_controlled_winrate", "win_rate"):
+            of_seed = list(zip(*(values[metric] for values in samples)))
+            average, variance = (statistics.mean(map(f, of_seed)) for f in (statistics.mean, statistics.variance))
+            lines.append(f"{name}, {METRICS[metric]}: average {average:.1f}, variance over the samples {variance:.1f} "
+                         f"(standard deviation {variance ** 0.5:.1f}).")
+    return [" ".join(lines)]
+
+
+def table_6b(arms, flags):
+    """What refinement does. arms: {(labels, arm): [win rate of each seed]}; flags: for each t what flags.py found"""
+    lines = ["## Table 6b: What the refined labels do (not in the paper)", "",
+             "Are the labels that a detector flags in D_t the wrong ones (`benchmarks/flags.py`; K = 10, alpha = 0)? "
+             "The judge's certainty is the size of Eq. 7's margin. AUC: how often, of a wrong and a right label, the "
+             "wrong one has the lower confidence.", "",
+             "| t | Detector | Wrong among the flagged (%) | among the others (%) | AUC (%) | AUC above self's | "
+             "Flagged by self, too (%) |", "|---" * 7 + "|"]
+    names = {"self": "self (Eq. 9)", "decoupled": "de-coupled (Eq. 11, 12)", "judge": "judge's certainty"}
+    for t, seeds in enumerate(flags, 1):
+        for key, name in names.items():
+            column = {metric: [seed[key][metric] for seed in seeds]
+                      for metric in ("precision", "unflagged", "auc", "as_self")}
+            above = "-" if key == "self" else signed(column["auc"], [seed["self"]["auc"] for seed in seeds])
+            cells = [cell(column[metric]) for metric in ("precision", "unflagged", "auc")]
+            lines.append("| " + " | ".join([str(t), name, *cells, above, cell(column["as_self"])]) + " |")
+    lines += ["", "04 alone, from one pi_1 and one D_2: its labels by Eq. 7, with a share of them turned round at "
+              "random, or by gold; in the last column pi_0, from the seed. Win rates of the first row, then paired "
+              "differences from it ± standard error; * more than two standard errors.", "",
+              "| | " + " | ".join(LABELS) + " |", "|---" * (len(LABELS) + 1) + "|"]
+    for arm in ARMS:
+        cells = []
+        for labels in LABELS:
+            if arm == "none":
+                cells.append(cell(arms[labels, arm]))
+            elif (labels, arm) not in arms:
+                cells.append("")
+            else:
+                mean, error = difference(arms[labels, arm], arms[labels, "none"])
+                cells.append(f"{mean:+.2f} ± {error:.2f}" + "*" * (abs(mean) > 2 * error))
+        lines.append(f"| {arm} | " + " | ".join(cells) + " |")
+    return "\n".join([*lines, ""])
 
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    add = parser.add_argument
-    add("--table", nargs="+", choices=TABLES, default=list(TABLES), help="a table, or a figure (default: all)")
-    add("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    add, every = parser.add_argument, [*TABLES, "6b"]
+    add("--table", nargs="+", choices=every, default=every, help="a table, or a figure (default: all)")
+    add("--seeds", type=int, nargs="+", default=range(61, 67), help="(61 to 66 chose nothing)")
     add("--runs", type=Path, default=ROOT / "runs" / "tables", help="folder of the runs")
     add("--output", type=Path, help="Markdown file (default, for all tables: benchmarks/TABLES.md)")
     add("--jobs", type=int, default=os.cpu_count(), help="seeds at a time, each on one core")
     add("--dry-run", action="store_true", help="print the commands without running them")
     args = parser.parse_args()
-    if args.output is None and args.table == list(TABLES):
+    if args.output is None and args.table == every:
         args.output = ROOT / "benchmarks" / "TABLES.md"
     return args
+
+
+def read(path):
+    return json.loads(path.read_text())
 
 
 def main():
@@ -337,26 +496,36 @@ def main():
         for task in itertools.chain(*tasks):
             print(shlex.join(["python", *words(task)]))
         return
-    with multiprocessing.get_context("spawn").Pool(args.jobs) as pool:  # leaving it ends the other seeds
-        for failed in pool.imap_unordered(run_tasks, tasks):
-            if failed:
-                sys.exit(f"tables.py: {failed}")
-        pool.close()
-        pool.join()
+    with multiprocessing.get_context("spawn").Pool(args.jobs) as pool:
+        failed = list(filter(None, pool.imap_unordered(run_tasks, tasks)))
+    if failed:
+        sys.exit("\n".join(f"tables.py: {line}" for line in failed))
 
     blocks = []
     for key in args.table:
-        metrics = [[json.loads((output / "metrics.json").read_text()) for output in plan.evaluated[key]]
-                   for plan in plans]
+        if key == "6b":
+            arms = {arm: [read(plan.evaluated["6b"][k] / "metrics.json")["win_rate"] for plan in plans]
+                    for k, arm in enumerate(CELLS)}
+            blocks.append(table_6b(arms, [[read(plan.flags[t]) for plan in plans] for t in range(3)]))
+            continue
+        rows = TABLES[key][2]
+        metrics = [[read(output / "metrics.json") for output in plan.evaluated[key]] for plan in plans]
         values = [{metric: [of_row[metric] for of_row in seeds] for metric in METRICS} for seeds in zip(*metrics)]
-        blocks.append(markdown(key, TABLES[key][2], values))
+        blocks.append(markdown(key, rows, values))
+        if key in FIGURES and args.output:
+            drawn = [mean_row(of_row) | {"name": row.label} for row, of_row in zip(rows, zip(*metrics))]
+            (args.output.parent / f"figure_{key[1:]}.svg").write_text(figure(drawn))
     tasks = list(itertools.chain(*tasks))
-    seconds = sum(json.loads(runs.args_path(task.output).read_text())["seconds"] for task in tasks)
+    records = [read(runs.args_path(task.output)) for task in tasks]
+    versions = ", ".join(f"{name} {version}" for name, version in records[0]["versions"].items())
+    commit = subprocess.run(["git", "-C", str(ROOT), "describe", "--always", "--dirty"], capture_output=True, text=True)
     command = shlex.join(["python", "benchmarks/tables.py", *sys.argv[1:]])
-    text = (f"# The paper's tables in the small world\n\n`{command}`, {date.today()}: seeds "
-            f"{', '.join(map(str, args.seeds))}, mean ± standard deviation over them; {len(tasks)} runs of a stage, "
-            f"{seconds / 60:.0f} minutes of one core. Win rates are against a skilled writer's answers, by the gold "
-            "judge; the paper's are against GPT-4's, by GPT-4, so only the order of the rows can be compared.\n\n"
+    text = (f"# The paper's tables in the small world\n\n`{command}` at commit {commit.stdout.strip()}, "
+            f"{date.today()}, {versions}: seeds {', '.join(map(str, args.seeds))}, mean ± standard deviation; \"win rate "
+            f"above\" is the mean ± standard error of the difference within a seed. {len(tasks)} runs of a stage, "
+            f"{sum(record['seconds'] for record in records) / 60:.0f} minutes of one core. Win rates are against a "
+            "skilled writer's answers, by the gold judge; the paper's are against GPT-4's, by GPT-4, so only the order "
+            "of the rows can be compared: an order is seen where the difference is more than two standard errors.\n\n"
             + "\n".join(blocks))
     print("\n" + text)
     if args.output:

@@ -3,7 +3,8 @@
 A customer writes about a thing. An answer is an opening, one or two offers and a closing. The first words of each
 sentence say in what spirit it is meant: helpful (1), vague (0) or rude (-1). The gold judge knows every sentence that
 can be said about a thing; a response is worth the mean value of its sentences. A sentence that is none of them
-(malformed, or about a part of another thing), or that is repeated, is worth -1.
+(malformed, or about a part of another thing), or that is repeated, is worth -1. With --gold-length W the response is
+worth W more for each of its words, a full stop being one: a judge that likes length a little, as Table 10's does.
 """
 
 import contextlib
@@ -91,12 +92,15 @@ def make_world(args, folder, more_text=""):
     sentences = {thing: known_sentences(thing) for thing in PARTS}
     gold = {thing: {sentence: value for value, kinds in sentences[thing].items() for kind in kinds for filled in kind
                     for sentence in filled} for thing in PARTS}
+    if args.gold_length:
+        gold["any thing"] = {"each word": args.gold_length}  # no word of a prompt has a blank in it
     runs.write_json(folder / "gold.json", gold)
     prompts = [(thing, text.replace("THING", thing)) for thing in PARTS for text in expand(PROMPT)]
-    needed = args.seed_size + sum(args.prompt_sizes) + args.eval_size
+    others = sum(args.prompt_sizes) + args.eval_size
+    needed = others + (1 + args.seed_sample) * args.seed_size
     if needed + args.sft_size > len(prompts):
         raise runs.InputError(f"--source world: it has {len(prompts)} prompts, {needed + args.sft_size} are needed: "
-                              "lower --seed-size, --prompt-sizes, --eval-size or --sft-size")
+                              "lower --seed-sample, --seed-size, --prompt-sizes, --eval-size or --sft-size")
     random.Random(args.seed).shuffle(prompts)
 
     rows = []
@@ -112,9 +116,11 @@ def make_world(args, folder, more_text=""):
 
     # SFT takes its prompts from the other end, so that they are the same whatever the sets' sizes
     write_examples(prompts[needed:][::-1][:args.sft_size], sentences, args.seed, folder)
-    texts = [text for _, text in prompts] + [sentence for known in gold.values() for sentence in known] + [more_text]
+    texts = [text for _, text in prompts] + [sentence for thing in PARTS for sentence in gold[thing]] + [more_text]
     write_base_model(sorted({word for text in texts for word in text.split()}), args, folder / "base")
-    return rows
+    # the last rows are this sample of the seed: `split` looks for it behind the other sets, before the samples it skips
+    sample = needed - args.seed_size
+    return rows[:others] + rows[sample:] + rows[others:sample]
 
 
 def write_examples(prompts, sentences, seed, folder):
@@ -145,7 +151,10 @@ def write_base_model(words, args, folder):
 
 
 def read_gold(path):
-    """{thing: {sentence: value}}, as make_world writes it. Raises InputError where the file is anything else."""
+    """{thing: {sentence: value}}, with --gold-length W also {"any thing": {"each word": W}}, as make_world writes it.
+
+    Raises InputError where the file is anything else.
+    """
     with contextlib.suppress(OSError, ValueError, AttributeError, runs.InputError):  # one message for all of them
         gold = runs.parse_json(Path(path).read_text(encoding="utf-8-sig"), path)
         values = [value for known in gold.values() for value in known.values()]
@@ -166,6 +175,6 @@ def gold_values(gold, prompt, text):
 
 
 def gold_score(gold, prompt, text):
-    """What a response is worth, in [-1, 1]: the mean over its sentences; -1 for one without a value, and for none."""
+    """What a response is worth: the mean over its sentences; -1 for one without a value, and for none; and W a word."""
     values = [-1 if value is None else value for value in gold_values(gold, prompt, text)] or [-1]
-    return sum(values) / len(values)
+    return sum(values) / len(values) + gold.get("any thing", {}).get("each word", 0) * len(text.split())

@@ -8,9 +8,10 @@ import statistics
 import pytest
 
 import runs
+from conftest import WORLD
 from extras import small_world
 from extras.small_world import CLOSINGS, OPENINGS, PARTS, SPIRIT, WRITERS
-from stages import rows
+from stages import digest, rows, run
 
 SENTENCES = small_world.known_sentences("lamp")
 VALUES = {sentence: value for value, kinds in SENTENCES.items() for sentence in itertools.chain(*sum(kinds, []))}
@@ -56,6 +57,25 @@ def test_gold_is_the_mean_value_of_the_sentences(world, change, value):
         expected[k] = expected[k] if before == after else value
     prompt = runs.as_messages("my old lamp is broken .")
     assert small_world.gold_score(gold, prompt, " ".join(changed)) == pytest.approx(sum(expected) / 3)
+
+
+def test_gold_may_like_each_word(world, tmp_path):
+    liking = run("00_inputs", **WORLD, gold_length=0.1, output=tmp_path / "world")
+    for file in ("prompts_1.jsonl", "sft.jsonl", "base/tokenizer.json", "base/model.safetensors"):
+        assert digest(liking / file) == digest(world / file), file
+    gold, plain = (small_world.read_gold(folder / "gold.json") for folder in (liking, world))
+    assert list(plain) == list(PARTS)
+    prompt = runs.as_messages("any thing , each word : my old lamp is broken .")
+    for text, score in (("let us fix the bulb in ten minutes .", 1 + 0.9),
+                        ("let us fix the bulb in ten minutes . we refuse to test it again today .", 0 + 1.7),
+                        ("each word", -1 + 0.2), ("", -1)):
+        assert small_world.gold_score(gold, prompt, text) == pytest.approx(score)
+    # labels are gold's: some go to the longer answer, whose sentences are worth less
+    pairs = [[(small_world.gold_score(plain, row["prompt"], text), len(text.split()))
+              for text in (row["chosen"], row["rejected"])]
+             for row in runs.read_jsonl(liking / "all_gold.jsonl", runs.SEED)]
+    assert all(better + 0.1 * words > worse + 0.1 * fewer for (better, words), (worse, fewer) in pairs)
+    assert any(better < worse for (better, _), (worse, _) in pairs)
 
 
 def test_the_longest_answer_fits_the_limit_of_run_all(world, tokenizer):

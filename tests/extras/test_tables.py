@@ -5,6 +5,7 @@ import runpy
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -15,9 +16,11 @@ import runs
 import stages
 from conftest import WORLD
 from extras import judges, small_world
-from stages import rows, run
+from stages import rows, run, write_rows
 
 sys.path.append(str(stages.ROOT / "benchmarks"))
+import flags
+import relabel
 import reward_model
 import tables
 from tables import Row
@@ -39,9 +42,11 @@ def row_tasks(plan, key):
 
 
 def test_there_is_every_table():
-    assert list(tables.TABLES) == ["1", "2", "3", "4", "5", "6", "7", "10", "11", "F3", "F4"]
+    assert list(tables.TABLES) == ["1", "C", "2", "3", "4", "5", "6", "7", "10", "11", "F3", "F4", "F5b"]
     assert [row.label for row in tables.TABLES["6"][2]][:5] == [
         "SFT", "DPO, 3.3 %", "SPA, data expansion only", "SPA, and self-refinement", "SPA, and de-coupled detection"]
+    for _, _, table in tables.TABLES.values():  # a row is compared with one of its table
+        assert {row.minus for row in table} - {None} <= {row.model for row in table}
 
 
 def test_the_settings_are_those_of_run_all(plan, monkeypatch):
@@ -79,16 +84,45 @@ def test_a_table_runs_only_what_it_needs(plan):
     def names(key):
         return " ".join(str(task.output) for task in plan.needed([key]))
     assert "llm" not in names("6") and "worst_case" in names("6") and "spa/" not in names("F4")
-    assert len(plan.needed(["1"])) < len(plan.needed(["2"])) < len(plan.tasks) == len(plan.needed(tables.TABLES))
+    assert len(plan.needed(["1"])) < len(plan.needed(["2"])) < len(plan.tasks) == len(plan.needed(plan.evaluated))
 
 
 def test_the_judges_of_table_7(plan):
-    one, ours, previous, reward, none = [plan.tasks[task.options["input"]].options for task in row_tasks(plan, "7")]
+    one, ours, previous, reward, seed, none = [plan.tasks[task.options["input"]].options for task in row_tasks(plan, "7")]
     assert ours["model"] == previous["model"] == none["model"] and one["model"] == plan.spa("spa", 0)
     assert ours["init_model"] == plan.pi_init() and "judge" not in ours
     assert (previous["judge"], previous["ref_model"]) == ("previous", plan.spa("spa", 0))
-    assert (reward["judge"], none["judge"]) == ("reward", "none")
-    assert ours["input"] == previous["input"] == reward["input"] == none["input"]  # the same responses
+    assert (reward["judge"], seed["judge"], none["judge"]) == ("reward", "reward", "none")
+    assert [plan.tasks[options["reward_model"]].options["input"].name for options in (reward, seed)] == [
+        "all_gold.jsonl", "seed.jsonl"]
+    assert len({options["input"] for options in (ours, previous, reward, seed, none)}) == 1  # the same responses
+
+
+def test_the_arms_of_table_6b_share_what_they_start_from(plan):
+    starts, turned, seed = set(), set(), set()
+    for labels, arm in tables.CELLS:
+        task = plan.tasks[plan.spa(f"{labels}, {arm}", 0 if labels == "the seed" else 2)]
+        if labels == "the seed":
+            seed.add((task.options["model"], task.options["input"], task.options["lam"], task.options["epochs"]))
+            continue
+        made = plan.tasks[task.options["input"]]
+        if made.stage == "benchmarks/relabel.py":
+            turned.add(made.options["flip"])
+            made = plan.tasks[made.options["input"]]
+        starts.add((task.options["model"], made.options["input"], task.options["lam"]))
+    [(model, responses, lam)] = starts
+    assert model == plan.spa("spa_none", 1) and plan.tasks[responses].options["model"] == model and lam == "0.25"
+    assert turned == {0.1, 0.2, 0.3}
+    assert seed == {(plan.pi_init(), plan.data() / "seed.jsonl", "0", "3")}
+
+
+def test_what_is_compared_shares_its_prompts_and_its_gold(plan):
+    for key in ("1", "C", "2", "3", "4", "5", "6", "7", "11", "F3", "F4"):
+        assert {plan.tasks[output].options["gold"] for output in plan.evaluated[key]} == {plan.data() / "gold.json"}
+    long = plan.data("long")
+    assert plan.tasks[long].options["gold_length"] == tables.GOLD_LENGTH
+    assert {(plan.tasks[output].options["gold"], plan.tasks[output].options["input"])
+            for output in plan.evaluated["10"]} == {(long / "gold.json", long / "eval.jsonl")}
 
 
 def test_only_the_llm_that_judges_knows_the_words_of_listing_1(plan):
@@ -125,31 +159,72 @@ def results(*win_rates):
 
 
 @pytest.mark.parametrize("found, sentence", [
-    (results([10.0, 20.0], [30.0, 30.0], [16.0, 16.0]), "By win rate, 3 of 3 pairs of rows are in the paper's order."),
-    # a 15, b 12, c 16: b is below a by 3 and below c by 4
+    (results([10.0, 20.0], [30.0, 30.0], [20.0, 20.0]),  # b - a: 20, 10; c - a: 10, 0; b - c: 10, 10
+     "By win rate, 2 of the paper's 3 orders are seen here; no difference seen: \"c\" above \"a\" (+5.0 ± 5.0)."),
+    # b - a: -2, -4, 3 standard errors of 1 below 0; c - a: 2, 0; b - c: -4, -4
     (results([14.0, 16.0], [12.0, 12.0], [16.0, 16.0]),
-     'By win rate, 1 of 3 pairs of rows are in the paper\'s order (not: "b" is not above "c" (-4.0 ± 0.0); '
-     '"b" is not above "a" (-3.0 ± 1.4)).')])
+     "By win rate, 0 of the paper's 3 orders are seen here; contrary: \"b\" above \"a\" (-3.0 ± 1.0), "
+     "\"b\" above \"c\" (-4.0 ± 0.0); no difference seen: \"c\" above \"a\" (+1.0 ± 1.0).")])
 def test_the_order_of_rows(found, sentence):
     rows = [Row(label, (0, value), None) for label, value in (("a", 1), ("b", 3), ("c", 2))]
     assert tables.order(rows, found) == sentence
 
 
 def test_only_rows_that_the_paper_compares_are_compared():
-    rows = [Row("a", (0, 1), None, family="x"), Row("b", (0, 2), None, family="y"), Row("c", (), None, family="x")]
-    assert tables.order(rows, results([1.0], [2.0], [3.0])) == "The paper has no numbers to compare with."
-    rows = [Row(label, (0, value), None, group=group) for label, value, group in (
-        ("a", 1, "DPO"), ("b", 2, "DPO"), ("c", 3, "SPA"))]
-    assert "2 of 2 pairs" in tables.order(rows, results([9.0], [2.0], [10.0]))
+    rows = [Row("a", (0, 1), None, family="x"), Row("b", (0, 2), None, family="y"), Row("c", (), None, family="x"),
+            Row("d", (0, 1), None, family=None), Row("e", (0, 2), None, family=None)]
+    assert tables.order(rows, results([1.0], [2.0], [3.0], [4.0], [5.0])) == ""
 
 
-def test_a_table_shows_means_deviations_and_the_paper_s_numbers():
-    rows = [Row("SFT", (7.58, 4.72, 901), None), Row("more", (), None)]
-    lines = tables.markdown("10", rows, results([1.0, 3.0], [4.0, 4.0])).splitlines()
-    assert lines[0] == "## Table 10: Length penalty"
-    assert lines[4] == "| SFT | 1.0 ± 0.0 | 2.0 ± 1.4 | 5.0 ± 0.0 | 7.58 | 4.72 | 901 |"
-    assert lines[5] == "| more | 1.0 ± 0.0 | 4.0 ± 0.0 | 5.0 ± 0.0 | - | - | - |"
-    assert lines[2].count("|") == lines[3].count("|") == lines[4].count("|")
+def test_a_row_is_compared_within_its_seeds(monkeypatch):
+    monkeypatch.setitem(tables.TABLES, "1", ("T", "", []))
+    rows = [Row("a", (0, 1), "a/0"), Row("b", (0, 2), "b/0", "a/0")]
+    last = tables.markdown("1", rows, results([10.0, 30.0], [13.0, 31.0])).split("\n")[5]
+    # 3 and 1: mean 2, standard deviation 2 ** 0.5, standard error 1
+    assert last == "| b | 1.0 ± 0.0 | 22.0 ± 12.7 | 5.0 ± 0.0 | +2.0 ± 1.0 (a) | 0 | 2 |"
+
+
+def test_the_variance_over_the_samples_of_the_seed():
+    rows = [Row(f"{name}, {k}", (), None) for name in ("DPO", "SPA") for k in "123"]
+    [line] = tables.over_samples(rows, results(*([value, 10.0] for value in (1.0, 2.0, 3.0)), *[[5.0, 7.0]] * 3))
+    # DPO: averages 2 and 10, variances 1 and 0; SPA: averages 5 and 7
+    assert "DPO, win rate: average 6.0, variance over the samples 0.5 (standard deviation 0.7)." in line
+    assert "SPA, win rate: average 6.0, variance over the samples 0.0" in line
+
+
+def test_what_the_detectors_flag():
+    """K = 50, a window of 3: numpy's weibull percentile is the middle of three values."""
+    threshold = stages.load("04_refined_dpo").threshold
+    steps = [[0.2, 0.9], [0.6, 0.1], [0.5, 0.7], [0.55, 0.8]]
+    # tau is of the last three values before a step: none, none (two known), 0.6 of 0.9 0.6 0.1, 0.5 of 0.1 0.5 0.7
+    flagged = flags.flags(steps, threshold, window=3, k_percent=50, refine_after=0)
+    assert [of_step.tolist() for of_step in flagged] == [[False, False], [False, False], [True, False], [False, False]]
+    late = flags.flags(steps, threshold, window=3, k_percent=50, refine_after=0.75)
+    assert not np.concatenate(late).any()  # 0.5 was below tau in the third step of four, which is too early now
+
+
+def test_how_often_flagged_labels_are_wrong():
+    confidence, flagged = [np.array([0.1, 0.4, 0.6, 0.6, 0.9, 0.2])], [np.array([1, 1, 0, 0, 0, 1], dtype=bool)]
+    wrong, known = [np.array([1, 0, 1, 0, 0, 0], dtype=bool)], [np.array([1, 1, 1, 1, 1, 0], dtype=bool)]
+    # the last one, flagged, is a tie of gold. Of 2 flagged 1 is wrong, of 3 others 1; of the 6 pairs of a wrong label
+    # (0.1, 0.6) and a right one (0.4, 0.6, 0.9) the wrong one is lower in 3 + 1, and equal in 1
+    assert flags.measure(confidence, flagged, wrong, known) == pytest.approx(
+        {"precision": 50, "unflagged": 100 / 3, "auc": 75})
+
+
+def test_labels_turned_round(tmp_path):
+    answer = {"text": "a", "ids": [5], "finish": "eos"}
+    write_rows(tmp_path / "d.jsonl", [{"id": str(k), "prompt": "x", "prompt_ids": [4], "chosen": answer, "p": 0.7,
+                                       "rejected": answer | {"text": "b"}} for k in range(1000)])
+    turned = {}
+    for share in (0.1, 0.3):
+        monkey = ["relabel.py", "--input", tmp_path / "d.jsonl", "--output", tmp_path / f"{share}", "--flip", share]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", list(map(str, monkey)))
+            relabel.main()
+        turned[share] = {row["id"] for row in rows(tmp_path / f"{share}") if row["chosen"]["text"] == "b"}
+        assert abs(len(turned[share]) - 1000 * share) < 3 * (1000 * share * (1 - share)) ** 0.5
+    assert turned[0.1] < turned[0.3]
 
 
 # ---------------------------------------------------------------------------------------------

@@ -210,6 +210,25 @@ def test_the_world_is_decided_by_its_seed(world, tmp_path):
     assert all(made(other, name) != made(world, name) for name in NAMES)
 
 
+def test_a_sample_of_the_world_s_seed_changes_nothing_else(world, tmp_path):
+    samples = [world, *(run("00_inputs", **WORLD, seed_sample=k, output=tmp_path / f"world_{k}") for k in (1, 2))]
+    its_own = {"args.json", "seed.jsonl", "all_gold.jsonl", "judge_sft.jsonl"}
+    files = [path.relative_to(world) for path in world.rglob("*") if path.is_file() and path.name not in its_own]
+    assert {"prompts_2.jsonl", "eval.jsonl", "sft.jsonl", "gold.json", "model.safetensors"} <= {f.name for f in files}
+    for file in files:
+        assert len({digest(sample / file) for sample in samples}) == 1, file
+    seeds, others = [made(sample, "seed") for sample in samples], [made(world, name) for name in NAMES[1:] + ["sft"]]
+    assert [len(seed) for seed in seeds] == [20, 20, 20]
+    prompts = [json.dumps(runs.as_messages(row["prompt"])) for rows in seeds + others for row in rows]
+    assert len(set(prompts)) == len(prompts)
+    assert len({row["id"] for rows in seeds + others for row in rows}) == len(prompts)
+    for sample, seed in zip(samples, seeds):
+        assert made(sample, "all_gold") == seed + made(world, "all_gold")[20:]
+    # 23,040 prompts: what sample 1 leaves for SFT, and one more
+    assert "--seed-sample" in refused("00_inputs", **WORLD | {"sft_size": 23040 - 56 - 20 + 1}, seed_sample=1,
+                                      output=tmp_path / "out")
+
+
 def test_the_world_s_sets_are_disjoint_and_labelled_by_gold(world):
     gold = small_world.read_gold(world / "gold.json")
     names = NAMES + ["sft"]
