@@ -3,6 +3,7 @@
     python 05_eval.py sample --model pi_1 --input eval.jsonl --gold gold.json --name "SPA, iteration 1" --output eval/1
     torchrun --nproc-per-node 4 05_eval.py sample --model ...
     python 05_eval.py report eval/sft eval/dpo eval/1 --output report      # tables, samples, a figure
+    python 05_eval.py sample ... --then sample ... --then report ...       # one after the other, in one start
 
 Reads  eval.jsonl        {"id": "7", "prompt": [{"role": "user", "content": "Name a fish."}], "reference": "An eel."}
 Writes responses.jsonl   {"id", "prompt", "reference", "finish": "eos"|"length", "response", "preference": 1 where the
@@ -18,9 +19,11 @@ that sample run under torchrun too. `python 05_eval.py COMMAND --help` lists the
 Departs from the paper: see extras/alpaca_eval.py.
 """
 
+import contextlib
 import json
 import os
 import re
+import sys
 
 import numpy as np
 
@@ -104,7 +107,7 @@ def judge_accuracy(path, gold):
     return 100 * sum(agrees) / len(agrees) if agrees else None
 
 
-def parse_args():
+def parse_args(words=None):
     label_share = {"default": "-", "help": "share of gold labels that the model has seen, for tables"}
     empty_system = {"action": "store_true", "help": "an empty system message first, as Zephyr's recipe has it"}
     parser = runs.Parser(description="Evaluate a model, or put evaluated models side by side.")
@@ -150,7 +153,15 @@ def parse_args():
     add_judge(add)
     add = add_command(commands, "report", "put evaluated models side by side: tables, samples, a figure")
     add("evaluated", nargs="+", help="folders and metrics files, in the order of the rows; a name has one row")
-    return parser.parse_args()
+    args = parser.parse_args(words)
+    if not args.command.endswith("sample") and int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise runs.InputError(f"{args.command}: runs in one process: start it without torchrun")
+    url = getattr(args, "judge_url", None)
+    azure = r"(\?api-version=(\d{4}-\d\d-\d\d(-preview)?|preview))?"
+    if url and not re.fullmatch(r"https?://[^\s@?#]+" + azure, url):  # it may have a key in it, which nobody must see
+        raise runs.InputError("--judge-url: must look like https://host/v1, for Azure https://host/openai/deployments/"
+                              "NAME?api-version=2024-10-21; the key belongs in OPENAI_API_KEY")
+    return args
 
 
 def add_command(commands, name, help):
@@ -191,15 +202,15 @@ def main():
     functions = {"sample": sample, "alpaca-sample": alpaca_eval.sample, "alpaca-judge": alpaca_eval.judge,
                  "alpaca-score": alpaca_eval.score, "mt-sample": mt_bench.sample, "mt-judge": mt_bench.judge,
                  "report": report.report}
-    args = parse_args()
-    if not args.command.endswith("sample") and int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise runs.InputError(f"{args.command}: runs in one process: start it without torchrun")
-    url = getattr(args, "judge_url", None)
-    azure = r"(\?api-version=(\d{4}-\d\d-\d\d(-preview)?|preview))?"
-    if url and not re.fullmatch(r"https?://[^\s@?#]+" + azure, url):  # it may have a key in it, which nobody must see
-        raise runs.InputError("--judge-url: must look like https://host/v1, for Azure https://host/openai/deployments/"
-                              "NAME?api-version=2024-10-21; the key belongs in OPENAI_API_KEY")
-    functions[args.command](args)
+    words, commands = sys.argv[1:], []
+    while "--then" in words:
+        end = words.index("--then")
+        commands.append(parse_args(words[:end]))
+        words = words[end + 1:]
+    commands.append(parse_args(words))
+    for args in commands:
+        with contextlib.suppress(SystemExit):  # its output is complete already
+            functions[args.command](args)
 
 
 if __name__ == "__main__":

@@ -455,13 +455,15 @@ class Ranks:
 
 
 def start_ranks():
-    """Meet the other processes that torchrun has started."""
+    """Meet the other processes that torchrun has started, when rank 0 has made the output's folder."""
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
-    if world > 1:  # a long timeout: saving a large model takes rank 0 long, and torchrun notices a rank that dies
+    if dist.is_initialized():  # by an earlier command of this start
+        dist.barrier()
+    elif world > 1:  # a long timeout: saving a large model takes rank 0 long, and torchrun notices a rank that dies
         on_gpu = dict(device_id=device) if device.type == "cuda" else {}
         dist.init_process_group("nccl" if on_gpu else "gloo", timeout=datetime.timedelta(hours=1), **on_gpu)
     return Ranks(rank, world, device)

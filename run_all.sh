@@ -87,6 +87,8 @@ algorithm_1() {  # `stage` runs a script on all GPUs, `single` in one process
       --refine "$REFINE" --alpha "$ALPHA" --k-percent "$K_PERCENT" --lam "${lambdas[t-1]}" "${training[@]}"
     previous=$policy policy=$R/pi_$t
   done
+  [ -z "$WORLD" ] || stage 01_seed_dpo.py --model "$INIT" --input "$R/data/all_gold.jsonl" --epochs 1 \
+    --output "$R/dpo_all_gold" "${training[@]}"  # for comparison
 }
 
 sft() {  # SFT or JUDGE (whose values are taken), model, examples, output, more options
@@ -106,24 +108,22 @@ other_judge() {  # what the paper compares with
 }
 
 evaluation() {  # return pi_T, and evaluate every model on the way
-  local evaluated=() t
+  local samples=() evaluated=() t
   evaluate sft "$INIT_NAME" "0 %" "$INIT" ${INIT_TOKENIZER:+--tokenizer "$INIT_TOKENIZER"}
   evaluate dpo "$PI_0_NAME" "$GOLD_LABEL_SHARE" "$PI_0"
   for (( t = 1; t <= ITERATIONS; t++ )); do
     evaluate "spa_$t" "SPA, iteration $t (pi_$t)" "$GOLD_LABEL_SHARE" "$R/pi_$t" --preferences "$R/preferences_$t.jsonl"
   done
-  if [ -n "$WORLD" ]; then
-    stage 01_seed_dpo.py --model "$INIT" --input "$R/data/all_gold.jsonl" --output "$R/dpo_all_gold" --epochs 1 \
-      "${training[@]}"
-    evaluate dpo_all_gold "DPO on all gold labels" "100 %" "$R/dpo_all_gold"
-  fi
-  single 05_eval.py report "${evaluated[@]}" --output "$R/report"
+  [ -z "$WORLD" ] || evaluate dpo_all_gold "DPO on all gold labels" "100 %" "$R/dpo_all_gold"
+  # all in one start of Python, which takes seconds; but several processes make no report
+  (( NPROC <= 1 && NNODES <= 1 )) || { stage 05_eval.py "${samples[@]}"; samples=(); }
+  single 05_eval.py ${samples:+"${samples[@]}" --then} report "${evaluated[@]}" --output "$R/report"
 }
 
 evaluate() {  # folder, name in the table, share of gold labels, model, more options
-  stage 05_eval.py sample --model "$4" --input "$R/data/eval.jsonl" --output "$R/eval/$1" --name "$2" \
-    --label-share "$3" --init-model "$INIT" --beta "$BETA" "${sampling[@]}" \
-    ${WORLD:+--gold "$R/data/gold.json"} "${@:5}"
+  samples+=(${evaluated:+--then} sample --model "$4" --input "$R/data/eval.jsonl" --output "$R/eval/$1" --name "$2"
+            --label-share "$3" --init-model "$INIT" --beta "$BETA" "${sampling[@]}"
+            ${WORLD:+--gold "$R/data/gold.json"} "${@:5}")
   evaluated+=("$R/eval/$1")
 }
 

@@ -63,7 +63,7 @@ def run(main):
     from what was saved.
     """
     global this_run
-    this_run = ThisRun(started=time.time())
+    this_run = ThisRun()
     handlers = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         try:
@@ -149,11 +149,11 @@ def should_report():
 class Parser(argparse.ArgumentParser):
     """argparse, with errors in one line as everywhere else."""
 
-    def parse_args(self):
+    def parse_args(self, words=None):
         for word in sys.argv[1:]:
             if "\0" in word or any("\ud800" <= c <= "\udfff" for c in word):  # a surrogate stands for a bad byte
                 self.error(f"{word!r} is not UTF-8 text")
-        return super().parse_args()
+        return super().parse_args(words)
 
     def error(self, message):
         exit_with(f"{message}: --help lists the options")
@@ -396,6 +396,7 @@ def open_output(args, *inputs, free=("output", "save_every")):
     where it, or the partial one, was made with others, or another run is making it. Options in `free` do not change
     the output.
     """
+    global this_run
     output = Path(args.output)
     partial = Path(f"{output}.partial")
     for path in (output, partial):
@@ -406,7 +407,7 @@ def open_output(args, *inputs, free=("output", "save_every")):
     made_from = {"stage": Path(sys.argv[0]).name, "args": options, "inputs": {k: fingerprint(options[k]) for k in read}}
     made_from = json.loads(json.dumps(made_from))
     exit_if_complete(output, partial, made_from)
-    this_run.partial = partial
+    this_run = ThisRun(started=time.time(), partial=partial)
     if first_rank():
         partial.mkdir(parents=True, exist_ok=True)
         lock(output, partial)

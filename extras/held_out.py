@@ -11,6 +11,8 @@ import chat
 import common
 import runs
 
+init_ratios = {}  # pi_init's, for all commands of one start
+
 
 def agreement(margin):
     """(percent of pairs with a positive margin, a zero counting half; its standard error, None for one pair). (n,)"""
@@ -49,8 +51,11 @@ def evaluate(args, sampler, rows, partial):
 
     common.check_same_vocabulary(args.model, args.init_model)
     ours = log_ratio(sampler.model, "scoring held-out labels")
-    init = log_ratio(common.load_model(args.init_model, sampler.ranks.device,
-                                       common.scoring_dtype(sampler.ranks.device)), "scoring with pi_init")
+    key = args.init_model, args.micro_batch_size, str(pairs)
+    if key not in init_ratios:
+        init_ratios[key] = log_ratio(common.load_model(args.init_model, sampler.ranks.device, common.scoring_dtype(
+            sampler.ranks.device)), "scoring with pi_init")
+    init = init_ratios[key]
     longer = np.array([len(row["chosen"]) - len(row["rejected"]) for row in labelled])
     metrics = {"agreement_n": len(pairs), "longer_agreement": agreement(longer)[0],
                "init_agreement": agreement(init)[0]}

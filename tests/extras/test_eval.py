@@ -1,14 +1,17 @@
 """05_eval.py sample and its report: win rates, the gold judge, and what a run writes."""
 
 import json
+import weakref
 
 import numpy as np
 import pytest
 
+import common
 import stages
+from extras import held_out
 from extras.alpaca_eval import length_controlled
 from extras.small_world import gold_score
-from stages import rows, run, write_rows
+from stages import attempt, command_line, digest, files, refused, rows, run, write_rows
 
 evaluation = stages.load("05_eval")
 GOLD = {"lamp": {"the bulb is new .": 1, "a lamp is a lamp .": 0, "throw the lamp away .": -1},
@@ -108,3 +111,72 @@ def test_05_reports_models_side_by_side(evaluated, tmp_path):
     assert lines[0].count("|") == lines[1].count("|") == lines[2].count("|")
     for row in rows(evaluated / "responses.jsonl")[:3]:
         assert row["prompt"][-1]["content"] in samples and samples.count(row["response"]) >= 2
+
+
+# ---------------------------------------------------------------------------------------------
+# Several commands in one start
+
+
+@pytest.fixture
+def commands(world, pi_init, pi_0, monkeypatch, tmp_path):
+    """The words of a `sample` for each of two models, which write tmp_path/FOLDER/0 and 1."""
+    monkeypatch.setattr(held_out, "init_ratios", {})
+    return lambda folder: [["sample", *command_line(dict(
+        model=model, init_model=pi_init, input=world / "eval.jsonl", gold=world / "gold.json", max_new_tokens=8,
+        micro_batch_size=5, output=tmp_path / folder / str(k)))] for k, model in enumerate((pi_init, pi_0))]
+
+
+def same(one, two):
+    return all(digest(one / f"{k}/{name}") == digest(two / f"{k}/{name}") for k in range(2)
+               for name in ("responses.jsonl", "metrics.json", "annotations.json"))
+
+
+def test_two_commands_in_one_start_make_what_two_starts_make(commands, tmp_path, monkeypatch):
+    for words in commands("alone"):
+        held_out.init_ratios.clear()
+        assert attempt("05_eval", *words).status == 0
+    held_out.init_ratios.clear()
+    loaded, load_model = [], common.load_model
+
+    def load(*args):
+        if len(loaded) == 2:  # the second command begins: the models of the first are gone
+            assert [model() for model in loaded] == [None, None]
+        model = load_model(*args)
+        loaded.append(weakref.ref(model))
+        return model
+
+    monkeypatch.setattr(common, "load_model", load)
+    first, second = commands("together")
+    models = [tmp_path / "together" / str(k) for k in range(2)]
+    ran = attempt("05_eval", *first, "--then", *second, "--then", "report", *models, output=tmp_path / "report")
+    assert ran.status == 0 and len(loaded) == 3, ran  # pi_init scores the labels once
+    assert same(tmp_path / "alone", tmp_path / "together")
+    assert (tmp_path / "report/table.md").read_text() in ran.out
+
+
+def test_an_error_ends_the_start_and_what_was_made_before_stays(commands, world, tmp_path):
+    first, second = commands("out")
+    done, other = tmp_path / "out/0", tmp_path / "none.jsonl"
+    error = refused("05_eval", *first, "--then", *second, "--input", other, "--then", *first, output=tmp_path / "never")
+    assert str(other) in error and (done / "metrics.json").is_file()
+    assert not (tmp_path / "out/1").exists() and not (tmp_path / "never.partial").exists()
+    before = files(done)
+    ran = attempt("05_eval", *first, "--then", *second)
+    assert ran.status == 0 and ran.out.count("already complete") == 1 and files(done) == before
+    assert (tmp_path / "out/1/metrics.json").is_file()
+
+
+@pytest.mark.parametrize("last", [["sample", "--no-such-option"], ["report"], ["ranks"], []])
+def test_a_mistake_in_the_last_command_is_told_before_the_first_begins(commands, tmp_path, last):
+    first, _ = commands("out")
+    ran = attempt("05_eval", *first, "--then", *last)
+    assert ran.status == 2 and ran.err.count("\n") == 1 and not (tmp_path / "out").exists(), ran
+
+
+def test_two_processes_carry_out_two_commands(commands, tmp_path):
+    first, second = commands("two")
+    [ranks] = stages.run_ranks(tmp_path, ("05_eval", *map(str, [*first, "--then", *second]), {}))
+    assert [rank.status for rank in ranks] == [0, 0] and ranks[1].out == "", ranks
+    first, second = commands("one")
+    assert attempt("05_eval", *first, "--then", *second).status == 0
+    assert same(tmp_path / "one", tmp_path / "two")

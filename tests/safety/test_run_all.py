@@ -158,7 +158,9 @@ def commands(setting, **environment):
     assert (done.returncode, done.stderr) == (0, "")
     lines = [shlex.split(line) for line in done.stdout.splitlines()]
     assert all(words[1].endswith(".py") for words in lines)
-    return [(words[1].removesuffix(".py"), parsed(words[1].removesuffix(".py"), words[2:])) for words in lines]
+    assert sum(words[1] == "05_eval.py" for words in lines) == 1  # one start for all models and the report
+    return [(script.removesuffix(".py"), parsed(script.removesuffix(".py"), shlex.split(words)))
+            for _, script, *rest in lines for words in shlex.join(rest).split(" --then ")]
 
 
 def only(stage, commands):
@@ -380,9 +382,10 @@ def test_paths_are_the_caller_s_wherever_the_script_is_called_from(stub, tmp_pat
     (there / "my.jsonl").touch()
     paths = dict(SOURCE="my.jsonl", INIT="org/pi", PI_0="../there/org/pi", INIT_TOKENIZER="./org", RUNS="out")
     assert bash("phi-2", cwd=there, PYTHON="../python", SPLIT="test", **paths).returncode == 0
-    inputs, generate, *_, sample, _, _, report = map(shlex.split, log.read_text().splitlines())
+    inputs, generate, *_, evaluation = map(shlex.split, log.read_text().splitlines())
     inputs, generate = parsed("00_inputs", inputs[1:]), parsed("02_generate", generate[1:])
-    sample, report = parsed("05_eval", sample[1:]), parsed("05_eval", report[1:])
+    sample = parsed("05_eval", evaluation[1:evaluation.index("--then")])
+    report = parsed("05_eval", evaluation[evaluation.index("report"):])
     assert (inputs.source, inputs.output) == (f"{there}/my.jsonl", f"{there}/out/phi-2-seed0/data")
     assert inputs.split == "test"
     assert (generate.model, sample.model, sample.tokenizer) == (f"{there}/../there/org/pi", f"{there}/org/pi",
