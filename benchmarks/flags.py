@@ -82,8 +82,14 @@ def measure(steps, flagged, wrong, known):
         of_ten, bad_of_ten, kept_of_ten = (np.concatenate(values[k:k + 10]) for values in (steps, wrong, known))
         areas.append((auc(of_ten[kept_of_ten], bad_of_ten[kept_of_ten]), kept_of_ten.sum()))
     areas = [(area, size) for area, size in areas if area is not None]
-    return {"precision": 100 * float(bad[kept & on].mean()), "unflagged": 100 * float(bad[kept & ~on].mean()),
-            "auc": 100 * float(np.average([area for area, _ in areas], weights=[size for _, size in areas]))}
+    auc_of_all = sum(area * size for area, size in areas) / sum(size for _, size in areas) if areas else None
+    return {"precision": percent(bad[kept & on]), "unflagged": percent(bad[kept & ~on]),
+            "auc": auc_of_all and 100 * float(auc_of_all)}
+
+
+def percent(true):
+    """None where there is none to count."""
+    return 100 * float(true.mean()) if len(true) else None
 
 
 def main():
@@ -105,7 +111,7 @@ def main():
         found[name] = measure(*(of_step[first:] for of_step in (values, flagged, wrong, known)))
         on = np.concatenate(flagged)
         by_self = on if by_self is None else by_self
-        found[name] |= {"flagged": int(on.sum()), "as_self": 100 * float(by_self[on].mean())}
+        found[name] |= {"flagged": int(on.sum()), "as_self": percent(by_self[on])}
     runs.write_json(partial / "made", found)
     runs.close_output(args, partial, partial / "made", {"steps": len(steps)})
 

@@ -361,38 +361,37 @@ def run_tasks(tasks):
 # The report
 
 
-def compare(rows, found, metric, m):
-    """[(pairs that agree with the paper), (that contradict it), (without a difference)], each (label, label, text).
-
-    found: for each row {metric: [its value of each seed]}; m: the metric's place in Row.paper
-    """
-    said = [], [], []
-    for (one, a), (two, b) in itertools.combinations(zip(rows, found), 2):
-        if one.family != two.family or None in (one.family, two.family) or m >= min(len(one.paper), len(two.paper)) \
-                or one.paper[m] == two.paper[m]:
-            continue
-        (low, a), (high, b) = ((one, a), (two, b)) if one.paper[m] < two.paper[m] else ((two, b), (one, a))
-        mean, error = difference(b[metric], a[metric])
-        verdict = 2 if abs(mean) <= 2 * error else 0 if mean > 0 else 1
-        said[verdict].append(f'"{high.label}" above "{low.label}" ({mean:+.1f} ± {error:.1f})')
-    return said
-
-
 def order(rows, found):
-    """Sentences on the pairs of rows whose order the paper gives."""
+    """Sentences on the pairs of rows whose order the paper gives: is it seen here?
+
+    found: for each row {metric: [its value of each seed]}
+    """
     text = []
     for m, (metric, name) in enumerate(METRICS.items()):
-        agree, contrary, unseen = compare(rows, found, metric, m)
-        pairs = len(agree) + len(contrary) + len(unseen)
+        seen, contrary, unseen = 0, [], []
+        for (one, a), (two, b) in itertools.combinations(zip(rows, found), 2):
+            if None in (one.family, two.family) or one.family != two.family:
+                continue
+            if m >= min(len(one.paper), len(two.paper)) or one.paper[m] == two.paper[m]:
+                continue
+            (low, a), (high, b) = ((one, a), (two, b)) if one.paper[m] < two.paper[m] else ((two, b), (one, a))
+            mean, error = difference(b[metric], a[metric])
+            if abs(mean) <= 2 * error:
+                unseen.append(f'"{high.label}" minus "{low.label}" is {mean:+.1f} ± {error:.1f}')
+            elif mean < 0:
+                contrary.append(f'"{low.label}" is above "{high.label}" by {-mean:.1f} ± {error:.1f}')
+            else:
+                seen += 1
+        pairs = seen + len(contrary) + len(unseen)
         if pairs:
-            text.append(f"By {name}, {len(agree)} of the paper's {pairs} orders are seen here"
-                        + (f"; contrary: {', '.join(contrary)}" if contrary else "")
-                        + (f"; no difference seen: {', '.join(unseen)}" if unseen else "") + ".")
-    return " ".join(text)
+            text.append(f"By {name}, {seen} of the paper's {pairs} orders are seen here."
+                        + f" Contrary: {'; '.join(contrary)}." * bool(contrary)
+                        + f" No difference seen: {'; '.join(unseen)}." * bool(unseen))
+    return "\n\n".join(text)
 
 
 def markdown(key, rows, found):
-    """A table. found: as of `compare`"""
+    """A table. found: as of `order`"""
     title, remark, _ = TABLES[key]
     kind = f"Figure {key[1:]}" if key[0] == "F" else f"Table {key}"
     paper = [(name, m) for m, name in enumerate(("LC", "win rate", "length")) if any(len(r.paper) > m for r in rows)]

@@ -160,11 +160,11 @@ def results(*win_rates):
 
 @pytest.mark.parametrize("found, sentence", [
     (results([10.0, 20.0], [30.0, 30.0], [20.0, 20.0]),  # b - a: 20, 10; c - a: 10, 0; b - c: 10, 10
-     "By win rate, 2 of the paper's 3 orders are seen here; no difference seen: \"c\" above \"a\" (+5.0 ± 5.0)."),
+     'By win rate, 2 of the paper\'s 3 orders are seen here. No difference seen: "c" minus "a" is +5.0 ± 5.0.'),
     # b - a: -2, -4, 3 standard errors of 1 below 0; c - a: 2, 0; b - c: -4, -4
     (results([14.0, 16.0], [12.0, 12.0], [16.0, 16.0]),
-     "By win rate, 0 of the paper's 3 orders are seen here; contrary: \"b\" above \"a\" (-3.0 ± 1.0), "
-     "\"b\" above \"c\" (-4.0 ± 0.0); no difference seen: \"c\" above \"a\" (+1.0 ± 1.0).")])
+     'By win rate, 0 of the paper\'s 3 orders are seen here. Contrary: "a" is above "b" by 3.0 ± 1.0; '
+     '"c" is above "b" by 4.0 ± 0.0. No difference seen: "c" minus "a" is +1.0 ± 1.0.')])
 def test_the_order_of_rows(found, sentence):
     rows = [Row(label, (0, value), None) for label, value in (("a", 1), ("b", 3), ("c", 2))]
     assert tables.order(rows, found) == sentence
