@@ -51,8 +51,8 @@ TABLES = {  # title, remark, rows
         Row("SPA, 3.3 %", (15.39, 21.13), "spa/3", "spa/0")]),
     "C": ("Controls (not in the paper)",
           "SPA's updates see 6,400 pairs: the 200 of the seed three times, each of D_1 to D_3 once. DPO on the seed "
-          "for 30 epochs sees 6,000, as does DPO on all gold labels for one. The last three rows take the labels of D_1 "
-          "to D_3 from a coin, from Eq. 7 and from gold, and refine none.", [
+          "for 30 epochs sees 6,000, as does DPO on all gold labels for one. The last three rows have labels of D_1 to "
+          "D_3 by a coin, by Eq. 7 and by gold, none of them refined.", [
               Row("SPA, 3.3 %", (), "spa/3"),
               *(Row(f"DPO, 3.3 %, {n} epochs", (), f"{name}/0", "spa/3")
                 for n, name in ((3, "spa"), (10, "epochs_10"), (30, "epochs_30"))),
@@ -207,7 +207,7 @@ class Plan:
         self.folder, self.tasks, self.outputs, self.of = folder, {}, {}, world_options(seed)
         # {table: outputs of its rows}. All of them, whichever are wanted: who asks for an output first, names it.
         self.evaluated = {key: [self.evaluate(row.model) for row in rows] for key, (_, _, rows) in TABLES.items()}
-        self.flags = [self.find_flags(t) for t in (1, 2, 3)]
+        self.flags = [self.find_flags(t, **lam) for lam in ({}, dict(lam="2")) for t in (1, 2, 3)]
         self.evaluated["6b"] = [self.evaluate(f"{labels}, {arm}/{0 if labels == 'the seed' else 2}")
                                 for labels, arm in CELLS] + self.flags
 
@@ -241,12 +241,13 @@ class Plan:
         return self.run(f"eval{name}", "05_eval.py sample", model=folder, input=world / "eval.jsonl",
                         gold=world / "gold.json", **self.of["05_eval.py"][0])
 
-    def find_flags(self, t):
-        """What flags.py finds in D_t of SPA without refinement."""
+    def find_flags(self, t, **lam):
+        """What flags.py finds in D_t of SPA without refinement; with the lambda of the iteration, or another one."""
         options = {key: self.of["04_refined_dpo.py"][t - 1][key]
                    for key in ("lam", "beta", "lr", "batch_size", "micro_batch_size", "seed")}
-        return self.run(f"flags_{t}.json", "benchmarks/flags.py", model=self.spa("spa_none", t - 1),
-                        input=self.preferences("spa_none", t), gold=self.data() / "gold.json", **options)
+        return self.run(f"flags_{t}{'_lambda_2' * bool(lam)}.json", "benchmarks/flags.py",
+                        model=self.spa("spa_none", t - 1), input=self.preferences("spa_none", t),
+                        gold=self.data() / "gold.json", **options | lam)
 
     def data(self, variant="spa"):
         [world], kind = self.of["00_inputs.py"], VARIANTS[variant].get("data", "spa")
@@ -434,21 +435,22 @@ def over_samples(rows, found):
 
 
 def table_6b(arms, flags):
-    """What refinement does. arms: {(labels, arm): [win rate of each seed]}; flags: for each t what flags.py found"""
+    """What refinement does. arms: {(labels, arm): [win rate of each seed]}; flags: what flags.py found"""
     lines = ["## Table 6b: What the refined labels do (not in the paper)", "",
              "Are the labels that a detector flags in D_t the wrong ones (`benchmarks/flags.py`; K = 10, alpha = 0)? "
              "The judge's certainty is the size of Eq. 7's margin. AUC: how often, of a wrong and a right label, the "
              "wrong one has the lower confidence.", "",
              "| t | Detector | Wrong among the flagged (%) | among the others (%) | AUC (%) | AUC above self's | "
              "Flagged by self, too (%) |", "|---" * 7 + "|"]
-    names = {"self": "self (Eq. 9)", "decoupled": "de-coupled (Eq. 11, 12)", "judge": "judge's certainty"}
-    for t, seeds in enumerate(flags, 1):
-        for key, name in names.items():
-            column = {metric: [seed[key][metric] for seed in seeds]
-                      for metric in ("precision", "unflagged", "auc", "as_self")}
-            above = "-" if key == "self" else signed(column["auc"], [seed["self"]["auc"] for seed in seeds])
-            cells = [cell(column[metric]) for metric in ("precision", "unflagged", "auc")]
-            lines.append("| " + " | ".join([str(t), name, *cells, above, cell(column["as_self"])]) + " |")
+    detectors = [("self", 0, "self (Eq. 9)"), ("decoupled", 0, "de-coupled (Eq. 11, 12), lambda 1/2, 1/4, 1/8"),
+                 ("decoupled", 3, "de-coupled, lambda 2"), ("judge", 0, "the judge's certainty")]
+    for t in range(3):
+        for key, other, name in detectors:
+            found = {metric: [seed[key][metric] for seed in flags[t + other]]
+                     for metric in ("precision", "unflagged", "auc", "as_self")}
+            above = "-" if key == "self" else signed(found["auc"], [seed["self"]["auc"] for seed in flags[t + other]])
+            cells = [cell(found[metric]) for metric in ("precision", "unflagged", "auc")]
+            lines.append(f"| {t + 1} | {name} | {' | '.join(cells)} | {above} | {cell(found['as_self'])} |")
     lines += ["", "04 alone, from one pi_1 and one D_2: its labels by Eq. 7, with a share of them turned round at "
               "random, or by gold; in the last column pi_0, from the seed. Win rates of the first row, then paired "
               "differences from it ± standard error; * more than two standard errors.", "",
@@ -505,7 +507,7 @@ def main():
         if key == "6b":
             arms = {arm: [read(plan.evaluated["6b"][k] / "metrics.json")["win_rate"] for plan in plans]
                     for k, arm in enumerate(CELLS)}
-            blocks.append(table_6b(arms, [[read(plan.flags[t]) for plan in plans] for t in range(3)]))
+            blocks.append(table_6b(arms, [list(map(read, flags)) for flags in zip(*(plan.flags for plan in plans))]))
             continue
         rows = TABLES[key][2]
         metrics = [[read(output / "metrics.json") for output in plan.evaluated[key]] for plan in plans]
@@ -520,8 +522,8 @@ def main():
     commit = subprocess.run(["git", "-C", str(ROOT), "describe", "--always", "--dirty"], capture_output=True, text=True)
     command = shlex.join(["python", "benchmarks/tables.py", *sys.argv[1:]])
     text = (f"# The paper's tables in the small world\n\n`{command}` at commit {commit.stdout.strip()}, "
-            f"{date.today()}, {versions}: seeds {', '.join(map(str, args.seeds))}, mean ± standard deviation; \"win rate "
-            f"above\" is the mean ± standard error of the difference within a seed. {len(tasks)} runs of a stage, "
+            f"{date.today()}, {versions}: seeds {', '.join(map(str, args.seeds))}, mean ± standard deviation; \"win "
+            f"rate above\" is the mean ± standard error of the difference within a seed. {len(tasks)} runs of a stage, "
             f"{sum(record['seconds'] for record in records) / 60:.0f} minutes of one core. Win rates are against a "
             "skilled writer's answers, by the gold judge; the paper's are against GPT-4's, by GPT-4, so only the order "
             "of the rows can be compared: an order is seen where the difference is more than two standard errors.\n\n"
