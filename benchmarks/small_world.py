@@ -1,6 +1,6 @@
 """The small world on several seeds: mean and standard deviation of every row of its table.
 
-    python benchmarks/small_world.py --jobs 2             # seeds 41 to 48, a quarter of an hour on two free cores
+    python benchmarks/small_world.py --jobs 2             # seeds 41 to 60, half an hour on two free cores
     python benchmarks/small_world.py --seeds 1 2 --jobs 2
 
 Runs `bash run_all.sh world` once a seed (what is complete is not run again), then prints the table and what it claims,
@@ -42,7 +42,7 @@ def run(seed, args):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--seeds", type=int, nargs="+", default=range(41, 49), help="(41 to 48 chose nothing)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=range(41, 61), help="(41 to 60 chose nothing)")
     parser.add_argument("--runs", default=str(HERE.parent / "runs"), help="folder of the runs")
     parser.add_argument("--jobs", type=int, default=1, help="seeds at a time")
     args = parser.parse_args()
