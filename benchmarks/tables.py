@@ -416,8 +416,11 @@ def markdown(key, rows, found):
 
 
 def signed(a, b):
-    """The paired difference a - b: its mean over the seeds, and the standard error of that."""
-    mean, error = difference(a, b)
+    """The paired difference a - b of the seeds that have both: its mean, and the standard error of that."""
+    pairs = [pair for pair in zip(a, b, strict=True) if None not in pair]
+    if not pairs:
+        return "-"
+    mean, error = difference(*zip(*pairs))
     return f"{mean:+.1f} ± {error:.1f}"
 
 
@@ -440,17 +443,19 @@ def table_6b(arms, flags):
              "Are the labels that a detector flags in D_t the wrong ones (`benchmarks/flags.py`; K = 10, alpha = 0)? "
              "The judge's certainty is the size of Eq. 7's margin. AUC: how often, of a wrong and a right label, the "
              "wrong one has the lower confidence.", "",
-             "| t | Detector | Wrong among the flagged (%) | among the others (%) | AUC (%) | AUC above self's | "
-             "Flagged by self, too (%) |", "|---" * 7 + "|"]
+             "| t | Detector | Wrong among the flagged (%) | above self's | among the others (%) | AUC (%) | "
+             "above self's | Flagged by self, too (%) |", "|---" * 8 + "|"]
     detectors = [("self", 0, "self (Eq. 9)"), ("decoupled", 0, "de-coupled (Eq. 11, 12), lambda 1/2, 1/4, 1/8"),
                  ("decoupled", 3, "de-coupled, lambda 2"), ("judge", 0, "the judge's certainty")]
     for t in range(3):
         for key, other, name in detectors:
-            found = {metric: [seed[key][metric] for seed in flags[t + other]]
-                     for metric in ("precision", "unflagged", "auc", "as_self")}
-            above = "-" if key == "self" else signed(found["auc"], [seed["self"]["auc"] for seed in flags[t + other]])
-            cells = [cell(found[metric]) for metric in ("precision", "unflagged", "auc")]
-            lines.append(f"| {t + 1} | {name} | {' | '.join(cells)} | {above} | {cell(found['as_self'])} |")
+            values = {metric: [seed[key][metric] for seed in flags[t + other]]
+                      for metric in ("precision", "unflagged", "auc", "as_self")}
+            above = {metric: "-" if key == "self" else signed(
+                values[metric], [seed["self"][metric] for seed in flags[t + other]]) for metric in ("precision", "auc")}
+            cells = [f"{t + 1}", name, cell(values["precision"]), above["precision"], cell(values["unflagged"]),
+                     cell(values["auc"]), above["auc"], cell(values["as_self"])]
+            lines.append(f"| {' | '.join(cells)} |")
     lines += ["", "04 alone, from one pi_1 and one D_2: its labels by Eq. 7, with a share of them turned round at "
               "random, or by gold; in the last column pi_0, from the seed. Win rates of the first row, then paired "
               "differences from it ± standard error; * more than two standard errors.", "",
@@ -465,7 +470,7 @@ def table_6b(arms, flags):
             else:
                 mean, error = difference(arms[labels, arm], arms[labels, "none"])
                 cells.append(f"{mean:+.2f} ± {error:.2f}" + "*" * (abs(mean) > 2 * error))
-        lines.append(f"| {arm} | " + " | ".join(cells) + " |")
+        lines.append(f"| {arm} | {' | '.join(cells)} |")
     return "\n".join([*lines, ""])
 
 
@@ -522,12 +527,12 @@ def main():
     commit = subprocess.run(["git", "-C", str(ROOT), "describe", "--always", "--dirty"], capture_output=True, text=True)
     command = shlex.join(["python", "benchmarks/tables.py", *sys.argv[1:]])
     text = (f"# The paper's tables in the small world\n\n`{command}` at commit {commit.stdout.strip()}, "
-            f"{date.today()}, {versions}: seeds {', '.join(map(str, args.seeds))}, mean ± standard deviation; \"win "
-            f"rate above\" is the mean ± standard error of the difference within a seed. {len(tasks)} runs of a stage, "
-            f"{sum(record['seconds'] for record in records) / 60:.0f} minutes of one core. Win rates are against a "
-            "skilled writer's answers, by the gold judge; the paper's are against GPT-4's, by GPT-4, so only the order "
-            "of the rows can be compared: an order is seen where the difference is more than two standard errors.\n\n"
-            + "\n".join(blocks))
+            f"{date.today()}, {versions}: {len(tasks)} runs of a stage, "
+            f"{sum(record['seconds'] for record in records) / 60:.0f} minutes of one core. Seeds "
+            f"{', '.join(map(str, args.seeds))}: mean ± standard deviation; \"win rate above\" is the mean of the "
+            "differences within a seed ± its standard error. Win rates are against a skilled writer's answers, by the "
+            "gold judge; the paper's are against GPT-4's, by GPT-4, so only the order of the rows can be compared: an "
+            "order is seen where the difference is more than two standard errors.\n\n" + "\n".join(blocks))
     print("\n" + text)
     if args.output:
         args.output.write_text(text, encoding="utf-8")
