@@ -12,9 +12,20 @@ Writes responses_t.jsonl  {"id": "12", "prompt": [...], "prompt_ids": [1, 733, .
 Every token is decided by one uniform number, drawn from (seed, prompt id, sample, step), so a response is the same on
 any number of ranks and after resuming. Its ids, not its text, are judged and trained on.
 
+With --url a running server of pi_{t-1} samples (vLLM, or SGLang with return_token_ids), and no GPU is needed here:
+
+    vllm serve pi_0 --dtype bfloat16
+    python 02_generate.py --model pi_0 --url http://localhost:8000/v1 --input prompts_1.jsonl --output responses_1.jsonl
+
+It is sent token ids and, for each response, a seed of (seed, prompt id, sample), so a resumed run asks for what is
+missing as the first would have. But how a server rounds depends on its load, and SGLang takes seeds only with
+--enable-deterministic-inference: two runs may differ. That it serves the weights of --model is told by the name alone.
+
 Departs from the paper: none. It does not say how it treats a response that hits the length limit (--on-length-limit).
 """
 
+import os
+import re
 from array import array
 
 import numpy as np
@@ -27,6 +38,7 @@ ON_LENGTH_LIMIT = """what to do with a response of --max-new-tokens tokens witho
 eos: append one, as in the authors' release (it was not sampled, so its log-ratio is noise).
 open: keep it without an EOS (nothing then teaches the model to end it).
 drop: drop it, and its prompt where fewer than two are left (set the limit well above a normal answer)."""
+FREE = ("output", "url", "url_requests")  # options that change no response
 
 
 def parse_args():
@@ -47,7 +59,22 @@ def parse_args():
     # lengths, memory
     add("--max-prompt-length", type=runs.positive, default=1024, help="longer prompts are dropped")
     add("--micro-batch-size", type=runs.positive, default=16, help="prompts sampled at a time by one rank")
-    return parser.parse_args()
+    # sampling at a server
+    add("--url", help="a server of --model, http://host:8000/v1; its key is read from OPENAI_API_KEY")
+    add("--url-model", help="the model's name there (default: --model)")
+    add("--url-requests", type=runs.positive, default=64, help="requests at a time")
+    args = parser.parse_args()
+    if not args.url:
+        if args.url_model:
+            parser.error("--url-model goes with --url")
+        del args.url_model
+        return args
+    if not re.fullmatch(r"https?://[^\s@?#]+", args.url):  # it may have a key in it, which nobody must see
+        raise runs.InputError("--url: must look like http://host:8000/v1; the key belongs in OPENAI_API_KEY")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        raise runs.InputError("--url: the server samples, so one process is enough: start it without torchrun")
+    args.url_model = args.url_model or args.model  # in args.json it tells a server's responses from our own
+    return args
 
 
 def read_prompts(args, tokenizer):
@@ -86,13 +113,8 @@ def make_records(args, rows, sampled, tokenizer, eos, counts):
     return records
 
 
-def main():
-    args = parse_args()
-    partial = runs.open_output(args, "model", "input")
-    ranks = common.start_ranks()
-    tokenizer = chat.load_tokenizer(args.model, args.tokenizer, args.chat_template)
-    rows, counts = read_prompts(args, tokenizer)
-    eos = chat.eos_ids(args.model, tokenizer)
+def sample(args, partial, ranks, rows, eos):
+    """[(token ids, "eos" or "length") of each sample] of each row."""
     model = common.load_model(args.model, ranks.device, common.scoring_dtype(ranks.device))
     common.check_limits(args.input, ((row["id"], row["prompt_ids"], []) for row in rows), model,
                         "--max-prompt-length or --max-new-tokens", args.max_new_tokens)
@@ -103,7 +125,21 @@ def main():
         return common.sample_responses(model, [row["prompt_ids"] for row in batch], u, args.temperature,
                                        args.max_new_tokens, eos)
 
-    sampled = common.map_rows(generate, rows, args.micro_batch_size, partial, ranks, "sampling")
+    return common.map_rows(generate, rows, args.micro_batch_size, partial, ranks, "sampling")
+
+
+def main():
+    args = parse_args()
+    partial = runs.open_output(args, "model", "input", free=FREE)
+    ranks = common.start_ranks()
+    tokenizer = chat.load_tokenizer(args.model, args.tokenizer, args.chat_template)
+    rows, counts = read_prompts(args, tokenizer)
+    eos = chat.eos_ids(args.model, tokenizer)
+    if args.url:
+        from extras.endpoint import sample_at_url
+        rows, sampled = sample_at_url(args, partial, rows, eos, counts)
+    else:
+        sampled = sample(args, partial, ranks, rows, eos)
 
     def write():
         runs.write_jsonl(partial / "responses", make_records(args, rows, sampled, tokenizer, eos, counts))

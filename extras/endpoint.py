@@ -1,4 +1,4 @@
-"""Who is asked to judge: an OpenAI-compatible endpoint, or a model on this machine."""
+"""Who is asked: an OpenAI-compatible endpoint, to judge (or a model on this machine), or to sample responses."""
 
 import argparse
 import os
@@ -19,25 +19,48 @@ LIMITS = ("max_tokens", "max_completion_tokens")  # its name, and its name for O
 RETRIED = {408, 409, 425, 429, *range(500, 600)}  # HTTP statuses that may be temporary
 REFUSED = {400, 413, 422}  # those that may be about one request; any other is about all
 PROBES = 5  # requests without an answer before the first that has one: then the rest is not sent
+TIMEOUT, RETRIES = 600.0, 5  # seconds until a request for a response has failed, and how often it is sent again
 PAUSE = 1.0  # seconds before the first retry, doubled for each further one; Retry-After takes precedence
 
 
 def ask_judge(args, partial, jobs, logprobs):
     """{k: answer} to jobs {k: messages}: a text; with logprobs, [(token, log-prob)] of the most likely first tokens.
 
-    The answer is None where the endpoint refuses for ever, as a content filter does; of more than one in five none is
-    recorded, since the fault is elsewhere. Answers are recorded in `partial` as they come, so that a resumed run asks
-    only for what is missing. Raises InputError where requests have failed, and before most are sent where none would be
-    answered: they are sent one at a time until one is.
+    None where the endpoint refuses for ever, as a content filter does; see `ask_all`.
     """
     if not args.judge_url:
         return ask_local_model(args, partial, jobs, logprobs)
-    answers = dict(runs.read_journal(partial, "judged"))
+    return ask_all(JudgeEndpoint(args, logprobs), jobs, args.judge_requests, partial, "judged")
+
+
+def sample_at_url(args, partial, rows, eos, counts):
+    """The rows, and for each [(token ids, "eos" or "length") of each sample], as the server at --url samples them.
+
+    A row of which it refuses a sample for ever is left out, and counted; see `ask_all`.
+    """
+    jobs = [(row["prompt_ids"], int(2 ** 31 * common.uniforms(args.seed, row["id"], k, 1)[0]))
+            for k in range(args.samples) for row in rows]  # so the first requests are about different prompts
+    answers = ask_all(SamplingEndpoint(args, eos), dict(enumerate(jobs)), args.url_requests, partial, "sampled")
+    sampled = [[answers[k] for k in range(i, len(jobs), len(rows))] for i in range(len(rows))]
+    kept = [i for i, samples in enumerate(sampled) if None not in samples]
+    counts["prompts refused by the server"] = len(rows) - len(kept)
+    return [rows[i] for i in kept], [sampled[i] for i in kept]
+
+
+def ask_all(endpoint, jobs, requests, partial, label):
+    """{k: answer} to jobs {k: job}, asked with so many requests at a time.
+
+    The answer is None where the endpoint refuses for ever; of more than one in five none is recorded, since the fault
+    is elsewhere. Answers are recorded in the journal `label` of `partial` as they come, so that a resumed run asks only
+    for what is missing. Raises InputError where requests have failed, and before most are sent where none would be
+    answered: they are sent one at a time until one is.
+    """
+    answers = dict(runs.read_journal(partial, label))
     waiting, unanswered = [k for k in jobs if k not in answers], {}  # unanswered: {k: (how it ended, why)}
-    endpoint, pool = Endpoint(args, logprobs), ThreadPoolExecutor(args.judge_requests)
-    with runs.journal(partial, "judged") as record:
+    pool, output = ThreadPoolExecutor(requests), str(partial).removesuffix(".partial")
+    with runs.journal(partial, label) as record:
         def keep(k, answer):
-            answers[k] = answer
+            answers[k] = runs.pack(answer)
             record([k, answer])
 
         def work(k):
@@ -53,7 +76,7 @@ def ask_judge(args, partial, jobs, logprobs):
                 pool.submit(work, waiting.pop(0)).result()
             if answers:
                 futures = [pool.submit(work, k) for k in waiting]
-                for future in common.progress(futures, "judging", common.Ranks(0, 1, None)):
+                for future in common.progress(futures, "asking", common.Ranks(0, 1, None)):
                     future.result()
         finally:  # on Ctrl-C too: what the requests that were sent have led to is still recorded
             endpoint.stop.set()
@@ -64,11 +87,11 @@ def ask_judge(args, partial, jobs, logprobs):
     # the reason that matters most
     how, why = min(unanswered.values(), key=lambda end: ("fault", "failed", "refused").index(end[0]), default=("", ""))
     if missing := len(jobs.keys() - answers.keys()):
-        check = "check --judge-url, --judge-model, OPENAI_API_KEY; " if how != "failed" else ""
-        raise runs.InputError(f"{args.output}: {missing} of {len(jobs)} have no answer ({why}): {check}the others are "
+        check = f"check {endpoint.options}, OPENAI_API_KEY; " if how != "failed" else ""
+        raise runs.InputError(f"{output}: {missing} of {len(jobs)} have no answer ({why}): {check}the others are "
                               f"kept in {partial}: rerun the command to ask only for the missing ones")
     if unanswered:
-        print(f"{args.output}: {len(unanswered)} of {len(jobs)} refused by the judge, so missing: {why}", flush=True)
+        print(f"{output}: {len(unanswered)} of {len(jobs)} refused by the endpoint, so missing: {why}", flush=True)
     return answers
 
 
@@ -84,70 +107,96 @@ def ask_local_model(args, partial, jobs, logprobs):
 
 
 class Endpoint:
-    """An OpenAI-compatible endpoint, Azure's with ?api-version=. The key is in memory only."""
+    """An OpenAI-compatible endpoint, Azure's with ?api-version=. The key is in memory only.
 
-    def __init__(self, args, logprobs):
+    options: those that name it, its URL's first, for errors. A kind of it has `body` and `read_choice`.
+    """
+
+    def __init__(self, options, url, path, timeout, retries, max_requests=None):
+        self.options, option = options, options.split(",")[0]
         if huggingface_hub.is_offline_mode():
-            raise runs.InputError("HF_HUB_OFFLINE: keeps the client from sending requests to --judge-url: unset it")
+            raise runs.InputError(f"HF_HUB_OFFLINE: keeps the client from sending requests to {option}: unset it")
         self.key = os.environ.get("OPENAI_API_KEY", "").strip() or "no-key"
         if not re.fullmatch("[!-~]+", self.key):  # the client's own error would show it
             raise runs.InputError("OPENAI_API_KEY: has a blank or a character outside ASCII: set it to the key alone")
-        base, mark, version = args.judge_url.partition("?")
-        self.url = base.rstrip("/").removesuffix("/chat/completions") + "/chat/completions" + mark + version
+        base, mark, version = url.partition("?")
+        self.url = base.rstrip("/").removesuffix(path) + path + mark + version
         self.headers = {"api-key": self.key} if version else {"Authorization": f"Bearer {self.key}"}
         if version and huggingface_hub.constants.HF_DEBUG:
             raise runs.InputError("HF_DEBUG: makes the client print the header api-key: unset it")
-        self.args, self.logprobs, self.limit = args, logprobs, LIMITS[0]
+        self.timeout, self.retries, self.max_requests = timeout, retries, max_requests
         self.works = False  # whether it has answered a request of this run
         self.requests, self.lock, self.stop = 0, threading.Lock(), threading.Event()
 
-    def ask(self, messages):
+    def ask(self, job):
         """("answered", the answer), or (how it ended, why there is none): "failed", may be answered another time;
         "refused", never will; "fault", nor will any other. What may be temporary is tried again; where there is
         always a reply, but without an answer, it is refused."""
         retries = 0
         while True:
             with self.lock:
-                if self.stop.is_set() or self.requests == self.args.max_requests:
-                    return "failed", f"--max-requests {self.args.max_requests} is reached"
+                if self.stop.is_set() or self.requests == self.max_requests:
+                    return "failed", f"--max-requests {self.max_requests} is reached"
                 self.requests += 1
-            limit, pause, replied = self.limit, min(60, PAUSE * 2 ** retries), False
+            body, pause, replied = self.body(job), min(60, PAUSE * 2 ** retries), False
             try:
-                response = self.post(messages, limit)
-                if response.status_code == 400 and limit == LIMITS[0] and LIMITS[1] in response.text:
-                    self.limit = LIMITS[1]
-                    continue
+                response = self.send("POST", self.url, json=body)
                 if re.fullmatch(r"\d+(\.\d+)?", wait := response.headers.get("retry-after", "")):
                     pause = min(600, float(wait))
                 replied = response.status_code == 200 and self.works
-                how, found = self.read(response)
+                how, found = self.read(response, body)
             except Exception as error:  # many kinds: a timeout, a broken connection, a reply without an answer
                 how, found = "failed", f"{type(error).__name__}: {error}"
+            if how == "other body":
+                continue
             if how == "answered":
                 self.works = True
                 return how, found
             if how == "fault":
                 self.stop.set()
-            if how != "failed" or retries == self.args.judge_retries:
-                how = "refused" if replied else how
-                return how, " ".join(found.replace(self.key, "***").split())[:160]  # a server may repeat the key
+            if how != "failed" or retries == self.retries:
+                return "refused" if replied and how == "failed" else how, self.shown(found)
             retries += 1
             self.stop.wait(pause)
 
-    def post(self, messages, limit):
+    def send(self, method, url, **options):
         """The response to a request. A redirect is not followed: it could carry the key to another host."""
-        options = dict(temperature=1, logprobs=True, top_logprobs=TOP_LOGPROBS) if self.logprobs else {"temperature": 0}
-        body = {"model": self.args.judge_model, "messages": messages, limit: 1 if self.logprobs else MAX_TOKENS}
-        return huggingface_hub.get_session().post(self.url, json=body | options, headers=self.headers,
-                                                  timeout=self.args.judge_timeout, follow_redirects=False)
+        return huggingface_hub.get_session().request(method, url, headers=self.headers, timeout=self.timeout,
+                                                     follow_redirects=False, **options)
 
-    def read(self, response):
-        """As `ask`. Raises an Exception of any kind at a reply without an answer, which another try may have."""
+    def shown(self, text):
+        """The beginning of what a server says, in one line. It may repeat the key."""
+        return " ".join(text.replace(self.key, "***").split())[:160]
+
+    def read(self, response, body):
+        """As `ask`, of the response to `body`; or ("other body", None) where another must be sent at once. Raises an
+        Exception of any kind at a reply without an answer, which another try may have."""
         status = response.status_code
         if status != 200:
             how = "failed" if status in RETRIED else "refused" if status in REFUSED else "fault"
             return how, f"HTTP {status} {response.text}"
-        choice = response.json()["choices"][0]
+        return self.read_choice(response.json()["choices"][0], body)
+
+
+class JudgeEndpoint(Endpoint):
+    """Asked for a chat completion to messages."""
+
+    def __init__(self, args, logprobs):
+        super().__init__("--judge-url, --judge-model", args.judge_url, "/chat/completions", args.judge_timeout,
+                         args.judge_retries, args.max_requests)
+        self.model, self.logprobs, self.limit = args.judge_model, logprobs, LIMITS[0]
+
+    def body(self, messages):
+        options = dict(temperature=1, logprobs=True, top_logprobs=TOP_LOGPROBS) if self.logprobs else {"temperature": 0}
+        return {"model": self.model, "messages": messages, self.limit: 1 if self.logprobs else MAX_TOKENS} | options
+
+    def read(self, response, body):
+        if response.status_code == 400 and LIMITS[0] in body and LIMITS[1] in response.text:
+            self.limit = LIMITS[1]
+            return "other body", None
+        return super().read(response, body)
+
+    def read_choice(self, choice, body):
         text, finish = choice["message"].get("content"), choice.get("finish_reason")
         if text is None or finish == "content_filter":
             return "refused", f"no content, finish_reason {finish}"
@@ -161,3 +210,54 @@ class Endpoint:
         if not all(logp < 0.1 for _, logp in answer):  # NaN too; 0.1 for an endpoint that rounds
             raise ValueError("the endpoint gave log-probs that are not log-probs")
         return "answered", answer
+
+
+class SamplingEndpoint(Endpoint):
+    """Asked for the token ids of a response to a prompt's: vLLM (0.10.2 or newer), or SGLang, which has its fields too.
+
+    Raises InputError where the server does not list the model --url-model.
+    """
+
+    def __init__(self, args, eos):
+        super().__init__("--url, --url-model", args.url, "/completions", TIMEOUT, RETRIES)
+        self.eos, self.vocabulary = eos, common.load_config(args.model).get_text_config().vocab_size
+        # what is left open is the server's to decide: vLLM takes it from the model's generation config
+        self.fixed = {"model": args.url_model, "max_tokens": args.max_new_tokens, "temperature": args.temperature,
+                      "top_p": 1, "top_k": -1, "min_p": 0, "repetition_penalty": 1, "presence_penalty": 0,
+                      "frequency_penalty": 0, "stop_token_ids": eos, "return_token_ids": True}
+        try:
+            response = self.send("GET", self.url.removesuffix("/completions") + "/models")
+            names = [model["id"] for model in response.raise_for_status().json()["data"]]
+        except Exception as error:  # as in `ask`
+            raise runs.InputError(f"--url: cannot list its models ({type(error).__name__}: {self.shown(str(error))}): "
+                                  "give the address of a running server, .../v1")
+        if args.url_model not in names:  # SGLang answers to any name
+            raise runs.InputError(f"--url: serves {self.shown(str(names))}, not {args.url_model}: serve --model there, "
+                                  "or give its name there with --url-model")
+
+    def body(self, job):
+        prompt, seed = job
+        return self.fixed | {"prompt": list(prompt), "seed": seed}
+
+    def read_choice(self, choice, body):
+        """The answer is [token ids, "eos" or "length"], as `common.sample_responses` has it: with the EOS."""
+        ids, finish = choice.get("token_ids"), choice.get("finish_reason")
+        if not isinstance(ids, list) or not all(type(i) is int for i in ids):
+            return "failed" if self.works else "fault", ("no token_ids: it takes a server that knows return_token_ids, "
+                                                         "vLLM from 0.10.2 on or a recent SGLang")
+        if choice.get("prompt_token_ids") not in (None, body["prompt"]):
+            return "fault", "the server has put another prompt in place of the one sent"
+        if foreign := [i for i in ids if not 0 <= i < self.vocabulary]:
+            return "fault", f"token id {foreign[0]} is not in the vocabulary of --model, {self.vocabulary}"
+        if finish not in ("stop", "length"):
+            return "failed", f"finish_reason {finish}"
+        stop = choice.get("stop_reason", choice.get("matched_stop"))  # vLLM's name, SGLang's
+        if finish == "stop" and stop in self.eos:  # a server may keep it to itself; these two do not
+            ids = [*ids, stop]
+        if end := next((k for k, i in enumerate(ids, 1) if i in self.eos), None):
+            return "answered", [ids[:end], "eos"]
+        if finish == "stop":
+            return "fault", f"the server stops at token {ids[-1:]}, which is no EOS of --model, {self.eos}"
+        if len(ids) != body["max_tokens"]:
+            return "refused", f"{len(ids)} tokens, not --max-new-tokens: the server's context is too short"
+        return "answered", [ids, "length"]

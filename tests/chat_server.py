@@ -1,4 +1,4 @@
-"""An HTTP server on the loopback that speaks the chat-completions protocol, as well or as badly as a test wants."""
+"""An HTTP server on the loopback that speaks OpenAI's protocol, as well or as badly as a test wants."""
 
 import json
 import math
@@ -32,9 +32,9 @@ def completion(choice):
 
 class Server:
     """respond: (the request's JSON, how often this one was asked before) -> a choice, or (status, body, headers),
-    or a number of seconds to keep the client waiting."""
+    or a number of seconds to keep the client waiting. models: the names that it lists."""
 
-    def __init__(self, respond):
+    def __init__(self, respond, models):
         self.respond, self.requests, self.headers, self.paths, self.together = respond, [], [], [], 0
         self.lock, self.now = threading.Lock(), 0
         server = self
@@ -42,6 +42,10 @@ class Server:
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self):
                 server.handle(self)
+
+            def do_GET(self):
+                listed = {"object": "list", "data": [{"id": str(name), "object": "model"} for name in models]}
+                reply(self, 200, json.dumps(listed), {})
 
             def log_message(self, *_):
                 pass
@@ -66,20 +70,24 @@ class Server:
         status, body, headers = made if isinstance(made, tuple) else (200, json.dumps(completion(made)), {})
         with self.lock:
             self.now -= 1
-        try:
-            handler.send_response(status)
-            for name, value in headers.items():
-                handler.send_header(name, value)
-            handler.send_header("Content-Length", str(len(body.encode())))
-            handler.end_headers()
-            handler.wfile.write(body.encode())
-        except OSError:  # the client has given up
-            pass
+        reply(handler, status, body, headers)
+
+
+def reply(handler, status, body, headers):
+    try:
+        handler.send_response(status)
+        for name, value in headers.items():
+            handler.send_header(name, value)
+        handler.send_header("Content-Length", str(len(body.encode())))
+        handler.end_headers()
+        handler.wfile.write(body.encode())
+    except OSError:  # the client has given up
+        pass
 
 
 @contextmanager
-def serving(respond):
-    server = Server(respond)
+def serving(respond, models=()):
+    server = Server(respond, models)
     thread = threading.Thread(target=server.http.serve_forever, kwargs={"poll_interval": 0.02})
     thread.start()
     try:

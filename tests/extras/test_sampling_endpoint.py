@@ -1,0 +1,207 @@
+"""02_generate.py --url: a server samples, by its token ids; nothing is lost, made up, or asked for twice."""
+
+import json
+import os
+import shutil
+import signal
+
+import huggingface_hub
+import numpy as np
+import pytest
+
+import chat
+import runs
+from chat_server import KEY, serving
+from extras import endpoint
+from stages import attempt, digest, refused, rows, run
+
+LIMIT = 12
+
+
+@pytest.fixture(autouse=True)
+def on_the_loopback(monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)  # the client refuses the loopback as well
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.setattr(endpoint, "PAUSE", 0.01)
+
+
+@pytest.fixture
+def model(pi_0, tmp_path):
+    """A model that cannot be sampled from here: it has no weights."""
+    return shutil.copytree(pi_0, tmp_path / "pi", ignore=shutil.ignore_patterns("*.safetensors"))
+
+
+@pytest.fixture
+def options(model, world):
+    return dict(model=model, input=world / "prompts_1.jsonl", max_new_tokens=LIMIT)
+
+
+@pytest.fixture
+def eos(tokenizer):
+    return tokenizer.eos_token_id
+
+
+@pytest.fixture
+def sampler(eos):
+    """A server as vLLM is one: its ids are decided by prompt and seed, and half of the responses end with an EOS."""
+    def respond(request, before):
+        rng = np.random.default_rng([request["seed"], *request["prompt"]])
+        ids, ends = rng.integers(10, 60, LIMIT).tolist(), rng.random() < 0.5
+        ids = [*ids[:rng.integers(4, LIMIT)], eos] if ends else ids
+        return {"text": "its own", "token_ids": ids, "prompt_token_ids": request["prompt"], "stop_reason": None,
+                "finish_reason": "stop" if ends else "length"}
+    return respond
+
+
+def asked(server):
+    return sorted((request["prompt"], request["seed"]) for request in server.requests)
+
+
+def test_requests_and_records(tmp_path, options, sampler, tokenizer, eos):
+    with serving(sampler, [options["model"]]) as server:
+        output = run("02_generate", **options, url=server.url, on_length_limit="open", seed=3, output=tmp_path / "out")
+    records, prompts = rows(output), rows(options["input"])
+    assert [(row["id"], row["prompt"]) for row in records] == [(str(row["id"]), row["prompt"]) for row in prompts]
+    assert len(server.requests) == 2 * len(prompts) and set(server.paths) == {"/v1/completions"}
+    assert len({request["seed"] for request in server.requests}) == 2 * len(prompts)
+    by_ids = {tuple(sampler(request, 0)["token_ids"]): request for request in server.requests}
+    finishes = []
+    for row in records:
+        assert row["prompt_ids"] == chat.prompt_ids(tokenizer, row["prompt"], "")
+        for response in row["responses"]:
+            ids = response["ids"]
+            request = by_ids.pop(tuple(ids))
+            assert request == {
+                "model": str(options["model"]), "prompt": row["prompt_ids"], "max_tokens": LIMIT, "temperature": 0.7,
+                "top_p": 1, "top_k": -1, "min_p": 0, "repetition_penalty": 1, "presence_penalty": 0,
+                "frequency_penalty": 0, "stop_token_ids": [eos], "return_token_ids": True, "seed": request["seed"]}
+            assert response["text"] == tokenizer.decode(ids, skip_special_tokens=True).strip()
+            assert response["finish"] == ("eos" if ids[-1] == eos else "length")
+            finishes.append(response["finish"])
+    assert not by_ids and set(finishes) == {"eos", "length"}
+    assert json.loads(runs.args_path(output).read_text())["counts"]["tokens"] == sum(
+        len(response["ids"]) for row in records for response in row["responses"])
+
+
+def test_the_responses_follow_the_seed_and_not_the_requests_at_a_time(tmp_path, options, sampler):
+    with serving(sampler, ["other name"]) as server:
+        one, same, other = (digest(run("02_generate", **options, url=server.url + end, url_model="other name",
+                                       url_requests=n, seed=seed, output=tmp_path / f"{n}"))
+                            for n, seed, end in ((1, 0, ""), (8, 0, "/"), (9, 1, "/completions")))
+    assert one == same != other
+
+
+KINDS = {  # the server's choice -> the ids and the finish that are recorded; -1 stands for the EOS
+    "the EOS is kept, SGLang": (([20, 21, -1], "stop", {"matched_stop": -1}), ([20, 21, -1], "eos")),
+    "the EOS is taken off": (([20, 21], "stop", {"stop_reason": -1}), ([20, 21, -1], "eos")),
+    "nothing but the EOS": (([], "stop", {"matched_stop": -1}), ([-1], "eos")),
+    "the EOS at the limit": (([20] * (LIMIT - 1) + [-1], "length", {}), ([20] * (LIMIT - 1) + [-1], "eos")),
+    "no stop at the EOS": (([20, -1, 21], "length", {}), ([20, -1], "eos")),
+    "the limit": (([20] * LIMIT, "length", {}), ([20] * LIMIT + [-1], "length"))}  # --on-length-limit eos
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_how_a_response_ends(tmp_path, options, eos, kind):
+    (ids, finish, more), recorded = json.loads(json.dumps(KINDS[kind]).replace("-1", str(eos)))
+    choice = {"token_ids": ids, "finish_reason": finish} | more
+    with serving(lambda request, before: choice, [options["model"]]) as server:
+        records = rows(run("02_generate", **options, url=server.url, output=tmp_path / "out"))
+    assert all([y["ids"], y["finish"]] == recorded for row in records for y in row["responses"])
+
+
+def test_what_may_pass_is_asked_again(tmp_path, options, sampler):
+    trouble = [(429, "slow down", {"Retry-After": "0"}), (500, "busy", {}), (200, "not json", {}),
+               {"finish_reason": "abort", "token_ids": [20]}]
+
+    def troubled(request, before):
+        return sampler(request, 0) if before == len(trouble) else trouble[before]
+    outputs = []
+    for respond in (sampler, troubled):
+        with serving(respond, [options["model"]]) as server:
+            outputs.append(run("02_generate", **options, url=server.url, output=tmp_path / f"{len(outputs)}"))
+    assert digest(outputs[0]) == digest(outputs[1])
+    assert len(server.requests) == (1 + len(trouble)) * 2 * len(rows(outputs[0]))
+
+
+REFUSALS = {  # which prompt is refused, and how; where it is the first, nothing has been answered yet
+    "HTTP 400": (0, (400, "'max_tokens' or 'max_completion_tokens' is too large", {})),
+    "cut": (0, {"token_ids": [20], "finish_reason": "length"}),
+    "abort": (1, {"token_ids": [20], "finish_reason": "abort"}),
+    "content_filter": (1, {"token_ids": [20], "finish_reason": "content_filter"})}
+
+
+@pytest.mark.parametrize("refusal", REFUSALS)
+def test_a_prompt_that_is_refused_for_ever_is_dropped_and_counted(tmp_path, options, sampler, tokenizer, refusal):
+    (k, refused), prompts = REFUSALS[refusal], rows(options["input"])
+    ids = chat.prompt_ids(tokenizer, prompts.pop(k)["prompt"], "")
+    with serving(lambda request, before: refused if request["prompt"] == ids else sampler(request, before),
+                 [options["model"]]) as server:
+        ran = attempt("02_generate", **options, url=server.url, samples=6, output=tmp_path / "out")
+    assert ran.status == 0 and "prompts refused by the server 1," in ran.out, ran
+    assert [row["id"] for row in rows(tmp_path / "out")] == [str(row["id"]) for row in prompts]
+
+
+def stops(request, **change):
+    return {"token_ids": [20], "prompt_token_ids": request["prompt"], "finish_reason": "stop"} | change
+
+
+FAULTS = {"no ids": ({"token_ids": None}, "return_token_ids"), "texts for ids": ({"token_ids": ["a"]}, "token_ids"),
+          "another vocabulary": ({"token_ids": [10 ** 6] * LIMIT, "finish_reason": "length"}, "1000000"),
+          "another prompt": ({"prompt_token_ids": [1]}, "prompt"), "another EOS": ({"token_ids": [20]}, "20")}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_server_that_cannot_be_used_is_asked_once(tmp_path, options, fault):
+    change, said = FAULTS[fault]
+    with serving(lambda request, before: stops(request, **change), [options["model"]]) as server:
+        error = refused("02_generate", **options, url=server.url, output=tmp_path / "out")
+    assert said in error and "--url" in error and len(server.requests) == 1
+
+
+def test_a_fault_that_shows_later_stops_and_drops_nothing(tmp_path, options, sampler):
+    def respond(request, before):
+        return stops(request, token_ids=[10 ** 6]) if len(server.requests) == 9 else sampler(request, before)
+    with serving(respond, [options["model"]]) as server:
+        assert "1000000" in refused("02_generate", **options, url=server.url, url_requests=1, output=tmp_path / "out")
+    journal = runs.read_journal(tmp_path / "out.partial", "sampled")
+    assert len(journal) == 8 and all(answer for _, answer in journal)
+
+
+def test_a_killed_run_asks_only_for_what_is_missing_also_at_another_address(tmp_path, options, sampler):
+    def killed(request, before):
+        if len(server.requests) == 9:
+            os.kill(os.getpid(), signal.SIGINT)
+        return sampler(request, before)
+    with serving(sampler, [options["model"]]) as server:
+        whole = run("02_generate", **options, url=server.url, output=tmp_path / "whole")
+        everything = asked(server)
+    with serving(killed, [options["model"]]) as server:
+        command = dict(options, url_requests=2, output=tmp_path / "out")
+        assert attempt("02_generate", **command, url=server.url).status == 130
+        before = asked(server)
+    with serving(sampler, [options["model"]]) as server:
+        assert digest(run("02_generate", **command, url=server.url)) == digest(whole)
+        assert sorted(before + asked(server)) == everything and 9 <= len(before) < len(everything)
+        assert "nothing to do" in attempt("02_generate", **command, url=server.url).out
+
+
+def test_our_own_responses_are_not_taken_for_a_servers(tmp_path, options, pi_0, sampler):
+    options["model"] = pi_0
+    output = run("02_generate", **options, output=tmp_path / "out")
+    assert not [name for name in json.loads(runs.args_path(output).read_text())["made_from"]["args"] if "url" in name]
+    with serving(sampler, [pi_0]) as server:
+        assert "--url-model" in refused("02_generate", **options, url=server.url, output=output)
+    assert not server.requests
+
+
+@pytest.mark.parametrize("case", ["another model", "no server", "a key", "no URL", "torchrun", "offline"])
+def test_bad_options_are_one_line_and_nothing_is_asked(tmp_path, options, sampler, case, monkeypatch):
+    said = {"another model": "pi_7", "no URL": "--url", "torchrun": "torchrun", "offline": "HF_HUB_OFFLINE"}
+    if case == "torchrun":
+        monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", case == "offline")
+    with serving(sampler, ["pi_7"]) as server:
+        url = {"no server": "http://127.0.0.1:9/v1", "a key": f"http://user:{KEY}@host/v1"}.get(case, server.url)
+        words = dict(options, url_model="pi_8") if case == "no URL" else dict(options, url=url)
+        error = refused("02_generate", **words, output=tmp_path / "out")
+    assert said.get(case, "--url") in error and KEY not in error and not server.requests
