@@ -19,7 +19,6 @@ that sample run under torchrun too. `python 05_eval.py COMMAND --help` lists the
 Departs from the paper: see extras/alpaca_eval.py.
 """
 
-import contextlib
 import json
 import os
 import re
@@ -209,8 +208,11 @@ def main():
         words = words[end + 1:]
     commands.append(parse_args(words))
     for args in commands:
-        with contextlib.suppress(SystemExit):  # its output is complete already
+        try:
             functions[args.command](args)
+        except SystemExit as stop:  # 0: its output is complete already
+            if stop.code:
+                raise
 
 
 if __name__ == "__main__":

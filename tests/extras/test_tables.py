@@ -88,7 +88,8 @@ def test_a_table_runs_only_what_it_needs(plan):
 
 
 def test_the_judges_of_table_7(plan):
-    one, ours, previous, reward, seed, none = [plan.tasks[task.options["input"]].options for task in row_tasks(plan, "7")]
+    one, ours, previous, reward, seed, none = [
+        plan.tasks[task.options["input"]].options for task in row_tasks(plan, "7")]
     assert ours["model"] == previous["model"] == none["model"] and one["model"] == plan.spa("spa", 0)
     assert ours["init_model"] == plan.pi_init() and "judge" not in ours
     assert (previous["judge"], previous["ref_model"]) == ("previous", plan.spa("spa", 0))
