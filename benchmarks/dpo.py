@@ -5,18 +5,19 @@
     python benchmarks/dpo.py --trl .venv-trl/bin/python --steps 4     # quicker
 
 Each competitor is a process of its own that takes one optimizer step at a time, in turn with the others, so that a busy
-machine slows them alike; a ratio is of two steps that stand next to each other. Memory is the largest resident size of
-the process, with Python and its libraries. The plain loop is what the reference implementation of DPO does: chosen and
-rejected in one batch padded to the longest, full logits of policy and reference.
+machine slows them alike; a ratio is of two steps that stand next to each other. Who stores the log-probs of pi_ref
+before the first step pays for that once in a run: a step's share of it, of E epochs one E-th, is added in two columns.
+Memory is the largest resident size of the process, with Python and its libraries.
 
-    01            01_seed_dpo.py; reference log-probs are stored before the first step, which is not timed
-    04            04_refined_dpo.py with de-coupled noise detection; it refines labels from its second step on
-    live          01's step with a live reference: what 04 is compared with
-    prompt twice  01 that computes a prompt for each of its two responses
-    logits twice  01 that recomputes the logits in the backward pass, in chunks of 256 tokens
-    TRL           DPOConfig() but for the settings above (its activation checkpointing is on)
-    TRL best      precomputed reference log-probs, no activation checkpointing
-    plain         the plain loop
+    01             01_seed_dpo.py, which stores them
+    04             04_refined_dpo.py with de-coupled noise detection; it refines labels from its second step on
+    live           01's step with a live reference: what 04 is compared with
+    prompt twice   01 that computes a prompt for each of its two responses
+    logits twice   01 that recomputes the logits in the backward pass, in chunks of 256 tokens
+    torch's loss   01 with F.linear_cross_entropy; "in chunks": with LinearCrossEntropyOptions()
+    plain          chosen and rejected in one batch padded to the longest, full logits of policy and live reference
+    TRL            DPOConfig() but for the settings above: activation checkpointing, a live reference, the head in chunks
+    TRL best       stored reference log-probs, no activation checkpointing
 
 A Llama of 23 M parameters with random weights (8 layers, width 256, 32,000 tokens), prompts of 20 to 600 tokens
 (log-uniform), responses of 20 to 300.
@@ -44,7 +45,7 @@ PAIRS, MICRO_BATCH, LR, BETA = 8, 2, 1e-5, 0.1  # pairs of an optimizer step, of
 def run_training(script, folder, turns, **options):
     """A stage as it is, except that it waits for its turn after each step and takes the pairs in the file's order."""
     import common
-    real_progress, real_log = common.progress, common.log_step
+    real_progress, real_log, real_store = common.progress, common.log_step, common.store_logps
 
     def progress(steps, label, ranks):
         if isinstance(steps, range):  # the training loop's
@@ -55,16 +56,20 @@ def run_training(script, folder, turns, **options):
         real_log(partial, bar, step, rows, **more)
         turns.after_step(sum(row["loss"] for row in rows) / len(rows))
 
-    common.progress, common.log_step = progress, log_step
-    common.epoch_batches = lambda count, size, epochs, seed: [list(range(i, i + size)) for i in range(0, count, size)]
+    def store_logps(*parameters):
+        turns.time_reference(lambda: real_store(*parameters))
+
+    common.progress, common.log_step, common.store_logps = progress, log_step, store_logps
+    common.epoch_batches = lambda count, size, *_: [list(range(i, i + size)) for i in range(0, count, size)]
     run_stage(script, model=folder / "model", output=tempfile.mkdtemp() + "/out", lr=LR, beta=BETA, batch_size=PAIRS,
               micro_batch_size=MICRO_BATCH, epochs=1, **options)
 
 
 def run_01(folder, turns, **replaced):
-    """01, with functions of common.py replaced."""
+    """01, with parts of common.py replaced by what a function makes of them."""
     import common
-    vars(common).update(replaced)
+    for name, change in replaced.items():
+        setattr(common, name, change(getattr(common, name)))
     run_training("01_seed_dpo.py", folder, turns, input=folder / "seed.jsonl")
 
 
@@ -75,19 +80,34 @@ def run_04(folder, turns):
 def run_live(folder, turns):
     """01's step that also runs pi_ref, as 04's does."""
     import common
-    real = common.load_policy
 
-    def load_policy(args, ranks):
-        model, policy = real(args, ranks)
-        ref = common.load_reference(args.model, args, ranks)
+    def with_reference(real):
+        def load_policy(args, ranks):
+            turns.reference = 0.0  # the stored log-probs would not be needed
+            ref = common.ResponseLogps(common.load_model(args.model, ranks.device).requires_grad_(False))
+            model, policy = real(args, ranks)
 
-        def with_reference(batch):
-            with torch.no_grad():
-                ref(batch)
-            return policy(batch)
-        return model, with_reference
+            def both(batch):
+                with torch.no_grad():
+                    ref(batch)
+                return policy(batch)
+            return model, both
+        return load_policy
 
-    run_01(folder, turns, load_policy=load_policy)
+    run_01(folder, turns, load_policy=with_reference)
+
+
+def run_torch_loss(folder, turns, options=None):
+    """01 with torch's own loss of the head's input."""
+    def with_torch_loss(real):
+        class TorchLoss(real):
+            def forward(self, batch):
+                hidden, weight, bias = self.hidden(batch)
+                return -F.linear_cross_entropy(hidden, weight, batch.labels, linear_bias=bias, reduction="none",
+                                               options=options and options())
+        return TorchLoss
+
+    run_01(folder, turns, ResponseLogps=with_torch_loss)
 
 
 def run_trl(folder, turns, **options):
@@ -113,9 +133,13 @@ def run_trl(folder, turns, **options):
             if "loss" in logs:
                 turns.after_step(float(logs["loss"]))
 
+    class Trainer(DPOTrainer):
+        def _precompute_ref_logps(self, *parameters):
+            return turns.time_reference(lambda: super(Trainer, self)._precompute_ref_logps(*parameters))
+
     model = LlamaForCausalLM.from_pretrained(folder / "model", dtype=torch.float32, trust_remote_code=False)
-    DPOTrainer(model, args=config, train_dataset=rows, callbacks=[Steps()],
-               processing_class=AutoTokenizer.from_pretrained(folder / "model", trust_remote_code=False)).train()
+    Trainer(model, args=config, train_dataset=rows, callbacks=[Steps()],
+            processing_class=AutoTokenizer.from_pretrained(folder / "model", trust_remote_code=False)).train()
 
 
 def run_plain(folder, turns):
@@ -160,8 +184,10 @@ COMPETITORS = {  # function, its options
     "01": (run_01, {}),
     "04": (run_04, {}),
     "live": (run_live, {}),
-    "prompt twice": (run_01, dict(max_shared_length=lambda model: 0)),
-    "logits twice": (run_01, dict(chunk_rows=lambda weight: 256)),
+    "prompt twice": (run_01, dict(collate=lambda real: lambda rows, device, *_: real(rows, device))),
+    "logits twice": (run_01, dict(chunk_rows=lambda real: lambda weight: 256)),
+    "torch's loss": (run_torch_loss, {}),
+    "torch's loss, in chunks": (run_torch_loss, dict(options=getattr(torch.nn, "LinearCrossEntropyOptions", None))),
     "plain": (run_plain, {}),
     "products": (run_products, {}),
     "TRL": (run_trl, {}),
@@ -198,7 +224,8 @@ def main():
         folder = Path(folder)
         make_inputs(folder, PAIRS * (args.steps + 3))  # one more step than is taken, so that no competitor ends
         wanted = {"01", *(args.only or COMPETITORS)}  # 01 is what the others are compared with
-        names = [name for name in COMPETITORS if name in wanted and (args.trl or "TRL" not in name)]
+        names = [name for name in COMPETITORS if name in wanted and (args.trl or "TRL" not in name)
+                 and ("torch" not in name or hasattr(F, "linear_cross_entropy"))]
         done = take_turns(__file__, names, folder, args, {"TRL": args.trl, "TRL best": args.trl})
         report(done, read_rows(folder / "preferences.jsonl"), args)
 
@@ -206,11 +233,14 @@ def main():
 def report(done, rows, args):
     losses = {name: [step["loss"] for step in steps] for name, steps in done.items() if name != "products"}
     seconds = {name: [step["seconds"] for step in steps[2:]] for name, steps in done.items()}
-    print(f"| {PAIRS} pairs a step, {args.threads} threads | Seconds | Times as long as 01 | Peak memory (GB) | "
-          "Losses differ by at most |\n|---|---|---|---|---|")
+    stored = {name: steps[0]["reference"] / (args.steps + 3) for name, steps in done.items()}  # for a step's pairs
+    print(f"| {PAIRS} pairs a step, {args.threads} threads | Seconds | Reference pass | Times as long as 01 "
+          "| with the pass, 3 epochs | 1 epoch | Peak memory (GB) | Losses differ by at most |\n" + "|---" * 8 + "|")
     for name in losses:
-        ratio = spread([theirs / ours for theirs, ours in zip(seconds[name], seconds["01"])])
-        print(f"| {name} | {statistics.median(seconds[name]):.2f} | {ratio} | {done[name][-1]['peak']:.2f} "
+        ratios = [spread([(theirs + stored[name] * share) / (ours + stored["01"] * share)
+                          for theirs, ours in zip(seconds[name], seconds["01"])]) for share in (0, 1 / 3, 1)]
+        print(f"| {name} | {statistics.median(seconds[name]):.2f} | {stored[name]:.2f} | {' | '.join(ratios)} "
+              f"| {done[name][-1]['peak']:.2f} "
               f"| {max(abs(a - b) for a, b in zip(losses[name], losses['01'])):.0e} |")
     if "04" in seconds and "live" in seconds:
         ratio = spread([a / b for a, b in zip(seconds["04"], seconds["live"])])

@@ -29,6 +29,7 @@ import numpy as np
 import torch
 from shared import ROOT, run_stage
 
+import chat
 import common
 from extras.alpaca_eval import alpaca_eval_metrics, length_controlled
 from extras.small_world import write_base_model
@@ -64,7 +65,8 @@ def replace_models():
         return model
 
     def logps(model, batch):
-        return torch.rand(len(batch.labels), generator=torch.Generator().manual_seed(sum(batch.lengths))) - model.number
+        seed = 1_000_000 * model.number + sum(batch.lengths)
+        return -torch.rand(len(batch.labels), generator=torch.Generator().manual_seed(seed))
 
     numbers = itertools.count()
     common.load_model, common.sample_responses = load_model, sample_responses
@@ -97,8 +99,8 @@ def work(part, folder, size):
                   length_penalty="auto")
     elif part == "04":
         stage = runpy.run_path(str(ROOT / "04_refined_dpo.py"))
-        args = Namespace(input=folder / "03", max_prompt_length=1024, max_length=2048)
-        common.cut_pairs(stage["read_pairs"](args), args)
+        args = Namespace(model=folder / "model", input=[folder / "03"], max_prompt_length=1024, max_length=2048)
+        common.cut_pairs(stage["read_pairs"](args, chat.load_tokenizer(args.model)), args)
     elif part == "05":
         fit_win_rates(size)
 

@@ -22,9 +22,9 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 PROMPTS, BATCH = 32, 4  # of a run, of a forward pass
 
 
-def make_responses(folder):
+def make_responses(folder, *longest):
     """responses.jsonl from the preferences of `make_inputs`, and a second model near to the first."""
-    make_inputs(folder, PROMPTS)
+    make_inputs(folder, PROMPTS, *longest)
     rows = [{"id": row["id"], "prompt": "x", "prompt_ids": row["prompt_ids"],
              "responses": [row["chosen"], row["rejected"]]} for row in read_rows(folder / "preferences.jsonl")]
     (folder / "responses.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))

@@ -105,15 +105,22 @@ class Turns:
 
     def __init__(self):
         self.out, sys.stdout = sys.stdout, sys.stderr  # what a competitor prints must not reach the parent
-        self.started = None
+        self.started, self.reference = None, 0.0
 
     def before_first_step(self):
         self.report("ready")
 
+    def time_reference(self, store):
+        """store(), the pass that stores the log-probs of pi_ref, before the first step."""
+        started = time.perf_counter()
+        stored = store()
+        self.reference = time.perf_counter() - started
+        return stored
+
     def after_step(self, loss):
         seconds = time.perf_counter() - self.started
         peak = int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text()).group(1))
-        self.report(json.dumps({"seconds": seconds, "loss": loss, "peak": peak / 2 ** 20}))
+        self.report(json.dumps({"seconds": seconds, "reference": self.reference, "loss": loss, "peak": peak / 2 ** 20}))
 
     def report(self, line):
         print(line, file=self.out, flush=True)
@@ -131,8 +138,8 @@ def take_turns(script, names, folder, args, pythons={}):
                         "TMPDIR": str(folder)}
     workers = {}
     for name in names:
-        workers[name] = subprocess.Popen([pythons.get(name, sys.executable), script, "--worker", name, str(folder)],
-                                         text=True, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        command = [pythons.get(name, sys.executable), script, "--worker", name, str(folder)]
+        workers[name] = subprocess.Popen(command, text=True, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                          stderr=open(folder / f"{name}.log", "w"))
         read_report(workers[name], folder / f"{name}.log")
     done = {name: [] for name in names}

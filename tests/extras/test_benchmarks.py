@@ -1,0 +1,128 @@
+"""The benchmarks of a CPU in little: each competitor computes the same, and the tables' arithmetic."""
+
+import json
+import logging
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch.nn.functional as F
+
+import common
+import stages
+
+sys.path.append(str(stages.ROOT / "benchmarks"))
+import dpo
+import growth
+import judging
+import sampling
+import shared
+
+OURS = [name for name in dpo.COMPETITORS if "TRL" not in name]
+TORCH_HAS_IT = hasattr(F, "linear_cross_entropy")
+
+
+class Ended(BaseException):
+    """Not an error of the stage's."""
+
+
+class OneProcess(shared.Turns):
+    """The turns of a competitor in this process, which ends after so many."""
+
+    def __init__(self, steps):
+        self.started, self.reference, self.steps, self.done = None, 0.0, steps, []
+
+    def report(self, line):
+        self.done += [json.loads(line)] if line != "ready" else []
+        if len(self.done) == self.steps:
+            raise Ended
+        self.started = 0.0
+
+
+def take_steps(run, folder, steps, **options):
+    turns = OneProcess(steps)
+    with pytest.raises(Ended):
+        run(folder, turns, **options)
+    return turns.done
+
+
+@pytest.fixture
+def small(tmp_path, monkeypatch):
+    """A folder for inputs of a tiny model; what a benchmark replaces in common.py is put back."""
+    for key, value in dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, vocab_size=320).items():
+        monkeypatch.setitem(shared.SHAPE, key, value)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    for name, value in list(vars(common).items()):
+        monkeypatch.setattr(common, name, value)
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", OURS)
+def test_a_competitor_takes_the_steps_of_01(name, small):
+    if "torch" in name and not TORCH_HAS_IT:
+        pytest.skip("this torch has no linear_cross_entropy")
+    shared.make_inputs(small, 4 * dpo.PAIRS, (40, 30))
+    expected = [step["loss"] for step in take_steps(dpo.run_plain, small, 3)]
+    run, options = dpo.COMPETITORS[name]
+    steps = take_steps(run, small, 3, **options)
+    assert all(step["seconds"] > 0 and step["peak"] > 0 for step in steps)
+    stores = name in ("01", "prompt twice", "logits twice") or "torch" in name
+    assert (steps[0]["reference"] > 0) == stores
+    if name != "products":  # 04 refines labels from its second step on, by less than 1e-3 where nothing is learnt yet
+        assert [step["loss"] for step in steps] == pytest.approx(expected, abs=1e-3 if name == "04" else 1e-6)
+
+
+def test_the_reference_pass_is_shared_by_the_epochs(capsys):
+    """A pass of 12 s for 4 steps: 3 s a step. (4 + 0) / 2 = 2; 4 / (2 + 3 / 3) = 1.33; 4 / (2 + 3) = 0.8"""
+    def steps(seconds, reference):
+        return [{"seconds": seconds, "reference": reference, "loss": 0.5, "peak": 1.0}] * 4
+
+    dpo.report({"01": steps(2, 12), "plain": steps(4, 0)}, [], SimpleNamespace(steps=1, threads=2))
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1] == ("| plain | 4.00 | 0.00 | 2.00 (2.00 to 2.00) | 1.33 (1.33 to 1.33) | 0.80 (0.80 to 0.80) "
+                         "| 1.00 | 0e+00 |")
+
+
+def test_judging_beside_a_plain_loop(small, monkeypatch):
+    monkeypatch.setattr(judging, "PROMPTS", 4)
+    judging.make_responses(small, (40, 30))
+    ours, plain = (take_steps(run, small, 2) for run in judging.COMPETITORS.values())
+    assert ours[0]["loss"] == ours[1]["loss"] == pytest.approx(plain[0]["loss"], abs=1e-5)
+
+
+def test_sampling_beside_generate(monkeypatch, capsys):
+    for name, value in dict(VOCABULARY=300, PROMPTS=4, BATCH=2, LIMIT=10, GREEDY_LIMIT=10).items():
+        monkeypatch.setattr(sampling, name, value)
+    monkeypatch.setattr(sys, "argv", ["sampling.py", "--repeats", "1", "--threads", "1"])
+    try:
+        sampling.main()
+    finally:
+        logging.disable(logging.NOTSET)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("greedy: ") and "of 8 responses are identical" in lines[0]
+    assert [line.split("|")[1].strip() for line in lines[4:]] == [
+        "sample_responses", "generate", "generate, static cache", "generate_batch"]
+
+
+def test_growth_reads_and_writes_as_the_stages_do(small):
+    growth.work("files", small, 60)
+    for part in growth.PARTS:
+        growth.work(part, small, 60)
+        if part == "00":
+            (small / "00" / "prompts_1.jsonl").rename(small / "prompts.jsonl")
+    assert sum(1 for _ in open(small / "03")) == 58  # two are the seed's
+
+
+def test_competitors_take_turns(tmp_path):
+    script = tmp_path / "worker.py"
+    script.write_text(f"import sys\nsys.path.insert(0, {str(stages.ROOT / 'benchmarks')!r})\nimport shared\n"
+                      "name, turns = sys.argv[2], shared.Turns()\nprint('of the competitor')\n"
+                      "turns.before_first_step()\nfor step in range(3):\n"
+                      "    open(sys.argv[3] + '/order', 'a').write(name)\n    turns.after_step(float(step))\n")
+    done = shared.take_turns(str(script), "ab", tmp_path, SimpleNamespace(steps=1, threads=1))
+    assert (tmp_path / "order").read_text() == "ababab"
+    assert {name: [step["loss"] for step in steps] for name, steps in done.items()} == {
+        "a": [0.0, 1.0, 2.0], "b": [0.0, 1.0, 2.0]}
+    script.write_text("raise SystemExit('it broke')\n")
+    with pytest.raises(SystemExit, match="it broke"):
+        shared.take_turns(str(script), "a", tmp_path, SimpleNamespace(steps=1, threads=1))
