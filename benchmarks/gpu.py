@@ -153,6 +153,9 @@ class Clock:
 
     before_first_step = start
 
+    def time_reference(self, store):  # not part of a step
+        return store()
+
     def after_step(self, loss):
         self.tick()
 
@@ -338,15 +341,19 @@ def trl_steps(bench, **options):
         raise RuntimeError("TRL is not installed")
     import dpo
     import trl
-    size, clock, config, trainer = bench.size, Clock(), trl.DPOConfig, trl.DPOTrainer
+    size, clock, config = bench.size, Clock(), trl.DPOConfig
     micro = bench.size.micro[bench.shape]["gradient_checkpointing" not in options]
     load = SimpleNamespace(from_pretrained=lambda name, **_: random_model(str(name), bench.device))
     bench.write("seed", size.pairs * size.steps)
+
+    class Trainer(trl.DPOTrainer):
+        def __init__(self, model, **given):
+            super().__init__(model, load.from_pretrained(bench.folder / "model"), **given)
+
     with (contextlib.redirect_stdout(sys.stderr),
           mock.patch.multiple(dpo, LlamaForCausalLM=load, PAIRS=size.pairs, MICRO_BATCH=micro),
           mock.patch.object(trl, "DPOConfig", lambda **given: config(**given | {"bf16": bench.device.type == "cuda"})),
-          mock.patch.object(trl, "DPOTrainer", lambda model, **given: trainer(
-              model, load.from_pretrained(bench.folder / "model"), **given))):
+          mock.patch.object(trl, "DPOTrainer", Trainer)):
         dpo.run_trl(bench.folder, clock, **options)
     ids = [pair["id"] for pair in bench.pairs]
     steps = [ids[k:k + size.pairs] for k in range(0, size.pairs * size.steps, size.pairs)]
