@@ -106,7 +106,7 @@ def main():
     optimizer, scheduler = common.make_optimizer(model, args.lr, len(batches))
     state = runs.load_state(partial, ranks, model, optimizer, scheduler)
 
-    bar = common.progress(range(state["step"], len(batches)), "SFT", ranks)
+    bar = runs.progress(range(state["step"], len(batches)), "SFT", ranks)
     for step in bar:
         step_examples, logged_rows = [examples[i] for i in batches[step]], []
         tokens = sum(sum(example["trained"]) for example in step_examples)

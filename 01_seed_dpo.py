@@ -98,7 +98,7 @@ def main():
     optimizer, scheduler = common.make_optimizer(model, args.lr, len(batches))
     state = runs.load_state(partial, ranks, model, optimizer, scheduler)
 
-    bar = common.progress(range(state["step"], len(batches)), "seed DPO", ranks)
+    bar = runs.progress(range(state["step"], len(batches)), "seed DPO", ranks)
     for step in bar:
         step_pairs, logged_rows = [pairs[i] for i in batches[step]], []
         micros = common.micro_batches(step_pairs, args, ranks)

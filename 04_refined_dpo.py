@@ -169,7 +169,7 @@ def main():
 
         worst_case = WorstCase(confidences, pairs, refine_from, len(batches), args, ranks, state)
 
-    bar = common.progress(range(state["step"], len(batches)), "refined DPO", ranks)
+    bar = runs.progress(range(state["step"], len(batches)), "refined DPO", ranks)
     for step in bar:
         step_pairs, logged_rows = [pairs[i] for i in batches[step]], []
         micros = common.micro_batches(step_pairs, args, ranks)

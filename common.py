@@ -36,10 +36,9 @@ import transformers
 from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
-from tqdm import tqdm
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, get_cosine_schedule_with_warmup
 
-from runs import InputError, close_output, journal, read_journal
+from runs import InputError, close_output, journal, progress, read_journal
 
 huggingface_hub.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
@@ -467,26 +466,6 @@ def start_ranks():
         on_gpu = dict(device_id=device) if device.type == "cuda" else {}
         dist.init_process_group("nccl" if on_gpu else "gloo", timeout=datetime.timedelta(hours=1), **on_gpu)
     return Ranks(rank, world, device)
-
-
-class LogWriter:
-    """tqdm's output if stderr is not a terminal: a line per update, since a bar cannot be redrawn there."""
-
-    def write(self, text):
-        if text.strip():
-            sys.stderr.write(text.strip() + "\n")
-
-    def flush(self):
-        sys.stderr.flush()
-
-
-def progress(steps, label, ranks):
-    """A bar with rate and time left, on rank 0; in a log, a line every half minute."""
-    options = dict(mininterval=0.2, dynamic_ncols=True)
-    if not sys.stderr.isatty():
-        options = dict(mininterval=30, file=LogWriter(), bar_format="{desc}: {n_fmt} of {total_fmt} in {elapsed}, "
-                       "{remaining} left, {rate_fmt}{postfix}")
-    return tqdm(steps, desc=label, disable=ranks.rank != 0, leave=False, miniters=1, delay=2, **options)
 
 
 def map_batches(compute, batches, partial, ranks, label):

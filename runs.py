@@ -4,6 +4,7 @@
     options    Parser, number, positive, natural, nonnegative, share
     records    PROMPTS, EXAMPLES, SEED, RESPONSES, PREFERENCES, read_jsonl, write_jsonl
     outputs    open_output, close_output: made in OUTPUT.partial, renamed when complete, args.json beside them
+    progress   a bar on a terminal, lines in a log
     resuming   journal, read_journal (finished batches); load_state, save_due, save_state (training)
 """
 
@@ -28,6 +29,7 @@ from typing import IO
 
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
 # ---------------------------------------------------------------------------------------------
 # Errors
@@ -488,6 +490,30 @@ def close_output(args, partial, made, counts):
     shutil.rmtree(partial, ignore_errors=True)
     summary = ", ".join(f"{name} {count}" for name, count in counts.items())
     print(f"{args.output}: {summary} ({record['seconds']:.0f} s)")
+
+
+# ---------------------------------------------------------------------------------------------
+# Progress
+
+
+class LogWriter:
+    """tqdm's output if stderr is not a terminal: a line per update, since a bar cannot be redrawn there."""
+
+    def write(self, text):
+        if text.strip():
+            sys.stderr.write(text.strip() + "\n")
+
+    def flush(self):
+        sys.stderr.flush()
+
+
+def progress(steps, label, ranks):
+    """A bar with rate and time left, on rank 0; in a log, a line every half minute."""
+    options = dict(mininterval=0.2, dynamic_ncols=True)
+    if not sys.stderr.isatty():
+        options = dict(mininterval=30, file=LogWriter(), bar_format="{desc}: {n_fmt} of {total_fmt} in {elapsed}, "
+                       "{remaining} left, {rate_fmt}{postfix}")
+    return tqdm(steps, desc=label, disable=ranks.rank != 0, leave=False, miniters=1, delay=2, **options)
 
 
 # ---------------------------------------------------------------------------------------------

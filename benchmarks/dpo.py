@@ -45,11 +45,11 @@ PAIRS, MICRO_BATCH, LR, BETA = 8, 2, 1e-5, 0.1  # pairs of an optimizer step, of
 def run_training(script, folder, turns, **options):
     """A stage as it is, except that it waits for its turn after each step and takes the pairs in the file's order."""
     import common
-    real_progress, real_log, real_store = common.progress, common.log_step, common.store_logps
+    import runs
+    real_progress, real_log, real_store = runs.progress, common.log_step, common.store_logps
 
-    def progress(steps, label, ranks):
-        if isinstance(steps, range):  # the training loop's
-            turns.before_first_step()
+    def progress(steps, label, ranks):  # of the training loop
+        turns.before_first_step()
         return real_progress(steps, label, ranks)
 
     def log_step(partial, bar, step, rows, **more):
@@ -59,7 +59,7 @@ def run_training(script, folder, turns, **options):
     def store_logps(*parameters):
         turns.time_reference(lambda: real_store(*parameters))
 
-    common.progress, common.log_step, common.store_logps = progress, log_step, store_logps
+    runs.progress, common.log_step, common.store_logps = progress, log_step, store_logps
     common.epoch_batches = lambda count, size, *_: [list(range(i, i + size)) for i in range(0, count, size)]
     run_stage(script, model=folder / "model", output=tempfile.mkdtemp() + "/out", lr=LR, beta=BETA, batch_size=PAIRS,
               micro_batch_size=MICRO_BATCH, epochs=1, **options)

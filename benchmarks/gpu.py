@@ -216,10 +216,12 @@ def run_timed(script, change=lambda model: None, **options):
     def fail(message, status=2):
         raise RuntimeError(message)
 
+    def progress(steps, label, ranks):
+        return Rounds(steps, clocks[label])
+
     with (contextlib.redirect_stdout(sys.stderr), mock.patch.object(sys, "argv", []),
-          mock.patch.object(runs, "exit_with", fail),
-          mock.patch.multiple(common, load_model=load_model, save_trained=lambda *_: None,
-                              progress=lambda steps, label, ranks: Rounds(steps, clocks[label]),
+          mock.patch.multiple(runs, exit_with=fail, progress=progress),
+          mock.patch.multiple(common, load_model=load_model, save_trained=lambda *_: None, progress=progress,
                               log_step=lambda partial, bar, step, rows, **_: logged.append(rows))):
         run_stage(script, output=output, **options)
     return clocks, logged, output

@@ -76,7 +76,7 @@ def ask_all(endpoint, jobs, requests, partial, label):
                 pool.submit(work, waiting.pop(0)).result()
             if answers:
                 futures = [pool.submit(work, k) for k in waiting]
-                for future in common.progress(futures, "asking", common.Ranks(0, 1, None)):
+                for future in runs.progress(futures, "asking", common.Ranks(0, 1, None)):
                     future.result()
         finally:  # on Ctrl-C too: what the requests that were sent have led to is still recorded
             endpoint.stop.set()

@@ -9,6 +9,7 @@ import pytest
 import torch.nn.functional as F
 
 import common
+import runs
 import stages
 
 sys.path.append(str(stages.ROOT / "benchmarks"))
@@ -52,6 +53,7 @@ def small(tmp_path, monkeypatch):
     for key, value in dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, vocab_size=320).items():
         monkeypatch.setitem(shared.SHAPE, key, value)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr(runs, "progress", runs.progress)
     for name, value in list(vars(common).items()):
         monkeypatch.setattr(common, name, value)
     return tmp_path

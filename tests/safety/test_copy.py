@@ -1,4 +1,4 @@
-"""A stage is copied with common.py, chat.py where it reads texts, and runs.py or the README's stand-in for it."""
+"""A stage is copied with common.py, chat.py where it reads texts, and runs.py or bare_runs.py as that."""
 
 import ast
 import re
@@ -12,7 +12,6 @@ import stages
 from stages import ROOT, digest, run
 
 PAGE = {path.stem: path for folder in ("", "extras") for path in (ROOT / folder).glob("*.py")}
-STAND_IN = re.search(r"## Copy a stage\n.*?```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)[1]
 
 
 @pytest.fixture(scope="module")
@@ -30,14 +29,13 @@ def made(world, pi_init, tmp_path_factory):
     return options
 
 
-@pytest.mark.parametrize("with_runs", ["runs.py", "stand-in"])
+@pytest.mark.parametrize("with_runs", ["runs", "bare_runs"])
 @pytest.mark.parametrize("stage", ["01_seed_dpo", "02_generate", "03_judge", "04_refined_dpo"])
 def test_a_copied_stage_makes_the_same(made, tmp_path, stage, with_runs):
     options, output = made[stage]
-    for name in (stage, "common", "runs", *["chat"] * (stage != "03_judge")):
+    for name in (stage, "common", *["chat"] * (stage != "03_judge")):
         shutil.copy(PAGE[name], tmp_path)
-    if with_runs == "stand-in":
-        (tmp_path / "runs.py").write_text(STAND_IN)
+    shutil.copy(PAGE[with_runs], tmp_path / "runs.py")
     done = subprocess.run([sys.executable, f"{stage}.py", *stages.command_line(options | {"output": "out"})],
                           cwd=tmp_path, env=stages.NO_RANKS, capture_output=True, text=True)
     assert done.returncode == 0 and done.stderr == "", done.stderr
@@ -45,10 +43,6 @@ def test_a_copied_stage_makes_the_same(made, tmp_path, stage, with_runs):
         if path.name != "args.json":
             assert digest(tmp_path / "out" / path.relative_to(output)) == digest(path), path
     assert not (tmp_path / "out.partial").exists()
-
-
-def test_the_stand_in_is_short():
-    assert STAND_IN.count("\n") <= 60
 
 
 # ---------------------------------------------------------------------------------------------

@@ -131,7 +131,7 @@ def test_a_log_has_a_line_each_half_minute_with_rate_and_time_left_and_none_of_o
     clock = [0.0]
     monkeypatch.setattr("tqdm.std.time", lambda: clock[0])
     for rank in (0, 1):
-        for _ in common.progress(range(12), "SFT", common.Ranks(rank, 2, None)):
+        for _ in runs.progress(range(12), "SFT", common.Ranks(rank, 2, None)):
             clock[0] += 10
     assert capsys.readouterr().err == "".join(
         f"SFT: {n} of 12 in {at}, {left} left, 10.00s/it\n" for n, at, left in [
