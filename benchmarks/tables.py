@@ -26,6 +26,7 @@ import sys
 import time
 import traceback
 from collections import defaultdict, namedtuple
+from concurrent.futures import ProcessPoolExecutor
 from datetime import date
 from pathlib import Path
 
@@ -502,8 +503,8 @@ def main():
         for task in itertools.chain(*tasks):
             print(shlex.join(["python", *words(task)]))
         return
-    with multiprocessing.get_context("spawn").Pool(args.jobs) as pool:
-        failed = list(filter(None, pool.imap_unordered(run_tasks, tasks)))
+    with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
+        failed = list(filter(None, pool.map(run_tasks, tasks)))
     if failed:
         sys.exit("\n".join(f"tables.py: {line}" for line in failed))
 
