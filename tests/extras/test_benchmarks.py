@@ -3,10 +3,13 @@
 import json
 import logging
 import sys
+from importlib.metadata import version
+from importlib.util import find_spec
 from types import SimpleNamespace
 
 import pytest
 import torch.nn.functional as F
+from packaging.version import Version
 
 import common
 import runs
@@ -20,7 +23,6 @@ import sampling
 import shared
 
 OURS = [name for name in dpo.COMPETITORS if "TRL" not in name]
-TORCH_HAS_IT = hasattr(F, "linear_cross_entropy")
 
 
 class Ended(BaseException):
@@ -61,7 +63,7 @@ def small(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", OURS)
 def test_a_competitor_takes_the_steps_of_01(name, small):
-    if "torch" in name and not TORCH_HAS_IT:
+    if "torch" in name and not hasattr(F, "linear_cross_entropy"):
         pytest.skip("this torch has no linear_cross_entropy")
     shared.make_inputs(small, 4 * dpo.PAIRS, (40, 30))
     expected = [step["loss"] for step in take_steps(dpo.run_plain, small, 3)]
@@ -92,6 +94,8 @@ def test_judging_beside_a_plain_loop(small, monkeypatch):
     assert ours[0]["loss"] == ours[1]["loss"] == pytest.approx(plain[0]["loss"], abs=1e-5)
 
 
+@pytest.mark.skipif(not find_spec("psutil") and Version(version("transformers")) < Version("5.24"),
+                    reason="continuous batching of this transformers needs psutil")
 def test_sampling_beside_generate(monkeypatch, capsys):
     for name, value in dict(VOCABULARY=300, PROMPTS=4, BATCH=2, LIMIT=10, GREEDY_LIMIT=10).items():
         monkeypatch.setattr(sampling, name, value)
