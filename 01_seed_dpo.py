@@ -4,7 +4,7 @@
                                      - beta log[pi_theta(y_l | x) / pi_ref(y_l | x)])       (5)
     L_DPO = E[-log p_theta(y_w > y_l | x)]                                                  (6)
 
-pi_theta starts as pi_init, and pi_ref is pi_init. It does not change, so its log-probs are computed once, at the start.
+pi_theta starts as pi_init, and pi_ref is pi_init. pi_ref does not change, so its log-probs are computed once.
 
 Reads  seed.jsonl    {"id": "7", "prompt": "Name a fish.", "chosen": "The eel.", "rejected": "A whale."}
                      a prompt may be a list of messages, of any number of turns

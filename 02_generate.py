@@ -26,7 +26,6 @@ Departs from the paper: none. It does not say how it treats a response that hits
 
 import os
 import re
-from array import array
 
 import numpy as np
 
@@ -79,15 +78,8 @@ def parse_args():
 
 def read_prompts(args, tokenizer):
     """(the rows with their "prompt_ids", without those that are too long; counts of what was read and dropped)"""
-    rows, kept = runs.read_jsonl(args.input, runs.PROMPTS), []
-    for row in rows:
-        ids = chat.prompt_ids(tokenizer, row["prompt"], f"{args.input}, id {row['id']}")
-        if len(ids) <= args.max_prompt_length:
-            kept.append({"id": row["id"], "prompt": row["prompt"], "prompt_ids": array("i", ids)})
-    if not kept:
-        raise runs.InputError(f"{args.input}: all {len(rows)} prompts are longer than --max-prompt-length "
-                              f"{args.max_prompt_length}: raise it")
-    return kept, {"prompts read": len(rows), "dropped as too long": len(rows) - len(kept)}
+    kept, counts = chat.short_prompts(runs.read_jsonl(args.input, runs.PROMPTS), tokenizer, args)
+    return [{"id": row["id"], "prompt": row["prompt"], "prompt_ids": ids} for row, ids in kept], counts
 
 
 def make_records(args, rows, sampled, tokenizer, eos, counts):

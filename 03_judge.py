@@ -19,9 +19,8 @@ Writes preferences_t.jsonl  {"id": "12", "prompt": [...], "prompt_ids": [1, 733,
                              improbable: their tokens to which the reference gives less than 1e-4; other judges store
                              "scores", "logits" or "options" instead
 
-The summary has two signs of health: how far pi_{t-1} is from the reference on its own responses (the mean of
-log pi_{t-1}(y | x) - log pi_init(y | x), by response and by token) and the share of improbable tokens. They rise first
-when a run collapses.
+The summary has two signs of health: the mean of log pi_{t-1}(y | x) - log pi_init(y | x), by response and by token, and
+the share of improbable tokens. They rise first when a run collapses.
 
     python 03_judge.py --model pi_0 --init-model pi_init --input responses_1.jsonl --output preferences_1.jsonl
     torchrun --nproc-per-node 4 03_judge.py --model pi_0 --init-model pi_init --input ... --output ...
@@ -57,12 +56,13 @@ def best_and_worst(rewards):
     return min(best, worst), max(best, worst)
 
 
-def divergence(rows, extra):
-    """The two signs of health of judge_by_likelihood's fields: in nats by response and by token, and in percent."""
+def signs_of_health(rows, extra):
+    """Those of judge_by_likelihood's fields: in nats by response and by token, and in percent."""
     lengths = [len(y["ids"]) for row in rows for y in row["responses"]]
     nats = sum(sum(fields["logps"]["policy"]) - sum(fields["logps"]["ref"]) for fields in extra)
     improbable = sum(sum(fields["improbable"]) for fields in extra)
-    return {"KL per response": round(nats / len(lengths), 4), "KL per token": round(nats / sum(lengths), 4),
+    return {"log-ratio per response": round(nats / len(lengths), 4),
+            "log-ratio per token": round(nats / sum(lengths), 4),
             "improbable tokens (%)": round(100 * improbable / sum(lengths), 4)}
 
 
@@ -159,11 +159,11 @@ def judge_by_likelihood(rows, args, partial, ranks):
     ref_model = args.init_model or args.ref_model  # parse_args takes only the one that --judge needs
     if ref_model:
         common.check_same_vocabulary(args.model, ref_model)
-    policy = score(args.model, rows, "scoring with pi_{t-1}", args, partial, ranks)
-    policy = [[logp for logp, _ in of_row] for of_row in policy]
+    policy = [[logp for logp, _ in of_row]
+              for of_row in score(args.model, rows, "scoring with pi_{t-1}", args, partial, ranks)]
     if not ref_model:
-        return [[args.beta * logp for logp in of_row] for of_row in policy], [{"logps": {"policy": of_row}}
-                                                                              for of_row in policy]
+        rewards = [[args.beta * logp for logp in of_row] for of_row in policy]
+        return rewards, [{"logps": {"policy": of_row}} for of_row in policy]
     rewards, extra = [], []
     ref = score(ref_model, rows, "scoring with the reference", args, partial, ranks)
     for logps_policy, of_row in zip(policy, ref):
@@ -211,7 +211,7 @@ def main():
     if bad:
         raise runs.InputError(f"{args.input}, id {bad[0]}: a score is not finite: remove the row or check the models")
     if "improbable" in extra[0]:
-        counts |= divergence(rows, extra)
+        counts |= signs_of_health(rows, extra)
     if alpha is not None:
         unit = {"characters": "text", "tokens": "ids"}[args.length_unit]
         lengths = [[len(y[unit]) for y in row["responses"]] for row in rows]

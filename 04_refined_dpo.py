@@ -7,7 +7,8 @@
 pi_theta starts as pi_{t-1}, and pi_ref is pi_{t-1}, not pi_init. tau is the K-th percentile of p_theta~ over the last
 50 pairs (App. B.4) before the current step, over all ranks. No label is refined in the first 20 % of the steps, nor
 before 50 pairs are known. With lambda = 0, theta~ is theta, and Eq. 11 is Eq. 9.
-`diff 01_seed_dpo.py 04_refined_dpo.py` shows what SPA adds to DPO. extras/worst_case.py has --refine worst-case.
+`diff 01_seed_dpo.py 04_refined_dpo.py` shows what SPA adds to DPO; lines with worst_case are not SPA's but those of
+--refine worst-case (extras/worst_case.py).
 
 Reads  preferences_t.jsonl  what 03_judge.py writes; uses id, prompt_ids, chosen.ids, rejected.ids
        seed.jsonl           labelled texts too: beside D_t, or alone (then pi_theta and pi_ref start as pi_init)
@@ -16,7 +17,7 @@ Writes a model folder with metrics.jsonl (one line a step) and args.json
     python 04_refined_dpo.py --model pi_0 --input preferences_1.jsonl --output pi_1 --lam 0.5
     torchrun --nproc-per-node 4 04_refined_dpo.py --model pi_0 --input preferences_1.jsonl --output pi_1 --lam 0.5
 
-Departs from the paper: none. Not in the paper: as in 01_seed_dpo.py. The authors' code leaves lambda at 0, so that
+Departs from the paper: none. Not in the paper: what 01_seed_dpo.py lists. The authors' code leaves lambda at 0, so that
 Eq. 11 and 12 do nothing, and takes tau from means of micro-batches, so that the flagged share depends on their size.
 """
 
@@ -47,9 +48,9 @@ def threshold(window, k_percent):
     """tau in Eq. 9 and 11: the confidence that K % of the pairs stay below, estimated from the window.
 
     A new value falls below the k-th smallest of n with probability k / (n + 1), so numpy's "weibull" flags K % on
-    average; its default, linear, flags 11.6 % for K = 10 and n = 50.
+    average; its default, linear, flags 11.6 % for K = 10 and n = 50. Between 0 and 100 / (n + 1), K flags that many.
     """
-    return float(np.percentile(window, k_percent, method="weibull"))
+    return float(np.percentile(window, k_percent, method="weibull")) if k_percent else 0.0
 
 
 def refined_loss(margin, z, alpha):
@@ -111,7 +112,7 @@ def read_pairs(args, tokenizer):
                 yield chat.tokenize_pair(path, row, tokenizer, eos)
 
 
-def load_reference(pairs, args, partial, ranks):
+def prepare_reference(pairs, args, partial, ranks):
     """pi_ref if lambda > 0: Eq. 12 needs its logits. Else None: its log-probs are stored in the pairs, as in 01."""
     ref = common.load_reference(args.ref_model or args.model, pairs, args, ranks)
     if args.lam == 0:
@@ -155,7 +156,7 @@ def main():
 
     batches = common.epoch_batches(len(pairs), args.batch_size, args.epochs, args.seed, " ".join(args.input))
     refine_from = math.ceil(args.refine_after * len(batches))
-    ref = load_reference(pairs, args, partial, ranks)
+    ref = prepare_reference(pairs, args, partial, ranks)
     model, policy = common.load_policy(args, ranks)
     optimizer, scheduler = common.make_optimizer(model, args.lr, len(batches))
     state = runs.load_state(partial, ranks, model, optimizer, scheduler)

@@ -9,7 +9,7 @@ Reads  eval.jsonl        {"id": "7", "prompt": [{"role": "user", "content": "Nam
 Writes responses.jsonl   {"id", "prompt", "reference", "finish": "eos"|"length", "response", "preference": 1 where the
                          response is better than the reference, 0.5 for a tie, 0 otherwise}
        metrics.json      {"name", "win_rate": the mean preference in percent, ...} (others: extras/alpaca_eval.py), with
-                         --init-model "agreement", with labels of eval.jsonl (extras/held_out.py)
+                         --init-model also "kl_per_token", "agreement" and others (extras/held_out.py)
        annotations.json  the preferences in AlpacaEval's format
 
 The other commands give the paper's two scores, in the benchmarks' own file formats: alpaca-sample, alpaca-judge and
@@ -19,7 +19,6 @@ that sample run under torchrun too. `python 05_eval.py COMMAND --help` lists the
 Departs from the paper: see extras/alpaca_eval.py.
 """
 
-import json
 import os
 import re
 import sys
@@ -34,31 +33,26 @@ from extras.small_world import gold_score, gold_values, read_gold
 
 
 def sample(args):
-    """Write the folder of a model's responses to --input and the scores that there are means for."""
+    """Write the folder of a model's responses to --input and of the scores that the options allow."""
     partial = runs.open_output(args, "model", "input", "gold", "init_model", "preferences")
     gold = read_gold(args.gold) if args.gold else None
     rows = runs.read_jsonl(args.input, runs.PROMPTS | ({"reference": runs.is_text} if gold else {}))
-    counts, sampler = {"prompts read": len(rows)}, Sampler(args, args.model)
-    prompts = [chat.prompt_ids(sampler.tokenizer, row["prompt"], f"{args.input}, id {row['id']}") for row in rows]
-    kept = [(row, ids) for row, ids in zip(rows, prompts) if len(ids) <= args.max_prompt_length]
-    if not kept:
-        raise runs.InputError(f"{args.input}: all {len(rows)} prompts are longer than --max-prompt-length "
-                              f"{args.max_prompt_length}: raise it")
-    counts["dropped as too long"] = len(rows) - len(kept)
+    sampler = Sampler(args, args.model)
+    kept, counts = chat.short_prompts(rows, sampler.tokenizer, args)
     rows, prompts = zip(*kept)
     answers = sampler.generate_answers(partial, prompts, [row["id"] for row in rows])
-    agreement = held_out.evaluate(args, sampler, rows, partial) if args.init_model else {}
+    beside_init = {}
+    if args.init_model:
+        beside_init = held_out.evaluate(args, sampler, rows, prompts, [ids for *_, ids in answers], partial)
 
     def write():
-        for row, (text, finish) in zip(rows, answers):
+        for row, (text, finish, _) in zip(rows, answers):
             row |= {"finish": finish, "response": text}
         made, name = partial / "eval", args.name or args.model
         made.mkdir(exist_ok=True)
-        metrics = {"name": name, "gold_labels": args.label_share, "n": len(rows)} | agreement
+        metrics = {"name": name, "gold_labels": args.label_share, "n": len(rows)} | beside_init
         if "agreement" in metrics:
             counts["agreement with held-out labels"] = f"{metrics['agreement']:.1f} of {metrics['agreement_n']}"
-        if args.preferences:
-            metrics |= signs_of_health(args.preferences)
         if gold:
             scores, annotations = score(rows, gold, name)
             metrics |= scores
@@ -73,15 +67,6 @@ def sample(args):
         runs.close_output(args, partial, made, counts)
 
     sampler.ranks.on_first(write)
-
-
-def signs_of_health(path):
-    """What 03 has measured when it labelled these preferences: how far the policy was from pi_init."""
-    try:
-        counts = json.loads(runs.args_path(path).read_text())["counts"]
-        return {"kl_per_token": counts["KL per token"], "improbable": counts["improbable tokens (%)"]}
-    except (OSError, ValueError, KeyError, TypeError):  # not by judge_by_likelihood, or moved without its record
-        return {}
 
 
 def score(rows, gold, name):
@@ -116,10 +101,10 @@ def parse_args(words=None):
     add("--input", required=True, help="JSON Lines of id, prompt and, for --gold, reference")
     add("--max-prompt-length", type=runs.positive, default=1024, help="longer prompts are dropped")
     add("--gold", help="gold.json of the small world, its judge; without it nothing is scored")
-    add("--init-model", help="pi_init: how often the implicit reward (Eq. 7) agrees with labels of --input")
+    add("--init-model", help="pi_init: how far the model is from it, and how often the implicit reward (Eq. 7) agrees "
+        "with labels of --input")
     add("--beta", type=runs.nonnegative, default=0.1, help="beta in Eq. 7, for the calibration")
-    add("--preferences", help="D_t that the model was trained on: 03's signs of health, and how often its labels agree "
-        "with --gold")
+    add("--preferences", help="D_t that the model was trained on: how often its labels agree with --gold")
     add("--label-share", **label_share)
 
     add = add_command(commands, "alpaca-sample", "answer AlpacaEval's instructions")

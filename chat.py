@@ -1,7 +1,7 @@
 """Text and token ids: the model's chat template, and how a turn ends. Every stage that reads texts uses it.
 
     load_tokenizer    with a chat template
-    prompt_ids        a prompt, a list of messages, as token ids
+    prompt_ids        a prompt, a list of messages, as token ids; short_prompts: those within the limit
     response_ids      a response after its prompt, with one EOS; response_text: the way back, for judges and benchmarks
     eos_ids           what ends a response
     tokenize_pair     a row of the seed
@@ -14,6 +14,7 @@ import functools
 import json
 import re
 import secrets
+from array import array
 from pathlib import Path
 
 from transformers import AutoTokenizer, GenerationConfig
@@ -112,6 +113,16 @@ def chat_ids(tokenizer, messages, where="", **options):
     """
     ids, bos = encode(tokenizer, render(tokenizer, messages, where, **options)), [tokenizer.bos_token_id]
     return bos + ids if tokenizer("").input_ids[:1] == bos and ids[:1] != bos else ids
+
+
+def short_prompts(rows, tokenizer, args):
+    """([(row, its prompt's token ids)] up to --max-prompt-length, counts of what was read and dropped)"""
+    prompts = [array("i", prompt_ids(tokenizer, row["prompt"], f"{args.input}, id {row['id']}")) for row in rows]
+    kept = [(row, ids) for row, ids in zip(rows, prompts) if len(ids) <= args.max_prompt_length]
+    if not kept:
+        raise InputError(f"{args.input}: all {len(rows)} prompts are longer than --max-prompt-length "
+                         f"{args.max_prompt_length}: raise it")
+    return kept, {"prompts read": len(rows), "dropped as too long": len(rows) - len(kept)}
 
 
 def prompt_ids(tokenizer, messages, where):

@@ -51,7 +51,7 @@ Batch = namedtuple("Batch", "ids positions mask logit_positions labels lengths")
 
 
 def collate(rows, device, max_shared=0):
-    """[(prompt ids, [response ids, ...]), ...] -> Batch, padded on the right. For ([5, 6], [[7, 8, 9], [4, 3]]):
+    """[(prompt ids, [response ids, ...]), ...] -> Batch, padded on the right. Of ([5, 6], [[7, 8, 9], [4, 3]]), shared:
 
         ids        (B, T) int64       [[5, 6, 7, 8, 4]]   without the last token of a response, which predicts nothing
         positions  (B, T) int64       [[0, 1, 2, 3, 2]]   None where no prompt is shared
@@ -81,7 +81,7 @@ def collate(rows, device, max_shared=0):
 
 
 def shared_prompt_attention(rows):
-    """(positions (B, T), mask (B, 1, T, T)) with which each response directly follows its prompt and sees only that."""
+    """(positions (B, T), mask (B, 1, T, T)) with which each response directly follows its prompt and sees no other."""
     positions = padded([[*range(len(x)), *(len(x) + i for y in ys for i in range(len(y) - 1))] for x, ys in rows])
     # 0 for the prompt, k for its k-th response, -1 for the padding
     segment = padded([[0] * len(x) + [k for k, y in enumerate(ys, 1) for _ in y[:-1]] for x, ys in rows], fill=-1)
@@ -629,7 +629,7 @@ def epoch_batches(count, batch_size, epochs, seed, path="the input"):
 def micro_batches(rows, args, ranks):
     """This rank's (rows, weight) of one optimizer step, rows of similar length together (see `length_batches`).
 
-    Without --micro-batch-tokens every rank gets its share (32 rows, 4 ranks: 8 each), even if one could hold all.
+    Without --micro-batch-tokens every rank gets its share (32 rows, 4 ranks: 8 each), even where one could hold all.
     """
     per_rank = math.ceil(len(rows) / ranks.world)
     size = math.ceil(per_rank / math.ceil(per_rank / args.micro_batch_size))

@@ -7,13 +7,13 @@
 #   bash run_all.sh test                run the tests (further words go to pytest)
 #
 # The environment can set every variable of `settings`: SEED=1 LR=1e-6 bash run_all.sh mistral-7b
-# Results are in runs/$NAME here. Run again, the script skips what is complete and resumes the stage that is not.
+# Results are in runs/$RUN_NAME here. Run again, the script skips what is complete and resumes the stage that is not.
 set -euo pipefail
 caller=$PWD && cd "$(dirname "$0")"  # a relative path in a variable starts at the caller's folder
 
 settings() {
   case $SETTING in
-    world)  # 30 tokens a response, not 300: the margin, a sum over tokens, needs a larger beta (README.md)
+    world)  # 36 tokens a response, not 300: the margin, a sum over tokens, needs a larger beta (README.md)
       default BETA=10 LR=2e-4 BATCH_SIZE=16 MICRO_BATCH_SIZE=16 SEED_SIZE=200 PROMPT_SIZES="800 2000 3000"
       default EVAL_SIZE=500 MAX_NEW_TOKENS=56 ON_LENGTH_LIMIT=drop SAMPLING_BATCH_SIZE=128 GOLD_LABEL_SHARE="3.3 %"
       default SFT_SIZE=8000 SFT_LR=5e-3 SFT_EPOCHS=3 SFT_BATCH_SIZE=32
@@ -30,7 +30,7 @@ settings() {
       default INIT_NAME="Mistral-7B-v0.1 (pi_init)" PI_0_NAME="Mistral-7B-Instruct-v0.1 (pi_0)" ;;
     *) fail "\"$SETTING\" is not test world mistral-7b phi-2 phi-2-base llama-3-8b phi-3-medium mistral-7b-no-seed" ;;
   esac
-  default SEED=0 NAME="$SETTING-seed${SEED:-0}" RUNS="$PWD/runs" SOURCE=ultrafeedback SPLIT=train
+  default SEED=0 RUN_NAME="$SETTING-seed${SEED:-0}" RUNS="$PWD/runs" SOURCE=ultrafeedback SPLIT=train
   default INIT= INIT_NAME="SFT (pi_init)" INIT_TOKENIZER= PI_0= PI_0_NAME="DPO on the seed (pi_0)"
   default BASE= SFT_LR=2e-5 SFT_EPOCHS=1 SFT_BATCH_SIZE=128  # App. B.1: pi_init is made from BASE, if there is one
   default SEED_SIZE=2000 SEED_SAMPLE=0 PROMPT_SIZES="8000 20000 30000" EVAL_SIZE=200 EMPTY_SYSTEM=0 ITERATIONS=3
@@ -61,14 +61,15 @@ algorithm_1() {  # `stage` runs a script on all GPUs, `single` in one process
   if [ -z "$PI_0" ]; then
     PI_0=$R/pi_0
     local seed_stage=(01_seed_dpo.py)
-    [ -z "$SEED_REFINE" ] || seed_stage=(04_refined_dpo.py --refine "$SEED_REFINE" --alpha "$ALPHA" --lam 0)
+    [ -z "$SEED_REFINE" ] ||
+      seed_stage=(04_refined_dpo.py --refine "$SEED_REFINE" --alpha "$ALPHA" --k-percent "$K_PERCENT")
     stage "${seed_stage[@]}" --model "$INIT" --input "$R/data/seed.jsonl" --output "$PI_0" --epochs "$SEED_EPOCHS" \
-      "${training[@]}"
+      ${INIT_TOKENIZER:+--tokenizer "$INIT_TOKENIZER"} "${training[@]}"
   fi
   if [ "$JUDGE" = llm ] && [ -z "$JUDGE_MODEL" ]; then  # App. B.2
     JUDGE_MODEL=$R/judge
     sft JUDGE "$INIT" "$R/data/judge_sft.jsonl" "$JUDGE_MODEL" --micro-batch-size "$MICRO_BATCH_SIZE" \
-      --max-prompt-length 4096 --max-length 4100
+      --max-prompt-length 4096 --max-length 4100 ${INIT_TOKENIZER:+--tokenizer "$INIT_TOKENIZER"}
   fi
 
   # for t = 1 to T do
@@ -112,10 +113,11 @@ evaluation() {  # return pi_T, and evaluate every model on the way
   evaluate sft "$INIT_NAME" "0 %" "$INIT" ${INIT_TOKENIZER:+--tokenizer "$INIT_TOKENIZER"}
   evaluate dpo "$PI_0_NAME" "$GOLD_LABEL_SHARE" "$PI_0"
   for (( t = 1; t <= ITERATIONS; t++ )); do
-    evaluate "spa_$t" "SPA, iteration $t (pi_$t)" "$GOLD_LABEL_SHARE" "$R/pi_$t" --preferences "$R/preferences_$t.jsonl"
+    evaluate "spa_$t" "SPA, iteration $t (pi_$t)" "$GOLD_LABEL_SHARE" "$R/pi_$t" \
+      ${WORLD:+--preferences "$R/preferences_$t.jsonl"}
   done
   [ -z "$WORLD" ] || evaluate dpo_all_gold "DPO on all gold labels" "100 %" "$R/dpo_all_gold"
-  # all in one start of Python, which takes seconds; but several processes make no report
+  # all in one start of Python, which takes seconds; but where torchrun samples, the report needs its own
   (( NPROC <= 1 && NNODES <= 1 )) || { stage 05_eval.py "${samples[@]}"; samples=(); }
   single 05_eval.py ${samples:+"${samples[@]}" --then} report "${evaluated[@]}" --output "$R/report"
 }
@@ -150,7 +152,7 @@ check_settings() {  # and makes the options that several stages share
     path=${path#"$PWD/"}
     [[ $name != RUNS && ! -e $path ]] || printf -v "$name" %s "${path/#-/./-}"  # or it would be read as an option
   done
-  WORLD= LLM= EMPTY= R=$RUNS/$NAME sizes=($PROMPT_SIZES) lambdas=($LAMBDAS)
+  WORLD= LLM= EMPTY= R=$RUNS/$RUN_NAME sizes=($PROMPT_SIZES) lambdas=($LAMBDAS)
   [ "$SETTING" != world ] || WORLD=1 SOURCE=world
   [ "$JUDGE" != llm ] || LLM=--llm-judge
   [ "$EMPTY_SYSTEM" = 0 ] || EMPTY=--empty-system

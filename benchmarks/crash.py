@@ -93,7 +93,7 @@ def main():
         runs = Path(args.runs or temporary).resolve()
         runs.mkdir(parents=True, exist_ok=True)
         environment = {"SAVE_EVERY": "10", "NPROC": "1"} | os.environ | {
-            "PYTHON": sys.executable, "RUNS": str(runs), "NAME": "crash"}
+            "PYTHON": sys.executable, "RUNS": str(runs), "RUN_NAME": "crash"}
         stages = commands(environment)
         with open(runs / "crash.log", "a") as log:
             seconds = undisturbed(environment, stages, log)

@@ -16,7 +16,7 @@ Memory is the largest resident size of the process, with Python and its librarie
     logits twice   01 that recomputes the logits in the backward pass, in chunks of 256 tokens
     torch's loss   01 with F.linear_cross_entropy; "in chunks": with LinearCrossEntropyOptions()
     plain          chosen and rejected in one batch padded to the longest, full logits of policy and live reference
-    TRL            DPOConfig() but for the settings above: activation checkpointing, a live reference, the head in chunks
+    TRL            DPOConfig() but for the settings above: with activation checkpointing and a live reference
     TRL best       stored reference log-probs, no activation checkpointing
 
 A Llama of 23 M parameters with random weights (8 layers, width 256, 32,000 tokens), prompts of 20 to 600 tokens

@@ -180,7 +180,7 @@ def world_options(seed):
     """{script: [the options of each of its commands]} in run_all.sh, without those that name models or files."""
     # with an LLM as judge: that has all the commands of the default, and trains the judge
     fixed = dict(SEED=str(seed), JUDGE="llm", JUDGE_MODEL="", PI_0="", LENGTH_PENALTY="", NPROC="1", NNODES="1",
-                 MAX_RESTARTS="0", PYTHON="python", RUNS="", NAME="")
+                 MAX_RESTARTS="0", PYTHON="python", RUNS="", RUN_NAME="")
     done = subprocess.run(["bash", str(ROOT / "run_all.sh"), "world", "--dry-run"], env=os.environ | fixed,
                           capture_output=True, text=True)
     if done.returncode != 0:

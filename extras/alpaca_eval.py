@@ -179,8 +179,8 @@ def sample(args):
     prompts = sampler.prompt_ids([start + runs.as_messages(row["instruction"]) for row in asked], args.instructions)
     answers = sampler.generate_answers(partial, prompts, [row["instruction"] for row in asked])
     rows = [{"dataset": row.get("dataset", ""), "instruction": row["instruction"], "output": text,
-             "generator": args.name or file_name(args.model)} for row, (text, _) in zip(asked, answers)]
-    counts = {"answers": len(rows), "cut at the limit": sum(finish == "length" for _, finish in answers)}
+             "generator": args.name or file_name(args.model)} for row, (text, *_) in zip(asked, answers)]
+    counts = {"answers": len(rows), "cut at the limit": sum(finish == "length" for _, finish, _ in answers)}
     sampler.ranks.on_first(lambda: write_output(args, partial, rows, counts))
 
 

@@ -33,7 +33,7 @@ class Sampler:
                             "--max-new-tokens, or the prompt's length", new_tokens)
 
     def generate_answers(self, partial, prompts, keys, temperatures=None, label="sampling"):
-        """[(text, "eos" or "length")] for prompts (lists of ids).
+        """[(text, "eos" or "length", token ids)] for prompts (lists of ids).
 
         keys: decide the samples, with --seed; temperatures: of each prompt, else --temperature; label: of the journal
         """
@@ -49,7 +49,7 @@ class Sampler:
             u = np.array([[common.uniforms(args.seed, keys[i], 0, args.max_new_tokens)] for i in batch])
             sampled = common.sample_responses(self.model, [prompts[i] for i in batch], u, temperatures[batch[0]],
                                               args.max_new_tokens, self.eos)
-            return [(chat.response_text(self.tokenizer, ids), finish) for [(ids, finish)] in sampled]
+            return [(chat.response_text(self.tokenizer, ids), finish, ids) for [(ids, finish)] in sampled]
 
         answers = common.map_batches(generate, batches, partial, self.ranks, label)
         return [answers[i] for i in range(len(prompts))]

@@ -2,7 +2,7 @@
 
     cp extras/bare_runs.py my_project/runs.py
 
-Errors are exceptions, rows are not checked, a stopped run starts from scratch.
+Errors are exceptions, rows are not checked, a stopped run starts from scratch. The modules in extras/ need runs.py.
 """
 
 import argparse
@@ -45,6 +45,8 @@ def write_jsonl(path, rows):
 
 def open_output(args, *inputs, free=()):  # the folder to work in
     partial = Path(f"{args.output}.partial")
+    if Path(args.output).exists():
+        raise InputError(f"{args.output} exists: choose another --output")
     if os.environ.get("RANK", "0") == "0":
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)

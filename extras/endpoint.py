@@ -74,7 +74,8 @@ def ask_all(endpoint, jobs, requests, partial, label):
         try:
             while waiting and not endpoint.works and len(unanswered) < PROBES:
                 pool.submit(work, waiting.pop(0)).result()
-            if answers:
+            # of a resumed run: not where none was answered yet for another reason than that it is refused
+            if endpoint.works or answers and all(how == "refused" for how, _ in unanswered.values()):
                 futures = [pool.submit(work, k) for k in waiting]
                 for future in runs.progress(futures, "asking", common.Ranks(0, 1, None)):
                     future.result()
@@ -103,13 +104,13 @@ def ask_local_model(args, partial, jobs, logprobs):
     if logprobs:
         return dict(zip(jobs, sampler.most_likely(partial, prompts, TOP_LOGPROBS)))
     answers = sampler.generate_answers(partial, prompts, list(jobs), label="judging")
-    return {k: text for k, (text, _) in zip(jobs, answers)}
+    return {k: text for k, (text, *_) in zip(jobs, answers)}
 
 
 class Endpoint:
     """An OpenAI-compatible endpoint, Azure's with ?api-version=. The key is in memory only.
 
-    options: those that name it, its URL's first, for errors. A kind of it has `body` and `read_choice`.
+    options: their names for errors, the URL's first. Subclasses define `body` and `read_choice`.
     """
 
     def __init__(self, options, url, path, timeout, retries, max_requests=None):
@@ -166,7 +167,11 @@ class Endpoint:
 
     def shown(self, text):
         """The beginning of what a server says, in one line. It may repeat the key."""
-        return " ".join(text.replace(self.key, "***").split())[:160]
+        return " ".join(self.without_key(text).split())[:160]
+
+    def without_key(self, text):
+        """A short key is none, but a word such as EMPTY, which vLLM's users set, and may stand in any answer."""
+        return text.replace(self.key, "***") if len(self.key) >= 16 else text
 
     def read(self, response, body):
         """As `ask`, of the response to `body`; or ("other body", None) where another must be sent at once. Raises an
@@ -202,18 +207,18 @@ class JudgeEndpoint(Endpoint):
             return "refused", f"no content, finish_reason {finish}"
         if not self.logprobs:
             text.encode()  # a ValueError for a lone surrogate, which cannot be written
-            return "answered", text.replace(self.key, "***")
+            return "answered", self.without_key(text)
         tokens = (choice.get("logprobs") or {}).get("content")
         if not tokens:
             return "failed" if self.works else "fault", "the endpoint gave no log-probs"
-        answer = [(top["token"].replace(self.key, "***"), float(top["logprob"])) for top in tokens[0]["top_logprobs"]]
+        answer = [(self.without_key(top["token"]), float(top["logprob"])) for top in tokens[0]["top_logprobs"]]
         if not all(logp < 0.1 for _, logp in answer):  # NaN too; 0.1 for an endpoint that rounds
             raise ValueError("the endpoint gave log-probs that are not log-probs")
         return "answered", answer
 
 
 class SamplingEndpoint(Endpoint):
-    """Asked for the token ids of a response to a prompt's: vLLM (0.10.2 or newer), or SGLang, which has its fields too.
+    """Asked for a response's token ids, given the prompt's: vLLM from 0.10.2 on, or SGLang, which has its fields too.
 
     Raises InputError where the server does not list the model --url-model.
     """

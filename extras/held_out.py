@@ -1,17 +1,21 @@
-"""Agreement with held-out labels: a score of a run on any data, without a judge.
+"""A model beside pi_init on held-out prompts: two scores of a run on any data, without a judge.
 
-    p(y_w > y_l | x) of Eq. 7, with the evaluated model in the place of pi_{t-1}, on rows of eval.jsonl that have chosen
-    and rejected. Spreading rests on this implicit reward: where it falls to what the longer response or the likelihood
-    under pi_init would give, D_t teaches nothing.
+    Distance: the mean of KL[pi(. | x, y_<t) || pi_init(. | x, y_<t)] over the tokens of the model's own responses, and
+    the share of tokens to which pi_init gives less than 1e-4. Both rise first when a run collapses.
+    Agreement: p(y_w > y_l | x) of Eq. 7, with the evaluated model in the place of pi_{t-1}, on rows of eval.jsonl that
+    have chosen and rejected. Spreading rests on this implicit reward: where it falls to what the longer response or the
+    likelihood under pi_init would give, D_t teaches nothing.
 """
 
+import math
+
 import numpy as np
+import torch
+import torch.nn.functional as F
 
 import chat
 import common
 import runs
-
-init_ratios = {}  # pi_init's, for all commands of one start
 
 
 def agreement(margin):
@@ -32,8 +36,48 @@ def calibration(p, bins=10):
     return [[float(c.mean()), 100 * float(right.mean()), len(c)] if len(c) else [None, None, 0] for c, right in found]
 
 
-def evaluate(args, sampler, rows, partial):
-    """The metrics of --model against --init-model on the labelled rows that fit into its positions."""
+@torch.no_grad()
+def token_divergence(model, init, batch):
+    """[(KL in nats of each token, log pi_init of it), (N,) each] for the N response tokens of a batch.
+
+    model, init: each a ResponseLogps
+    """
+    (hidden, *head), (hidden_init, *head_init) = model.hidden(batch), init.hidden(batch)
+    parts, size = [], common.chunk_rows(head[0])
+    for states, states_init, labels in zip(*(values.split(size) for values in (hidden, hidden_init, batch.labels))):
+        logp = F.linear(states, *head).float().log_softmax(-1)  # (n, V)
+        logp_init = F.linear(states_init, *head_init).float().log_softmax(-1)
+        kl = F.kl_div(logp_init, logp, log_target=True, reduction="none").sum(-1)
+        parts.append(torch.stack([kl, logp_init.gather(1, labels[:, None])[:, 0]]))
+    return torch.cat(parts, 1)
+
+
+def distance(args, sampler, init, prompts, responses, partial):
+    """The metrics of how far the model is from pi_init. prompts, responses: lists of token ids"""
+    model, init = common.ResponseLogps(sampler.model), common.ResponseLogps(init)
+
+    def compute(rows):
+        batch = common.collate([(row["prompt_ids"], [y["ids"] for y in row["responses"]]) for row in rows],
+                               sampler.ranks.device)
+        kl, logp_init = token_divergence(model, init, batch)
+        improbable = (logp_init < math.log(1e-4)).float()
+        return torch.stack([common.response_logps(values, batch.lengths) for values in (kl, improbable)], 1).tolist()
+
+    rows = [{"prompt_ids": prompt, "responses": [{"ids": ids}]} for prompt, ids in zip(prompts, responses)]
+    kl, improbable = np.sum(common.map_rows(compute, rows, args.micro_batch_size, partial, sampler.ranks,
+                                            "distance from pi_init"), 0) / sum(map(len, responses))
+    return {"kl_per_token": float(kl), "improbable": 100 * float(improbable)}
+
+
+def evaluate(args, sampler, rows, prompts, responses, partial):
+    """The metrics of --model beside --init-model.
+
+    rows: of --input; of those with labels, those that fit into the model's positions; prompts, responses: of each row,
+    lists of token ids
+    """
+    common.check_same_vocabulary(args.model, args.init_model)
+    init = common.load_model(args.init_model, sampler.ranks.device, common.scoring_dtype(sampler.ranks.device))
+    metrics = distance(args, sampler, init, prompts, responses, partial)
     labelled, pairs = [], []
     for row in rows:
         if runs.is_text(row.get("chosen")) and runs.is_text(row.get("rejected")):
@@ -43,23 +87,18 @@ def evaluate(args, sampler, rows, partial):
                 labelled.append(row)
                 pairs.append(pair)
     if not pairs:
-        return {}
+        return metrics
 
     def log_ratio(model, label):  # log pi(y_w | x) - log pi(y_l | x), (n,)
         logps = common.pair_logps(common.ResponseLogps(model), pairs, args, partial, sampler.ranks, label)
         return np.array(logps) @ [1, -1]
 
-    common.check_same_vocabulary(args.model, args.init_model)
     ours = log_ratio(sampler.model, "scoring held-out labels")
-    key = args.init_model, args.micro_batch_size, str(pairs)
-    if key not in init_ratios:
-        init_ratios[key] = log_ratio(common.load_model(args.init_model, sampler.ranks.device, common.scoring_dtype(
-            sampler.ranks.device)), "scoring with pi_init")
-    init = init_ratios[key]
+    theirs = log_ratio(init, "scoring with pi_init")
     longer = np.array([len(row["chosen"]) - len(row["rejected"]) for row in labelled])
-    metrics = {"agreement_n": len(pairs), "longer_agreement": agreement(longer)[0],
-               "init_agreement": agreement(init)[0]}
-    margin = args.beta * (ours - init)
+    metrics |= {"agreement_n": len(pairs), "longer_agreement": agreement(longer)[0],
+                "init_agreement": agreement(theirs)[0]}
+    margin = args.beta * (ours - theirs)
     if margin.any():  # else it is pi_init itself
         rate, error = agreement(margin)
         metrics |= {"agreement": rate, "agreement_error": error,

@@ -97,8 +97,8 @@ def sample(args):
         keys = [[row["question_id"], turn] for row in questions]
         answers = sampler.generate_answers(partial, prompts, keys, temperatures, f"turn_{turn + 1}")
         conversations = [asked + [{"role": "assistant", "content": text}]
-                         for asked, (text, _) in zip(conversations, answers)]
-        finishes += [finish for _, finish in answers]
+                         for asked, (text, *_) in zip(conversations, answers)]
+        finishes += [finish for _, finish, _ in answers]
     rows = [{"question_id": row["question_id"],
              "answer_id": hashlib.sha256(json.dumps([name, row["question_id"], messages]).encode()).hexdigest()[:22],
              "model_id": name, "choices": [{"index": 0, "turns": [messages[-3]["content"], messages[-1]["content"]]}],

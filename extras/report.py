@@ -149,8 +149,7 @@ def figure(metrics):
     names = dict.fromkeys(iteration_of(row["name"])[0] for row in metrics)
     colors, parts, count = dict(zip(names, itertools.cycle(COLORS))), [], 0
     for key, against in PANELS:
-        rows = [row for row in metrics if row.get(key) is not None and (against is None or (
-            row.get(against) is not None and iteration_of(row["name"])[1] is not None))]
+        rows = [row for row in metrics if row.get(key) is not None and (against is None or row.get(against) is not None)]
         if rows:
             elements = "\n".join(panel(rows, key, against, colors))
             parts.append(f'<g transform="translate({50 + 460 * (count % 2)} {360 * (count // 2)})">\n{elements}\n</g>')
@@ -167,9 +166,10 @@ def figure(metrics):
 def panel(rows, key, against, colors):
     """SVG elements, 400 x 280 pixels: the metric `key` against another one; None: the iteration.
 
-    A method has a curve through its iterations, a model without an iteration in its name a dashed line.
+    A method has a curve through its iterations; a model without an iteration in its name has a dashed line, and a point
+    against another metric.
     """
-    lines, iterations = curves(rows, key)
+    (lines, iterations), others = curves(rows, key), [row for row in rows if iteration_of(row["name"])[1] is None]
     ends = [row[key] + sign * (row.get(ERRORS.get(key)) or 0) for row in rows for sign in (-1, 1)]
     low = 10 * math.floor(min(ends) / 10)
     high = max(low + 10, 10 * math.ceil(max(ends) / 10))
@@ -178,6 +178,7 @@ def panel(rows, key, against, colors):
         values = [row[against] for row in rows]
         first, last = min(0, *values), max(0, *values)
         ticks = [first + k * (last - first) / 4 for k in range(5)]
+        lines, others = lines | {row["name"]: {0: row} for row in others}, []
 
     def x(value):
         return 40 + 320 * (value - ticks[0]) / ((ticks[-1] - ticks[0]) or 1)
@@ -201,7 +202,7 @@ def panel(rows, key, against, colors):
             parts += [path([(at, value - error), (at, value + error)], colors[method]),
                       f'<circle cx="{at:.1f}" cy="{y(value):.1f}" r="4" fill="{colors[method]}"/>']
     parts += [path([(0, row[key]), (400, row[key])], colors[row["name"]], 'stroke-dasharray="7 5"')
-              for row in rows if iteration_of(row["name"])[1] is None]
+              for row in others]
     return parts
 
 

@@ -359,19 +359,19 @@ def test_the_figure_has_the_judge_and_the_kl_where_they_are_known(tmp_path):
     """Both panels are of the second row, 360 pixels below the first."""
     paths = [write_metrics(tmp_path / f"{t}.json", f"SPA, iteration {t}", win_rate=10.0 * t, judge_accuracy=80.0 + t,
                            length_controlled_winrate=10.0 * t, kl_per_token=0.02 * t) for t in (1, 2)]
-    paths += [write_metrics(tmp_path / "0.json", "DPO", win_rate=5.0, kl_per_token=0.01)]  # no iteration, so no point
+    paths += [write_metrics(tmp_path / "0.json", "DPO", win_rate=5.0, kl_per_token=0.01)]
     for name, metrics in (("all", paths), ("one", paths[2:])):
         stages.run("05_eval", "report", *metrics, output=tmp_path / name)
     (*first, judge, kl), one = ([panel for panel in ElementTree.parse(tmp_path / name / "report.svg").iter()
                                  if panel.tag.endswith("}g")] for name in ("all", "one"))
-    assert [panel[0].text for panel in (*first, *one)] == ["LC win rate (%)", "Win rate (%)", "Win rate (%)"]
+    assert [panel[0].text for panel in (*first, *one)] == ["LC win rate (%)"] + 3 * ["Win rate (%)"]
     assert [[element.text for element in panel][:2] for panel in (judge, kl)] == [
         ["Judge accuracy (%)", "Iteration"], ["Win rate (%)", "KL per token"]]
     assert [panel.get("transform") for panel in (judge, kl)] == ["translate(50 360)", "translate(510 360)"]
-    # from 80 at y = 310 to 90 at y = 30; from KL 0 at x = 40 to 0.04 at x = 360, win rates from 10 to 20
+    # from 80 at y = 310 to 90 at y = 30; from KL 0 at x = 40 to 0.04 at x = 360, win rates from 0 to 20
     assert [[(e.get("cx"), e.get("cy")) for e in panel if e.get("cx")] for panel in (judge, kl)] == [
-        [("40.0", "282.0"), ("360.0", "254.0")], [("200.0", "310.0"), ("360.0", "30.0")]]
-    assert "M200.0,310.0 L360.0,30.0" in [element.get("d") for element in kl]
+        [("40.0", "282.0"), ("360.0", "254.0")], [("200.0", "170.0"), ("360.0", "30.0"), ("120.0", "240.0")]]
+    assert "M200.0,170.0 L360.0,30.0" in [element.get("d") for element in kl]
 
 
 def test_report_keeps_two_models_of_one_name_apart(tmp_path, models):

@@ -8,7 +8,6 @@ import pytest
 
 import common
 import stages
-from extras import held_out
 from extras.alpaca_eval import length_controlled
 from extras.small_world import gold_score
 from stages import attempt, command_line, digest, files, refused, rows, run, write_rows
@@ -118,9 +117,8 @@ def test_05_reports_models_side_by_side(evaluated, tmp_path):
 
 
 @pytest.fixture
-def commands(world, pi_init, pi_0, monkeypatch, tmp_path):
+def commands(world, pi_init, pi_0, tmp_path):
     """The words of a `sample` for each of two models, which write tmp_path/FOLDER/0 and 1."""
-    monkeypatch.setattr(held_out, "init_ratios", {})
     return lambda folder: [["sample", *command_line(dict(
         model=model, init_model=pi_init, input=world / "eval.jsonl", gold=world / "gold.json", max_new_tokens=8,
         micro_batch_size=5, output=tmp_path / folder / str(k)))] for k, model in enumerate((pi_init, pi_0))]
@@ -133,9 +131,7 @@ def same(one, two):
 
 def test_two_commands_in_one_start_make_what_two_starts_make(commands, tmp_path, monkeypatch):
     for words in commands("alone"):
-        held_out.init_ratios.clear()
         assert attempt("05_eval", *words).status == 0
-    held_out.init_ratios.clear()
     loaded, load_model = [], common.load_model
 
     def load(*args):
@@ -149,7 +145,7 @@ def test_two_commands_in_one_start_make_what_two_starts_make(commands, tmp_path,
     first, second = commands("together")
     models = [tmp_path / "together" / str(k) for k in range(2)]
     ran = attempt("05_eval", *first, "--then", *second, "--then", "report", *models, output=tmp_path / "report")
-    assert ran.status == 0 and len(loaded) == 3, ran  # pi_init scores the labels once
+    assert ran.status == 0 and len(loaded) == 4, ran
     assert same(tmp_path / "alone", tmp_path / "together")
     assert (tmp_path / "report/table.md").read_text() in ran.out
 

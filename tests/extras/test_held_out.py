@@ -62,6 +62,7 @@ def test_agreement_is_that_of_equation_7(labelled, pi_0, pi_init, tokenizer, tmp
 def test_pi_init_itself_has_no_implicit_reward(labelled, pi_init, tmp_path):
     metrics = evaluated(tmp_path, model=pi_init, init_model=pi_init, input=labelled)
     assert "agreement" not in metrics and "calibration" not in metrics and metrics["agreement_n"] == 9
+    assert metrics["kl_per_token"] == 0
 
 
 def test_prompts_alone_are_answered_as_before(world, pi_0, pi_init, tmp_path):
@@ -80,14 +81,22 @@ def test_agreement_and_calibration_by_hand():
     assert bins[9] == [pytest.approx((0.97 + 0.99 + 1) / 3), pytest.approx(200 / 3), 3]
 
 
-def test_the_signs_of_health_of_03_are_in_the_metrics(world, pi_0, pi_init, tmp_path):
-    responses = run("02_generate", model=pi_0, input=world / "prompts_1.jsonl", max_new_tokens=6,
-                    output=tmp_path / "responses.jsonl")
-    preferences = run("03_judge", model=pi_0, init_model=pi_init, input=responses, output=tmp_path / "d.jsonl")
-    counts = json.loads(runs.args_path(preferences).read_text())["counts"]
-    metrics = evaluated(tmp_path, model=pi_0, input=world / "eval.jsonl", preferences=preferences)
-    assert metrics["kl_per_token"] == counts["KL per token"] > 0
-    assert metrics["improbable"] == counts["improbable tokens (%)"]
-    runs.args_path(preferences).unlink()  # without its record nothing is known of it
-    metrics = evaluated(tmp_path / "2", model=pi_0, input=world / "eval.jsonl", preferences=preferences)
-    assert "improbable" not in metrics
+def test_the_distance_from_pi_init_is_the_mean_kl_of_a_token(world, pi_0, pi_init, tokenizer, tmp_path, monkeypatch):
+    """By torch.distributions, one sequence at a time; the responses are those of 02 with the same seed."""
+    responses = run("02_generate", model=pi_0, input=world / "eval.jsonl", max_new_tokens=4, temperature=3,
+                    on_length_limit="open", output=tmp_path / "responses.jsonl")
+    policy, init = (AutoModelForCausalLM.from_pretrained(name) for name in (pi_0, pi_init))
+    divergences, improbable = [], 0
+    for row in rows(responses):
+        x, y = row["prompt_ids"], row["responses"][0]["ids"]
+        p, q = (torch.distributions.Categorical(logits=model(torch.tensor([x + y])).logits[0, len(x) - 1:-1].double())
+                for model in (policy, init))
+        divergences += torch.distributions.kl_divergence(p, q).tolist()
+        improbable += (q.log_prob(torch.tensor(y)).exp() < 1e-4).sum().item()
+    assert 0 < improbable < len(divergences)
+    for chunk in (10 ** 6, 3):
+        monkeypatch.setattr("common.chunk_rows", lambda weight: chunk)
+        metrics = evaluated(tmp_path / str(chunk), model=pi_0, init_model=pi_init, input=world / "eval.jsonl",
+                            temperature=3)
+        assert metrics["kl_per_token"] == pytest.approx(np.mean(divergences), rel=1e-4) and metrics["kl_per_token"] > 0
+        assert metrics["improbable"] == pytest.approx(100 * improbable / len(divergences))

@@ -260,6 +260,20 @@ def test_a_key_that_is_withdrawn_stops_the_run_and_what_was_answered_is_kept(tmp
         assert len(server.requests) == 7 + 6
 
 
+def test_a_resumed_run_too_asks_an_endpoint_that_is_down_only_a_few_times(tmp_path, pair):
+    with serving(lambda request, before: (500, "down", {}) if len(server.requests) > 4 else prefers_ours(request, before)
+                 ) as server:
+        once = dict(judge_requests=1, judge_retries=0)
+        assert "8 of 12" in fails(server, pair, tmp_path / "a.json", **once) and len(server.requests) == N
+        assert "8 of 12" in fails(server, pair, tmp_path / "a.json", **once) and len(server.requests) == N + 5
+
+
+def test_a_key_that_is_a_word_is_not_hidden_in_answers(tmp_path, pair, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "m")
+    with serving(prefers_ours) as server:
+        assert [row["preference"] for row in judge(server, pair, tmp_path / "a.json")] == pytest.approx([1.9] * N)
+
+
 def test_max_completion_tokens_where_the_endpoint_asks_for_it(tmp_path, pair):
     def respond(request, before):
         unsupported = "'max_tokens' is not supported with this model. Use 'max_completion_tokens' instead."

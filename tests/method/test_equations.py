@@ -94,6 +94,7 @@ def test_tau_by_hand():
     assert refined_dpo.threshold(window, 10) == pytest.approx(0.051)
     # K = 50: the median, between the 25th and the 26th
     assert refined_dpo.threshold(window, 50) == pytest.approx(0.255)
+    assert refined_dpo.threshold(window, 0) == 0  # nothing is below it
 
 
 @pytest.mark.parametrize("batch_size", [1, 8, 32])

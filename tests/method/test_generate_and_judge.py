@@ -162,8 +162,8 @@ def test_03_reports_how_far_the_policy_is_from_pi_init(responses, judged, sample
     output = judged(init_model=sure)
     counts = record(output)["counts"]
     assert [k for row in rows(output) for k in row["improbable"]] == improbable
-    assert counts["KL per response"] == pytest.approx(np.mean(difference), abs=1e-3)
-    assert counts["KL per token"] == pytest.approx(sum(difference) / sum(lengths), abs=1e-3)
+    assert counts["log-ratio per response"] == pytest.approx(np.mean(difference), abs=1e-3)
+    assert counts["log-ratio per token"] == pytest.approx(sum(difference) / sum(lengths), abs=1e-3)
     assert counts["improbable tokens (%)"] == pytest.approx(100 * sum(improbable) / sum(lengths), abs=1e-3)
 
 

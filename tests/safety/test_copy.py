@@ -43,6 +43,9 @@ def test_a_copied_stage_makes_the_same(made, tmp_path, stage, with_runs):
         if path.name != "args.json":
             assert digest(tmp_path / "out" / path.relative_to(output)) == digest(path), path
     assert not (tmp_path / "out.partial").exists()
+    if with_runs == "bare_runs":  # nothing is overwritten
+        again = subprocess.run(done.args, cwd=tmp_path, env=stages.NO_RANKS, capture_output=True, text=True)
+        assert again.returncode != 0 and "out exists" in again.stderr
 
 
 # ---------------------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ def bash(*words, root=ROOT, cwd=None, **environment):
 
 
 def little_run(runs):
-    done = bash(**LITTLE, PYTHON=sys.executable, RUNS=str(runs), NAME="little", OMP_NUM_THREADS="1")
+    done = bash(**LITTLE, PYTHON=sys.executable, RUNS=str(runs), RUN_NAME="little", OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stderr
     return done
 
@@ -91,7 +91,7 @@ def test_a_second_run_does_nothing_again(little):
 
 def on_machines(count, folder, **settings):
     """The commands that run_all.sh prints on each of `count` machines, as lists of words."""
-    settings = LITTLE | dict(NNODES=str(count), RUNS=str(folder), NAME="nodes", PYTHON=sys.executable) | settings
+    settings = LITTLE | dict(NNODES=str(count), RUNS=str(folder), RUN_NAME="nodes", PYTHON=sys.executable) | settings
     if count > 1:
         settings["RDZV_ENDPOINT"] = f"127.0.0.1:{stages.free_port()}"
     printed = [bash("--dry-run", **settings, NODE_RANK=str(rank)).stdout for rank in range(count)]
@@ -235,9 +235,9 @@ def test_pi_init_is_made_from_a_base_model_and_ultrachat(setting, base, batch_si
 
 
 def test_variables_of_the_environment_come_first():
-    printed = commands("mistral-7b", LR="1e-6", SEED="7", ITERATIONS="1", NAME="mine", RUNS="elsewhere", K_PERCENT="20",
-                       ON_LENGTH_LIMIT="open", LAMBDAS=" .25  1e-1 ", PROMPT_SIZES="10  20", SEED_SAMPLE="2",
-                       EMPTY_SYSTEM="0")
+    printed = commands("mistral-7b", LR="1e-6", SEED="7", ITERATIONS="1", RUN_NAME="mine", RUNS="elsewhere",
+                       K_PERCENT="20", ON_LENGTH_LIMIT="open", LAMBDAS=" .25  1e-1 ", PROMPT_SIZES="10  20",
+                       SEED_SAMPLE="2", EMPTY_SYSTEM="0")
     assert (printed[0][1].seed_sample, printed[0][1].empty_system) == (2, False)
     [generate], [train] = only("02_generate", printed), only("04_refined_dpo", printed)
     assert (train.lr, train.seed, train.k_percent, train.lam) == (1e-6, 7, 20, 0.25)
@@ -363,7 +363,7 @@ def test_strange_paths_reach_the_stages_as_they_are(clone, stub, strange):
     bash, log = clone
     folder = f"./{strange}" if strange.startswith("-") else strange  # which is not read as an option
     (log.parent / "clone" / strange).mkdir()
-    strangely = dict(RUNS=strange, NAME=strange, INIT=strange, SOURCE=strange, PYTHON=str(stub[0]))
+    strangely = dict(RUNS=strange, RUN_NAME=strange, INIT=strange, SOURCE=strange, PYTHON=str(stub[0]))
     printed, done = bash("phi-2", "--dry-run", **strangely), bash("phi-2", **strangely)
     assert (printed.returncode, printed.stderr, done.returncode, done.stderr) == (0, "", 0, "")
     assert [line.split(" ", 1)[1] for line in printed.stdout.splitlines()] == log.read_text().splitlines()  # as it ran
@@ -404,8 +404,9 @@ def test_the_seed_joins_each_round_and_has_its_own_refinement():
     merged = [options.input for stage, options in commands("mistral-7b", MERGE_SEED="1") if stage == "04_refined_dpo"]
     seed = plain[0][0].replace("preferences_1", "data/seed")
     assert len(plain) == 3 and merged == [[*paths, seed] for paths in plain]
-    (_, _), (stage, first), *_ = commands("mistral-7b", SEED_REFINE="worst-case")
+    (_, _), (stage, first), *_ = commands("mistral-7b", SEED_REFINE="worst-case", K_PERCENT="30")
     assert stage == "04_refined_dpo" and (first.refine, first.input, first.epochs) == ("worst-case", [seed], 3)
+    assert first.k_percent == 30
     assert bash("--dry-run", SEED_REFINE="none").returncode == 2
 
 
@@ -414,7 +415,14 @@ def test_every_setting_ends_with_agreement_and_signs_of_health(setting):
     evaluated = [options for stage, options in commands(setting) if stage == "05_eval" and options.command == "sample"]
     init, beta = evaluated[0].model, next(options.beta for stage, options in commands(setting) if stage == "03_judge")
     assert all((options.init_model, options.beta) == (init, beta) for options in evaluated)
-    assert all(options.preferences for options in evaluated if "SPA" in options.name)
+    assert all(bool(options.preferences) == (setting == "world") for options in evaluated if "SPA" in options.name)
+
+
+def test_a_tokenizer_beside_pi_init_reaches_what_reads_texts_with_pi_init():
+    given = [(stage, options.model) for stage, options in commands(
+        "mistral-7b", INIT="org/mine", INIT_TOKENIZER="org/theirs", JUDGE="llm")
+        if getattr(options, "tokenizer", None) == "org/theirs"]
+    assert given == [("01_seed_dpo", "org/mine"), ("00_sft", "org/mine"), ("05_eval", "org/mine")]
 
 
 def test_test_runs_the_tests(stub):
