@@ -29,8 +29,6 @@ says, and the estimate scales its seconds by the operations.
 
 import argparse
 import contextlib
-import datetime
-import functools
 import gc
 import importlib.util
 import json
@@ -38,7 +36,6 @@ import logging
 import math
 import os
 import runpy
-import shutil
 import signal
 import statistics
 import subprocess
@@ -60,6 +57,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, Mi
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import common
+import dpo
 import runs
 import sampling
 
@@ -115,17 +113,17 @@ def layers_that_fit(config, bytes_a_weight, free):
 
 
 def estimate(rows):
-    """The row of one iteration on 10,000 prompts: 02, 03 and 04 in turn, each at its best rate. None without all."""
+    """[the row of one iteration on 10,000 prompts: 02, 03, 04 in turn, each at its best rate], [] without all."""
     best = defaultdict(float)
     for row in rows:
         if row["part"] in ("train-7b", "sample-7b", "judge-7b") and row.get("stage") in ("02", "03", "04"):
             best[row["stage"]] = max(best[row["stage"]], row["prompts_a_second"])
     if len(best) < 3:
-        return None
+        return []
     hours = {stage: 10_000 / best[stage] / 3600 for stage in sorted(best)}
     parts = ", ".join(f"{stage} {count:.2f} h" for stage, count in hours.items())
-    return {"part": "estimate", "shape": "7b", "value": sum(hours.values()), "unit": "hours",
-            "setting": f"one iteration on 10,000 prompts: {parts}; the paper's: 5 to 6 hours on four A6000"}
+    return [{"part": "estimate", "shape": "7b", "value": sum(hours.values()), "unit": "hours",
+             "setting": f"one iteration on 10,000 prompts: {parts}; the paper's: 5 to 6 hours on four A6000"}]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -133,10 +131,10 @@ def estimate(rows):
 
 
 class Clock:
-    """Seconds between ticks, when the GPU is done, and the peak of its memory. dpo.run_trl takes it as turns."""
+    """Seconds of each round, until the GPU is done, and its peak memory in GiB. dpo.run_trl takes it as turns."""
 
     def __init__(self):
-        self.seconds, self.peak = [], None
+        self.seconds, self.memory = [], 0.0
 
     def start(self):
         if torch.cuda.is_available():
@@ -144,47 +142,33 @@ class Clock:
             torch.cuda.reset_peak_memory_stats()
         self.last = time.perf_counter()
 
-    def tick(self):
+    def tick(self, *_):
         if torch.cuda.is_available():
             torch.cuda.synchronize()
-            self.peak = torch.cuda.max_memory_allocated() / 2 ** 30
+            self.memory = torch.cuda.max_memory_allocated() / 2 ** 30
         self.seconds.append(time.perf_counter() - self.last)
         self.last = time.perf_counter()
 
-    before_first_step = start
+    def rounds(self, steps):
+        self.start()
+        for step in steps:
+            yield step
+            self.tick()
+
+    before_first_step, after_step = start, tick
 
     def time_reference(self, store):  # not part of a step
         return store()
 
-    def after_step(self, loss):
-        self.tick()
 
-
-def median_seconds(run, repeats):
+def repeat(run, repeats):
+    """(median of the seconds, peak memory), after three runs that do not count."""
     clock = Clock()
     for _ in range(3):
         run()
-    clock.start()
-    for _ in range(repeats):
+    for _ in clock.rounds(range(repeats)):
         run()
-        clock.tick()
-    return statistics.median(clock.seconds)
-
-
-class Rounds:
-    """A stage's progress bar, with a clock in place of the bar."""
-
-    def __init__(self, steps, clock):
-        self.steps, self.clock = steps, clock
-
-    def __iter__(self):
-        self.clock.start()
-        for step in self.steps:
-            yield step
-            self.clock.tick()
-
-    def set_postfix(self, *_, **__):
-        pass
+    return statistics.median(clock.seconds), clock.memory
 
 
 def random_model(name, device, dtype=torch.float32):
@@ -213,14 +197,11 @@ def run_timed(script, change=lambda model: None, **options):
         change(model)
         return model
 
-    def fail(message, status=2):
-        raise RuntimeError(message)
-
     def progress(steps, label, ranks):
-        return Rounds(steps, clocks[label])
+        return clocks[label].rounds(steps)
 
     with (contextlib.redirect_stdout(sys.stderr), mock.patch.object(sys, "argv", []),
-          mock.patch.multiple(runs, exit_with=fail, progress=progress),
+          mock.patch.multiple(runs, exit_with=lambda message, status=2: sys.exit(str(message)), progress=progress),
           mock.patch.multiple(common, load_model=load_model, save_trained=lambda *_: None, progress=progress,
                               log_step=lambda partial, bar, step, rows, **_: logged.append(rows))):
         run_stage(script, output=output, **options)
@@ -230,180 +211,166 @@ def run_timed(script, change=lambda model: None, **options):
 class Bench:
     """What a part measures with: a shape, its size of everything, and the files of the stages in a folder."""
 
-    def __init__(self, shape, tiny, folder, peak):
-        self.shape, self.folder, self.peak = shape, Path(folder), peak
-        self.size = TINY if tiny else FULL
+    def __init__(self, shape, tiny, folder):
+        self.shape, self.folder, self.size = shape, Path(folder), TINY if tiny else FULL
         self.config = type(CONFIGS[shape])(**TINY_CONFIG) if tiny else CONFIGS[shape]
         self.device = common.start_ranks().device
         self.compiler = "inductor" if self.device.type == "cuda" else "eager"  # the second only traces
         count = max(self.size.pairs * self.size.steps, self.size.many)
         with mock.patch.dict(SHAPE, vocab_size=self.config.vocab_size):  # of this model only the tokenizer is used
             make_inputs(self.folder, count, (self.size.prompt, self.size.drawn), hidden_size=8, num_hidden_layers=1)
-        (self.folder / "model/model.safetensors").unlink()
         self.ends = range(2, self.config.vocab_size, self.size.end_every)
         GenerationConfig(eos_token_id=list(self.ends)).save_pretrained(self.folder / "model")
-        self.save_config(self.config.num_hidden_layers)
-        shutil.copytree(self.folder / "model", self.folder / "pi")
+        self.config.save_pretrained(self.folder / "model")
+        (self.folder / "pi").symlink_to("model")
         self.pairs = [{"id": row["id"], "prompt": row["prompt_ids"],
                        **{y: row[y]["ids"][:self.size.response] for y in ("chosen", "rejected")}}
                       for row in read_rows(self.folder / "preferences.jsonl")]
 
-    def save_config(self, layers):
-        config = type(self.config).from_dict(self.config.to_dict() | {"num_hidden_layers": layers})
-        config.save_pretrained(self.folder / "model")
-        return config
-
     def write(self, name, count):
-        """One of the stages' files, of the first `count` pairs. Returns its path."""
+        """The path of the first `count` pairs: "seed" with texts, for 01 and TRL, or "rows" with ids, for 02 to 04."""
         def text(ids):
             return " ".join(f"w{i}" for i in ids)
 
-        path, lines = self.folder / f"{name}.jsonl", []
-        for pair in self.pairs[:count]:
-            one, two = ({"text": "", "ids": pair[y], "finish": "eos"} for y in ("chosen", "rejected"))
-            fields = {"seed": {y: text(pair[y][:-1]) for y in ("chosen", "rejected")}, "prompts": {},
-                      "responses": {"prompt_ids": pair["prompt"], "responses": [one, two]},
-                      "preferences": {"prompt_ids": pair["prompt"], "chosen": one, "rejected": two}}[name]
-            lines.append(json.dumps({"id": pair["id"], "prompt": text(pair["prompt"]), **fields}) + "\n")
-        path.write_text("".join(lines))
+        path = self.folder / f"{name}.jsonl"
+        with open(path, "w") as file:
+            for pair in self.pairs[:count]:
+                if name == "seed":
+                    fields = {y: text(pair[y][:-1]) for y in ("chosen", "rejected")}
+                else:
+                    one, two = ({"text": "", "ids": pair[y], "finish": "eos"} for y in ("chosen", "rejected"))
+                    fields = {"prompt_ids": pair["prompt"], "responses": [one, two], "chosen": one, "rejected": two}
+                print(json.dumps({"id": pair["id"], "prompt": text(pair["prompt"]), **fields}), file=file)
         return path
 
 
 # ---------------------------------------------------------------------------------------------
-# The parts. Each yields (setting, function that measures it and returns the fields of its row).
+# The parts. Each yields (setting, function that returns the fields of its row), to be called before the next.
 
 
 def peak(bench):
     n = bench.size.product
     name = torch.cuda.get_device_name() if bench.device.type == "cuda" else "CPU"
 
-    def measure():
+    def product():
         a, b = torch.randn(2, n, n, device=bench.device, dtype=torch.bfloat16)
-        rate = 2 * n ** 3 / median_seconds(lambda: a @ b, 30)
-        return {"shape": "-", "value": rate / 1e12, "unit": "TFLOP/s", "share": 1.0, "rate": rate}
+        seconds, _ = repeat(lambda: a @ b, 30)
+        rate = 2 * n ** 3 / seconds
+        return {"shape": "-", "value": rate / 1e12, "unit": "TFLOP/s", "rate": rate}
 
-    yield f"bf16 product of {n:,} x {n:,} on {name}", measure
+    yield f"bf16 product of {n:,} x {n:,} on {name}", product
 
 
 def train(bench):
-    stages = {"01": ("01_seed_dpo.py", "seed", 6, 18, dict(epochs=1)),  # passes, bytes a weight
-              "04": ("04_refined_dpo.py", "preferences", 8, 22, dict(refine_after=0, window=bench.size.pairs))}
-    for stage, settings in stages.items():
+    for stage in ("01", "04"):
         for checkpointing in (False, True):
             for shared in (True, False):
                 micro = bench.size.micro[bench.shape][checkpointing]
                 yield (f"{stage}, {'shared prompt' if shared else 'one sequence each'}, "
                        f"{'' if checkpointing else 'no '}activation checkpointing, micro-batch {micro}",
-                       functools.partial(train_stage, bench, stage, *settings, checkpointing, shared, micro))
+                       lambda: train_stage(bench, stage, checkpointing, shared, micro))
 
 
-def train_stage(bench, stage, script, file, passes, bytes_a_weight, options, checkpointing, shared, micro):
-    full, size = bench.config, bench.size
+def train_stage(bench, stage, checkpointing, shared, micro):
+    script, label, file, passes, bytes_a_weight, options = {
+        "01": ("01_seed_dpo.py", "seed DPO", "seed", 6, 18, dict(epochs=1)),
+        "04": ("04_refined_dpo.py", "refined DPO", "rows", 8, 22, dict(refine_after=0, window=bench.size.pairs))}[stage]
+    if checkpointing:
+        options["activation_checkpointing"] = True
     free = torch.cuda.mem_get_info()[0] if bench.device.type == "cuda" else 1e12
-    config = bench.save_config(layers_that_fit(full, bytes_a_weight, free))
+    full, layers = bench.config.num_hidden_layers, layers_that_fit(bench.config, bytes_a_weight, free)
+    config = type(bench.config).from_dict(bench.config.to_dict() | {"num_hidden_layers": layers})
+    config.save_pretrained(bench.folder / "model")
 
     def change(model):
         if not shared:
             model.max_shared_length = 0
 
-    if checkpointing:
-        options = options | {"activation_checkpointing": True}
-    clocks, logged, _ = run_timed(script, change, model=bench.folder / "model", batch_size=size.pairs,
-                                  input=bench.write(file, size.pairs * size.steps), micro_batch_size=micro, **options)
-    clock = clocks["seed DPO" if stage == "01" else "refined DPO"]
+    clocks, logged, _ = run_timed(script, change, model=bench.folder / "model", micro_batch_size=micro,
+                                  input=bench.write(file, bench.size.pairs * bench.size.steps),
+                                  batch_size=bench.size.pairs, **options)
     first = max(abs(row["margin"]) for row in logged[0])  # of a model and itself
-    note = f"; first margins at most {first:.2g}"
-    if config.num_hidden_layers < full.num_hidden_layers:
-        note = f", {config.num_hidden_layers} of {full.num_hidden_layers} layers{note}"
-    return {"note": note, "stage": stage, "first": first,
-            **step_rates(bench, clock, [[row["id"] for row in rows] for rows in logged], config, passes)}
+    steps = [[bench.pairs[int(row["id"])] for row in rows] for rows in logged]
+    note = f", {layers} of {full} layers" if layers < full else ""
+    return {"note": f"{note}; first margins at most {first:.2g}", "stage": stage,
+            **step_rates(bench, clocks[label], steps, config, passes)}
 
 
 def step_rates(bench, clock, steps, config, passes):
-    """The fields of a row. steps: ids of the pairs of each step; config: with the layers that were measured"""
-    pairs = {pair["id"]: pair for pair in bench.pairs}
+    """The fields of a row. steps: the pairs of each step; config: with the layers that were measured"""
     weights, full = count_weights(config), count_weights(bench.config)
-    counted = [([pairs[i] for i in ids], seconds) for ids, seconds in zip(steps, clock.seconds, strict=True)][1:]
-    rate = statistics.median(operations(weights, step, passes) / seconds for step, seconds in counted)
-    return {"value": statistics.median(count_tokens(step) / seconds for step, seconds in counted), "unit": "tokens/s",
-            "share": rate / bench.peak, "peak": clock.peak,
-            "prompts_a_second": rate * bench.size.pairs / statistics.mean(operations(full, step, passes)
-                                                                          for step, _ in counted)}
+    counted = list(zip(steps, clock.seconds, strict=True))[1:]
+    rate = statistics.median(operations(weights, pairs, passes) / seconds for pairs, seconds in counted)
+    work = statistics.mean(operations(full, pairs, passes) for pairs, _ in counted) / bench.size.pairs  # of a prompt
+    return {"value": statistics.median(count_tokens(pairs) / seconds for pairs, seconds in counted), "unit": "tokens/s",
+            "rate": rate, "memory": clock.memory, "prompts_a_second": rate / work}
 
 
 def trl(bench):
-    for setting, options in (("DPOConfig() but for dtype and batch, which checkpoints activations", {}),
-                             ("precomputed reference log-probs, no activation checkpointing",
-                              dict(precompute_ref_log_probs=True, gradient_checkpointing=False))):
-        yield f"TRL: {setting}", functools.partial(trl_steps, bench, **options)
+    yield ("TRL: DPOConfig() but for dtype and batch, which checkpoints activations",
+           lambda: trl_steps(bench, True, 8))
+    yield ("TRL: precomputed reference log-probs, no activation checkpointing",
+           lambda: trl_steps(bench, False, 6, precompute_ref_log_probs=True, gradient_checkpointing=False))
 
 
-def trl_steps(bench, **options):
-    if not importlib.util.find_spec("trl"):
-        raise RuntimeError("TRL is not installed")
-    import dpo
+def trl_steps(bench, checkpointing, passes, **options):
     import trl
-    size, clock, config = bench.size, Clock(), trl.DPOConfig
-    micro = bench.size.micro[bench.shape]["gradient_checkpointing" not in options]
+    pairs, count, clock, config = bench.size.pairs, bench.size.pairs * bench.size.steps, Clock(), trl.DPOConfig
+    micro = bench.size.micro[bench.shape][checkpointing]
     load = SimpleNamespace(from_pretrained=lambda name, **_: random_model(str(name), bench.device))
-    bench.write("seed", size.pairs * size.steps)
+    bench.write("seed", count)
 
     class Trainer(trl.DPOTrainer):
         def __init__(self, model, **given):
             super().__init__(model, load.from_pretrained(bench.folder / "model"), **given)
 
     with (contextlib.redirect_stdout(sys.stderr),
-          mock.patch.multiple(dpo, LlamaForCausalLM=load, PAIRS=size.pairs, MICRO_BATCH=micro),
+          mock.patch.multiple(dpo, LlamaForCausalLM=load, PAIRS=pairs, MICRO_BATCH=micro),
           mock.patch.object(trl, "DPOConfig", lambda **given: config(**given | {"bf16": bench.device.type == "cuda"})),
           mock.patch.object(trl, "DPOTrainer", Trainer)):
         dpo.run_trl(bench.folder, clock, **options)
-    ids = [pair["id"] for pair in bench.pairs]
-    steps = [ids[k:k + size.pairs] for k in range(0, size.pairs * size.steps, size.pairs)]
-    passes = 6 if "precompute_ref_log_probs" in options else 8
+    steps = [bench.pairs[k:k + pairs] for k in range(0, count, pairs)]
     return {"note": f", micro-batch {micro}", **step_rates(bench, clock, steps, bench.config, passes)}
 
 
 def sample(bench):
-    size = bench.size
-    for at_a_time, prompts in ((size.few, 2 * size.few), (size.many, size.many)):
-        yield (f"02_generate.py, {at_a_time} prompts at a time",
-               functools.partial(sample_stage, bench, prompts, at_a_time))
-    yield f"generate, {size.many} at a time", functools.partial(sample_with, bench, generate)
-    yield f"generate_batch (continuous batching), {size.many} at a time", functools.partial(
-        sample_with, bench, lambda model, prompts: sampling.by_generate_batch(model, prompts, sampling.drawn()))
+    few, many = bench.size.few, bench.size.many
+    yield f"02_generate.py, {few} prompts at a time", lambda: sample_stage(bench, 2 * few, few)
+    yield f"02_generate.py, {many} prompts at a time", lambda: sample_stage(bench, many, many)
+    yield f"generate, {many} at a time", lambda: sample_with(bench, generate)
+    yield f"generate_batch (continuous batching), {many} at a time", lambda: sample_with(
+        bench, lambda model, prompts: sampling.by_generate_batch(model, prompts, sampling.drawn()))
 
 
 def compiled(bench):
-    many, static = bench.size.many, functools.partial(generate, cache_implementation="static")
-    yield f"generate, {many} at a time, static cache", functools.partial(
-        sample_with, bench, functools.partial(static, disable_compile=True))
+    many = bench.size.many
+
+    def compile_parts(model):  # which the cache has no part in: else they would be compiled anew as it grows
+        for layer in model.base_model.layers:
+            for part in (layer.mlp, layer.input_layernorm, layer.post_attention_layernorm):
+                part.compile(dynamic=True, backend=bench.compiler)
+        sampling.by_common(model, [pair["prompt"] for pair in bench.pairs[:many]], [range(many)], 0, limit=3)
+
+    yield f"generate, {many} at a time, static cache", lambda: sample_with(
+        bench, generate, cache_implementation="static", disable_compile=True)
     yield (f"02_generate.py, {many} prompts at a time, norms and MLPs compiled",
-           functools.partial(sample_stage, bench, many, many, functools.partial(compile_parts, bench)))
-    yield f"generate, {many} at a time, static cache, compiled", functools.partial(sample_with, bench, static, True)
+           lambda: sample_stage(bench, many, many, compile_parts))
+    yield f"generate, {many} at a time, static cache, compiled", lambda: sample_with(
+        bench, generate, warm_up=True, cache_implementation="static")
 
 
 def sample_stage(bench, prompts, at_a_time, change=lambda model: None):
-    clocks, _, output = run_timed("02_generate.py", change, model=bench.folder / "model",
-                                  input=bench.write("prompts", prompts), micro_batch_size=at_a_time,
-                                  max_new_tokens=bench.size.response)
-    clock, responses = clocks["sampling"], [y for row in read_rows(output) for y in row["responses"]]
-    tokens = sum(len(y["ids"]) - (y["finish"] == "length") for y in responses)  # 02 has added an EOS to these
-    return sampling_rates(clock, prompts, tokens) | {"stage": "02"}
+    clocks, _, output = run_timed("02_generate.py", change, model=bench.folder / "model", micro_batch_size=at_a_time,
+                                  input=bench.write("rows", prompts), max_new_tokens=bench.size.response)
+    tokens = json.loads(runs.args_path(output).read_text())["counts"]["tokens"]
+    return {"stage": "02", **sampling_rates(clocks["sampling"], prompts, tokens)}
 
 
 def sampling_rates(clock, prompts, tokens):
     seconds = sum(clock.seconds)
-    return {"value": tokens / seconds, "unit": "tokens/s", "peak": clock.peak, "prompts_a_second": prompts / seconds,
-            "note": f", {tokens / prompts / sampling.SAMPLES:.0f} tokens a response"}
-
-
-def compile_parts(bench, model):
-    """What the cache has no part in, so that it need not be compiled anew as that grows."""
-    for layer in model.base_model.layers:
-        for part in (layer.mlp, layer.input_layernorm, layer.post_attention_layernorm):
-            part.compile(dynamic=True, backend=bench.compiler)
-    prompts = [pair["prompt"] for pair in bench.pairs[:bench.size.many]]
-    sampling.by_common(model, prompts, [range(len(prompts))], 0, limit=3)
+    return {"value": tokens / seconds, "unit": "tokens/s", "memory": clock.memory,
+            "note": f", {tokens / prompts / sampling.SAMPLES:.0f} tokens a response",
+            "prompts_a_second": prompts / seconds}
 
 
 def generate(model, prompts, **options):
@@ -414,55 +381,51 @@ def generate(model, prompts, **options):
                                 sampling.drawn(**options))
 
 
-def sample_with(bench, run, warm_up=False):
-    """run: function of the model and the prompts, {index of a prompt: its responses}"""
+def sample_with(bench, run, warm_up=False, **options):
+    """run: function of the model, the prompts and the options, {index of a prompt: its responses}"""
     model = random_model(str(bench.folder / "model"), bench.device, common.scoring_dtype(bench.device))
     prompts, clock = [pair["prompt"] for pair in bench.pairs[:bench.size.many]], Clock()
     with mock.patch.multiple(sampling, EOS=bench.ends, LIMIT=bench.size.response, BATCH=bench.size.many):
         if warm_up:
-            run(model, prompts)
+            run(model, prompts, **options)
         clock.start()
-        responses = run(model, prompts)
+        responses = run(model, prompts, **options)
         clock.tick()
     return sampling_rates(clock, len(prompts), sum(len(ids) for of_prompt in responses.values() for ids in of_prompt))
 
 
 def judge(bench):
-    yield f"03_judge.py, {bench.size.few} prompts at a time", functools.partial(judge_stage, bench)
-    yield "largest margin of a model against itself, bf16", functools.partial(margin_of_itself, bench)
-    yield "largest difference of a margin, bf16 to float32", functools.partial(margin_by_dtype, bench)
+    yield f"03_judge.py, {bench.size.few} prompts at a time", lambda: judge_stage(bench)
+    yield "largest margin of a model against itself, bf16", lambda: {
+        "value": max(map(abs, margins(bench, torch.bfloat16, "pi"))), "unit": "nats"}
+    yield "largest difference of a margin, bf16 to float32", lambda: margin_by_dtype(bench)
 
 
 def judge_stage(bench):
     count, seconds = bench.size.many, []
     for _ in range(3):
         clocks, *_ = run_timed("03_judge.py", model=bench.folder / "pi", init_model=bench.folder / "model",
-                               input=bench.write("responses", count), micro_batch_size=bench.size.few)
+                               input=bench.write("rows", count), micro_batch_size=bench.size.few)
         seconds.append(sum(sum(clock.seconds) for clock in clocks.values()))
     rate = count / statistics.median(seconds[1:])
     work = operations(count_weights(bench.config), bench.pairs[:count], 4) / count  # two models' forward passes
-    return {"value": rate, "unit": "pairs/s", "share": rate * work / bench.peak, "prompts_a_second": rate,
-            "peak": max(clock.peak or 0 for clock in clocks.values()) or None, "stage": "03"}
+    return {"stage": "03", "value": rate, "unit": "pairs/s", "rate": rate * work, "prompts_a_second": rate,
+            "memory": max(clock.memory for clock in clocks.values())}
 
 
-def margins(bench, dtype, policy, ref):
+def margins(bench, dtype, init_model):
     """The argument of the sigmoid in Eq. 7 of some pairs, by the functions of 03."""
-    stage, rows = runpy.run_path(str(ROOT / "03_judge.py")), read_rows(bench.write("responses", bench.size.few))
-    args = SimpleNamespace(input="responses", micro_batch_size=bench.size.few)
+    path = bench.write("rows", bench.size.few)
+    args = SimpleNamespace(model=str(bench.folder / "pi"), init_model=str(bench.folder / init_model), beta=0.1,
+                           input=path, micro_batch_size=bench.size.few)
+    stage = runpy.run_path(str(ROOT / "03_judge.py"))
     with mock.patch.multiple(common, load_model=random_model, scoring_dtype=lambda device: dtype):
-        scores = [stage["score"](str(bench.folder / name), rows, "scoring", args, Path(tempfile.mkdtemp()),
-                                 common.start_ranks()) for name in (policy, ref)]
-    rewards = [stage["implicit_rewards"](*([logp for logp, _ in of_row] for of_row in row), beta=0.1)
-               for row in zip(*scores, strict=True)]
+        rewards, _ = stage["judge_by_likelihood"](read_rows(path), args, Path(tempfile.mkdtemp()), common.start_ranks())
     return [one - two for one, two in rewards]
 
 
-def margin_of_itself(bench):
-    return {"value": max(map(abs, margins(bench, torch.bfloat16, "pi", "pi"))), "unit": "nats"}
-
-
 def margin_by_dtype(bench):
-    bf16, exact = (margins(bench, dtype, "pi", "model") for dtype in (torch.bfloat16, torch.float32))
+    bf16, exact = (margins(bench, dtype, "model") for dtype in (torch.bfloat16, torch.float32))
     flipped = sum(a * b < 0 for a, b in zip(bf16, exact))
     return {"value": max(abs(a - b) for a, b in zip(bf16, exact, strict=True)), "unit": "nats",
             "note": f" (median margin {statistics.median(map(abs, exact)):.2g}; {flipped} of {len(exact)} labels flip)"}
@@ -475,16 +438,11 @@ def attention(bench):
     rows = [(pair["prompt"], [pair["chosen"], pair["rejected"]]) for pair in bench.pairs[:8]]
     shared, alone = common.collate(rows, device, math.inf), common.collate(rows, device)
     batch, length = shared.ids.shape
-    # where each token of a sequence of its own stands in the shared ones; who sees it: 0 all, k the k-th response
-    index, segments = [], []
-    for b, (x, ys) in enumerate(rows):
-        end, segment = len(x), [0] * len(x)
-        for k, y in enumerate(ys, 1):
-            start, end = end, end + len(y) - 1
-            index.append([b * length + j for j in (*range(len(x)), *range(start, end))])
-            segment += [k] * (len(y) - 1)
-        segments.append(segment)
-    index, segments = common.padded(index).to(device), common.padded(segments, fill=-1).to(device)
+    # of each token who sees it: 0 all, k the k-th response; index: where those of a sequence of its own stand
+    segments = [[0] * len(x) + [k for k, y in enumerate(ys, 1) for _ in y[:-1]] for x, ys in rows]
+    index = common.padded([[b * length + j for j, k in enumerate(segment) if k in (0, own)]
+                           for b, segment in enumerate(segments) for own in (1, 2)]).to(device)
+    segments = common.padded(segments, fill=-1).to(device)
     torch.manual_seed(0)
     states = [torch.randn(batch, n, length, config.hidden_size // heads, device=device,
                           dtype=common.scoring_dtype(device)) for n in (heads, heads // groups, heads // groups)]
@@ -493,45 +451,42 @@ def attention(bench):
     def seen(b, _, q, k):
         return (k <= q) & ((segments[b, k] == 0) | (segments[b, k] == segments[b, q]))
 
-    def sdpa(mask):
-        return lambda *states: sdpa_attention_forward(layer, *states, mask)[0]  # (B, T, heads, d)
-
     blocks = create_block_mask(seen, batch, None, length, length, device=device.type)
     flex = torch.compile(flex_attention, dynamic=False, backend=bench.compiler)
 
-    def by_flex(*states):
+    def by_sdpa(of, *states):
+        return sdpa_attention_forward(layer, *states, of.mask)[0]  # (B, T, heads, d)
+
+    def by_flex(of, *states):
         return flex(*states, block_mask=blocks, enable_gqa=True).transpose(1, 2)
 
-    def answers(out, of):
-        return out.flatten(0, 1)[of.logit_positions].float()
+    def answers(attend, of, states):
+        return attend(of, *states).flatten(0, 1)[of.logit_positions].float()
 
-    expected = answers(sdpa(shared.mask)(*(values.float() for values in states)), shared)
+    expected = answers(by_sdpa, shared, [s.float() for s in states])
 
-    def measure(attend, of):
+    def time_layer(attend, of):
         values = states if of is shared else [s.transpose(1, 2).flatten(0, 1)[index].transpose(1, 2) for s in states]
         values = [s.detach().contiguous().requires_grad_(on_gpu) for s in values]
 
         def step():
-            out = attend(*values)
+            out = attend(of, *values)
             if on_gpu:
                 out.backward(out.detach())
 
         kernel = KernelName()
         with contextlib.nullcontext() if attend is by_flex else kernel:
-            error = (answers(attend(*values), of) - expected).abs().max().item()
-        clock = Clock()
-        clock.start()
-        seconds = median_seconds(step, bench.size.repeats)
-        clock.tick()
+            error = (answers(attend, of, values) - expected).abs().max().item()
+        seconds, memory = repeat(step, bench.size.repeats)
         name = "" if attend is by_flex else f", kernel: {kernel.name}"
-        return {"value": 1000 * seconds, "unit": "ms a layer", "peak": clock.peak, "error": error,
+        return {"value": 1000 * seconds, "unit": "ms a layer", "memory": memory,
                 "note": f"{name}; at most {error:.1g} from float32"}
 
     direction = "forward and backward" if on_gpu else "forward"
-    for name, attend, of in (("shared prompts, sdpa with their mask", sdpa(shared.mask), shared),
-                             ("one sequence each, sdpa", sdpa(None), alone),
+    for name, attend, of in (("shared prompts, sdpa with their mask", by_sdpa, shared),
+                             ("one sequence each, sdpa", by_sdpa, alone),
                              ("shared prompts, flex_attention with a block mask", by_flex, shared)):
-        yield f"{name}, {len(rows)} pairs, {direction}", functools.partial(measure, attend, of)
+        yield f"{name}, {len(rows)} pairs, {direction}", lambda: time_layer(attend, of)
 
 
 class KernelName(TorchDispatchMode):
@@ -562,57 +517,40 @@ PARTS = {  # function, shape, most seconds; what matters most comes first
 # Running the parts
 
 
-def reason(error):
-    if isinstance(error, torch.OutOfMemoryError):
-        return "out of memory"
-    return f"{type(error).__name__}: {error}"
-
-
 def failed(part, message, setting=""):
-    lines = message.strip().splitlines() or [""]
-    return {"part": part, "shape": PARTS[part][1], "setting": setting, "failed": lines[0][:200].replace("|", "/")}
+    line, *_ = message.strip().split("\n")
+    return {"part": part, "shape": PARTS[part][1], "setting": setting, "failed": line[:200].replace("|", "/")}
 
 
-def measure(part, tiny, rate):
-    """Yields the rows of a part. rate: operations a second that are 100 %"""
+def measure(part, tiny):
+    """Yields the rows of a part: where one fails, it says why."""
     function, shape, _ = PARTS[part]
     with tempfile.TemporaryDirectory() as folder, mock.patch.object(tempfile, "tempdir", folder):
-        bench = Bench(shape, tiny, folder, rate)
-        for setting, run in function(bench):
+        for setting, run in function(Bench(shape, tiny, folder)):
             try:
                 fields = run()
                 row = {"part": part, "shape": shape, "setting": setting + fields.pop("note", ""), **fields}
             except (Exception, SystemExit) as error:
                 traceback.print_exc()
-                row = failed(part, reason(error), setting)
+                no_room = isinstance(error, torch.OutOfMemoryError)
+                row = failed(part, "out of memory" if no_room else f"{type(error).__name__}: {error}", setting)
             gc.collect()
             torch.cuda.empty_cache()
             yield row
 
 
-def in_this_process(part, rate):
-    """The rows of a part, tiny."""
-    rows = []
-    try:
-        for row in measure(part, True, rate):
-            rows.append(row)
-    except (Exception, SystemExit) as error:
-        rows.append(failed(part, reason(error)))
-    return rows
-
-
-def in_a_process(part, rate, seconds, tiny=False):
+def in_a_process(part, seconds, tiny=False):
     """The rows of a part, by a process that is stopped after so many seconds."""
     with tempfile.TemporaryDirectory() as folder:
         out, log, message = Path(folder) / "rows.jsonl", Path(folder) / "log", None
         out.touch()
         with open(log, "w") as file:
-            process = subprocess.Popen([sys.executable, __file__, "--worker", part, str(rate), str(out),
-                                        *["--tiny"] * tiny], stdout=file, stderr=file, start_new_session=True,
+            process = subprocess.Popen([sys.executable, __file__, "--worker", part, out, *["--tiny"] * tiny],
+                                       stdout=file, stderr=file, start_new_session=True,
                                        env=os.environ | {"TMPDIR": folder, "HF_HUB_OFFLINE": "1"})
         try:
             if process.wait(seconds):
-                message = (log.read_text().strip().splitlines() or [f"exit status {process.returncode}"])[-1]
+                message = log.read_text().strip().split("\n")[-1] or f"exit status {process.returncode}"
         except subprocess.TimeoutExpired:
             message = f"stopped after {seconds:.0f} s"
         finally:
@@ -626,40 +564,34 @@ def in_a_process(part, rate, seconds, tiny=False):
 
 
 def run_parts(names, tiny=False, minutes=9):
-    """Yields the rows of each part in turn: first of peak, which the others need, at last of the estimate."""
-    deadline, rate, rows = time.monotonic() + 60 * minutes, math.nan, []
-    for part in ["peak", *(name for name in PARTS if name in names and name != "peak")]:
+    """Yields all rows so far after each part: first those of peak, which the table needs, at last the estimate too."""
+    deadline, rows = time.monotonic() + 60 * minutes, []
+    for part in [name for name in PARTS if name == "peak" or name in names]:
         seconds = min(PARTS[part][2], deadline - time.monotonic())
         print(f"{part} ...", file=sys.stderr)
         if seconds < 5:
-            found = [failed(part, f"no time is left: --only {part}")]
+            rows.append(failed(part, f"no time is left: --only {part}"))
         else:
-            found = in_this_process(part, rate) if tiny else in_a_process(part, rate, seconds)
-        if part == "peak":
-            rate = found[0].get("rate", math.nan)
-        rows += found
-        yield found
-    if row := estimate(rows):
-        yield [row]
+            rows += measure(part, tiny) if tiny else in_a_process(part, seconds)
+        yield rows
+    yield rows + estimate(rows)
 
 
 def table(rows):
     """Markdown, with the versions above."""
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "trl")
                          if importlib.util.find_spec(name))
-    lines = [f"{datetime.date.today()}, {versions}", "",
+    lines = [f"{time.strftime('%Y-%m-%d')}, {versions}", "",
              "| Part | Shape | Setting | Value | Share of the peak | Peak memory (GiB) |", "|---|---|---|---|---|---|"]
+    full = next((row["rate"] for row in rows if row["part"] == "peak" and "rate" in row), math.inf)
     for row in rows:
-        value, cells = row.get("value"), ["-", "-"]
         if "failed" in row:
-            text = f"failed: {row['failed']}"
+            value = f"failed: {row['failed']}"
         else:
-            text = f"{value:,.0f} {row['unit']}" if value >= 100 else f"{value:.3g} {row['unit']}"
-            if math.isfinite(row.get("share", math.nan)):
-                cells[0] = f"{row['share']:.0%}"
-            if row.get("peak"):
-                cells[1] = f"{row['peak']:.1f}"
-        lines.append(f"| {' | '.join([row['part'], row['shape'], row['setting'], text, *cells])} |")
+            value = f"{row['value']:{',.0f' if row['value'] >= 100 else '.3g'}} {row['unit']}"
+        share = f"{row['rate'] / full:.0%}" if "rate" in row and full < math.inf else "-"
+        memory = f"{row['memory']:.1f}" if row.get("memory") else "-"
+        lines.append(f"| {row['part']} | {row['shape']} | {row['setting']} | {value} | {share} | {memory} |")
     return "\n".join(lines) + "\n"
 
 
@@ -669,7 +601,7 @@ def main():
     parser.add_argument("--output", type=Path, help="write the table there too, after each part")
     parser.add_argument("--minutes", type=float, default=9, help="of all parts; those left over are not run")
     parser.add_argument("--tiny", action="store_true", help="shapes of some thousand weights on a CPU, in one process")
-    parser.add_argument("--worker", nargs=3, metavar=("PART", "RATE", "FILE"), help=argparse.SUPPRESS)
+    parser.add_argument("--worker", nargs=2, metavar=("PART", "FILE"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.tiny:
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
@@ -677,15 +609,12 @@ def main():
         sys.exit("gpu.py: there is no GPU: --tiny tries everything on a CPU")
     logging.disable()  # of continuous batching, which misses psutil
     if args.worker:
-        part, rate, path = args.worker
+        part, path = args.worker
         with open(path, "w") as file:
-            for row in measure(part, args.tiny, float(rate)):
-                file.write(json.dumps(row) + "\n")
-                file.flush()
+            for row in measure(part, args.tiny):
+                print(json.dumps(row), file=file, flush=True)
         return
-    rows = []
-    for found in run_parts(args.only, args.tiny, args.minutes):
-        rows += found
+    for rows in run_parts(args.only, args.tiny, args.minutes):
         if args.output:
             args.output.write_text(table(rows))
     print(table(rows))
