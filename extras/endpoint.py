@@ -167,10 +167,10 @@ class Endpoint:
 
     def shown(self, text):
         """The beginning of what a server says, in one line. It may repeat the key."""
-        return " ".join(self.without_key(text).split())[:160]
+        return " ".join(text.replace(self.key, "***").split())[:160]
 
     def without_key(self, text):
-        """A short key is none, but a word such as EMPTY, which vLLM's users set, and may stand in any answer."""
+        """An answer. A short key is a word such as EMPTY, which vLLM's users set, and may stand in any answer."""
         return text.replace(self.key, "***") if len(self.key) >= 16 else text
 
     def read(self, response, body):

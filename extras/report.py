@@ -149,7 +149,7 @@ def figure(metrics):
     names = dict.fromkeys(iteration_of(row["name"])[0] for row in metrics)
     colors, parts, count = dict(zip(names, itertools.cycle(COLORS))), [], 0
     for key, against in PANELS:
-        rows = [row for row in metrics if row.get(key) is not None and (against is None or row.get(against) is not None)]
+        rows = [row for row in metrics if all(row.get(name) is not None for name in (key, against or key))]
         if rows:
             elements = "\n".join(panel(rows, key, against, colors))
             parts.append(f'<g transform="translate({50 + 460 * (count % 2)} {360 * (count // 2)})">\n{elements}\n</g>')

@@ -261,8 +261,9 @@ def test_a_key_that_is_withdrawn_stops_the_run_and_what_was_answered_is_kept(tmp
 
 
 def test_a_resumed_run_too_asks_an_endpoint_that_is_down_only_a_few_times(tmp_path, pair):
-    with serving(lambda request, before: (500, "down", {}) if len(server.requests) > 4 else prefers_ours(request, before)
-                 ) as server:
+    def respond(request, before):
+        return (500, "down", {}) if len(server.requests) > 4 else prefers_ours(request, before)
+    with serving(respond) as server:
         once = dict(judge_requests=1, judge_retries=0)
         assert "8 of 12" in fails(server, pair, tmp_path / "a.json", **once) and len(server.requests) == N
         assert "8 of 12" in fails(server, pair, tmp_path / "a.json", **once) and len(server.requests) == N + 5
