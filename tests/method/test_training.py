@@ -235,7 +235,7 @@ def stage(request, world, pi_init, preferences, tmp_path):
 
     def start(output, run=run, **more):
         return run(request.param, **options | {"output": tmp_path / output} | more)
-    start.input = inputs[request.param]
+    start.name, start.input = request.param, inputs[request.param]
     return start
 
 
@@ -244,16 +244,19 @@ def test_on_the_first_step_policy_and_reference_agree_exactly(stage, tokenizer, 
     # also with a model that has dropout, in train mode under activation checkpointing
     model = save_tiny(tmp_path / "model", tokenizer, attention_dropout=0.5)
     first = metrics(stage("out", model=model, activation_checkpointing=True))[0]
-    assert first["margin"] == 0
-    assert first["loss"] == pytest.approx(math.log(2), abs=1e-7)
+    # 04 computes both in one batch, 01 has stored those of pi_ref, whose batches were others
+    assert abs(first["margin"]) <= (1e-6 if stage.name == "01_seed_dpo" else 0)
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-6)
     if "confidence" in first:
         assert first["confidence"] == pytest.approx(0.5, abs=1e-6)
 
 
-def test_micro_batches_equal_one_large_batch(stage):
-    large = stage("large", micro_batch_size=7)
+def test_micro_batches_equal_one_large_batch(stage, pi_0):
+    # another reference than theta: else the margins of the first step are 0, and rounding decides their sign, accuracy
+    other = {} if stage.name == "00_sft" else {"ref_model": pi_0}
+    large = stage("large", micro_batch_size=7, **other)
     for size in (1, 3):
-        small = stage(f"small_{size}", micro_batch_size=size)
+        small = stage(f"small_{size}", micro_batch_size=size, **other)
         assert farthest(small, large) < 2e-5
         for one, two in zip(metrics(small), metrics(large), strict=True):
             assert one == pytest.approx(two, rel=1e-3, abs=1e-5)
