@@ -27,7 +27,8 @@ say in which: --llm-judge one takes one order of each pair.
 import json
 import random
 
-import runs
+from support import runs
+
 
 
 def split(rows, args):

@@ -18,9 +18,8 @@ from array import array
 
 import torch
 
-import chat
 import common
-import runs
+from support import chat, models, runs
 
 
 def parse_args():
@@ -99,8 +98,8 @@ def main():
     tokenizer = chat.load_tokenizer(args.model, args.tokenizer, args.chat_template)
     examples, counts = read_examples(args, tokenizer)
 
-    model, policy = common.load_policy(args, ranks)
-    common.check_limits(args.input, ((row["id"], row["prompt"], [row["response"]]) for row in examples), model,
+    model, policy = models.load_policy(args, ranks)
+    models.check_limits(args.input, ((row["id"], row["prompt"], [row["response"]]) for row in examples), model,
                         "--max-length")
     batches = common.epoch_batches(len(examples), args.batch_size, args.epochs, args.seed, args.input)
     optimizer, scheduler = common.make_optimizer(model, args.lr, len(batches))
@@ -136,7 +135,7 @@ def main():
             runs.save_state(partial, ranks, step + 1, model, optimizer, scheduler)
 
     counts["steps"] = len(batches)
-    common.save_trained(args, partial, ranks, model, tokenizer, counts)
+    models.save_trained(args, partial, ranks, model, tokenizer, counts)
 
 
 if __name__ == "__main__":

@@ -18,9 +18,8 @@ Departs from the paper: none. Not in the paper: the clipped gradient norm (1.0),
 
 import torch.nn.functional as F
 
-import chat
 import common
-import runs
+from support import chat, models, runs
 
 
 def dpo_margin(logps_theta, logps_ref, beta):
@@ -88,13 +87,13 @@ def main():
     tokenizer = chat.load_tokenizer(args.model, args.tokenizer, args.chat_template)
     pairs, counts = common.cut_pairs(read_pairs(args, tokenizer), args)
     if args.ref_model:
-        common.check_same_vocabulary(args.model, args.ref_model)
+        models.check_same_vocabulary(args.model, args.ref_model)
 
     batches = common.epoch_batches(len(pairs), args.batch_size, args.epochs, args.seed, " ".join(args.input))
-    ref = common.load_reference(args.ref_model or args.model, pairs, args, ranks)
+    ref = models.load_reference(args.ref_model or args.model, pairs, args, ranks)
     common.store_logps(ref, pairs, args, partial, ranks)
     del ref
-    model, policy = common.load_policy(args, ranks)
+    model, policy = models.load_policy(args, ranks)
     optimizer, scheduler = common.make_optimizer(model, args.lr, len(batches))
     state = runs.load_state(partial, ranks, model, optimizer, scheduler)
 
@@ -123,7 +122,7 @@ def main():
             runs.save_state(partial, ranks, step + 1, model, optimizer, scheduler)
 
     counts["steps"] = len(batches)
-    common.save_trained(args, partial, ranks, model, tokenizer, counts)
+    models.save_trained(args, partial, ranks, model, tokenizer, counts)
 
 
 if __name__ == "__main__":

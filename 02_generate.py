@@ -29,9 +29,8 @@ import re
 
 import numpy as np
 
-import chat
 import common
-import runs
+from support import chat, models, runs
 
 ON_LENGTH_LIMIT = """what to do with a response of --max-new-tokens tokens without an EOS.
 eos: append one, as in the authors' release (it was not sampled, so its log-ratio is noise).
@@ -107,8 +106,8 @@ def make_records(args, rows, sampled, tokenizer, eos, counts):
 
 def sample(args, partial, ranks, rows, eos):
     """[(token ids, "eos" or "length") of each sample] of each row."""
-    model = common.load_model(args.model, ranks.device, common.scoring_dtype(ranks.device))
-    common.check_limits(args.input, ((row["id"], row["prompt_ids"], []) for row in rows), model,
+    model = models.load_model(args.model, ranks.device, common.scoring_dtype(ranks.device))
+    models.check_limits(args.input, ((row["id"], row["prompt_ids"], []) for row in rows), model,
                         "--max-prompt-length or --max-new-tokens", args.max_new_tokens)
 
     def generate(batch):

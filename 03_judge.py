@@ -35,7 +35,7 @@ import math
 import torch
 
 import common
-import runs
+from support import models, runs
 
 
 def implicit_rewards(logps_policy, logps_ref, beta):
@@ -133,8 +133,8 @@ def read_responses(args):
 
 def score(name, rows, label, args, partial, ranks):
     """[[(log pi(y | x), improbable tokens of y) of each response] of each row], by the model `name`."""
-    model = common.load_model(name, ranks.device, common.scoring_dtype(ranks.device))
-    common.check_limits(args.input, ((row["id"], row["prompt_ids"], [y["ids"] for y in row["responses"]])
+    model = models.load_model(name, ranks.device, common.scoring_dtype(ranks.device))
+    models.check_limits(args.input, ((row["id"], row["prompt_ids"], [y["ids"] for y in row["responses"]])
                                      for row in rows), model, "02's --max-prompt-length or --max-new-tokens")
     logps = common.ResponseLogps(model)
 
@@ -158,7 +158,7 @@ def judge_by_likelihood(rows, args, partial, ranks):
     """
     ref_model = args.init_model or args.ref_model  # parse_args takes only the one that --judge needs
     if ref_model:
-        common.check_same_vocabulary(args.model, ref_model)
+        models.check_same_vocabulary(args.model, ref_model)
     policy = [[logp for logp, _ in of_row]
               for of_row in score(args.model, rows, "scoring with pi_{t-1}", args, partial, ranks)]
     if not ref_model:

@@ -28,9 +28,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-import chat
 import common
-import runs
+from support import chat, models, runs
 
 
 def dpo_margin(logps_theta, logps_ref, beta):
@@ -114,7 +113,7 @@ def read_pairs(args, tokenizer):
 
 def prepare_reference(pairs, args, partial, ranks):
     """pi_ref if lambda > 0: Eq. 12 needs its logits. Else None: its log-probs are stored in the pairs, as in 01."""
-    ref = common.load_reference(args.ref_model or args.model, pairs, args, ranks)
+    ref = models.load_reference(args.ref_model or args.model, pairs, args, ranks)
     if args.lam == 0:
         common.store_logps(ref, pairs, args, partial, ranks)
         return None
@@ -152,12 +151,12 @@ def main():
     tokenizer = chat.load_tokenizer(args.model, args.tokenizer, args.chat_template)
     pairs, counts = common.cut_pairs(read_pairs(args, tokenizer), args)
     if args.ref_model:
-        common.check_same_vocabulary(args.model, args.ref_model)
+        models.check_same_vocabulary(args.model, args.ref_model)
 
     batches = common.epoch_batches(len(pairs), args.batch_size, args.epochs, args.seed, " ".join(args.input))
     refine_from = math.ceil(args.refine_after * len(batches))
     ref = prepare_reference(pairs, args, partial, ranks)
-    model, policy = common.load_policy(args, ranks)
+    model, policy = models.load_policy(args, ranks)
     optimizer, scheduler = common.make_optimizer(model, args.lr, len(batches))
     state = runs.load_state(partial, ranks, model, optimizer, scheduler)
     window = deque(state.get("window", []), maxlen=args.window)  # p_theta~ of the latest pairs of all ranks
@@ -205,7 +204,7 @@ def main():
                             atoms=worst_case and worst_case.atoms)
 
     counts["steps"] = len(batches)
-    common.save_trained(args, partial, ranks, model, tokenizer, counts)
+    models.save_trained(args, partial, ranks, model, tokenizer, counts)
 
 
 if __name__ == "__main__":

@@ -25,11 +25,10 @@ import sys
 
 import numpy as np
 
-import chat
-import runs
 from extras import alpaca_eval, held_out, mt_bench, report
 from extras.answers import Sampler
 from extras.small_world import gold_score, gold_values, read_gold
+from support import chat, runs
 
 
 def sample(args):

@@ -3,46 +3,34 @@
     batches         collate: prompts and responses as one padded batch; length_batches
     log-probs       ResponseLogps: log pi(y_t | x, y_<t); response_logps: their sum log pi(y | x)
     sampling        uniforms, sample_token, sample_responses
-    models          load_config, load_model and what it tries, check_limits, save_model
     ranks           start_ranks, map_batches, map_rows: work shared by torchrun's processes
-    training        load_policy, load_reference, store_logps, make_optimizer, epoch_batches, micro_batches, save_trained
+    training        store_logps, make_optimizer, epoch_batches, micro_batches
 
-Texts become token ids in chat.py. "Eq. N" is the SPA paper's. Shapes: B sequences of T tokens, N response tokens in all
+Texts become token ids in support/chat.py, names become models in support/models.py. "Eq. N" is the SPA paper's. Shapes: B sequences of T tokens, N response tokens in all
 of them, a vocabulary of V.
 """
 
 import contextlib
 import datetime
-import errno
 import hashlib
 import json
 import math
 import os
-import re
-import shutil
-import sys
 from array import array
 from collections import namedtuple
 from dataclasses import dataclass
-from pathlib import Path
 
-import huggingface_hub
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.nn  # before init_process_group: its default arguments would capture the group and its threads
 import torch.nn.functional as F
-import transformers
 from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, get_cosine_schedule_with_warmup
+from transformers import get_cosine_schedule_with_warmup
 
-from runs import InputError, close_output, journal, progress, read_journal
-
-huggingface_hub.utils.logging.set_verbosity_error()
-transformers.utils.logging.disable_progress_bar()
-transformers.utils.logging.set_verbosity_error()
+from support.runs import InputError, journal, progress, read_journal
 
 # ---------------------------------------------------------------------------------------------
 # Batches
@@ -254,158 +242,6 @@ def sample_responses(model, prompts, u, temperature, max_new_tokens, eos):
     return [finished[b:b + n] for b in range(0, len(finished), n)]
 
 
-# ---------------------------------------------------------------------------------------------
-# Models
-
-
-def from_pretrained(loader, name, what, **options):
-    """loader.from_pretrained(name), a folder here or a name on the Hub. Never runs a model's own code."""
-    if not Path(name).is_dir() and not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name):
-        raise InputError(f"{name}: no such folder: give the folder of a model, or its name on the Hub")
-    try:
-        return loader.from_pretrained(name, trust_remote_code=False, **options)
-    except Exception as error:  # transformers raises many kinds, most of them pages long
-        raise InputError(f"{name}: cannot load {what} from this folder or from the Hub "
-                         f"({type(error).__name__}: {str(error)[:100]}): check the name")
-
-
-def load_config(name):
-    """The model's config with every dropout at 0: policy and reference must agree in train mode too."""
-    config = from_pretrained(AutoConfig, name, "a model's config")
-    for part in (config, config.get_text_config()):  # the second is the first, but for a multimodal model
-        for key, value in part.to_dict().items():
-            if "drop" in key and isinstance(value, float):
-                setattr(part, key, 0.0)
-    return config
-
-
-def load_weights(loader, name, what, **options):
-    """loader's model of this name, from safetensors. Raises InputError where the files lack a weight of the model.
-
-    transformers would give it random values. It ignores weights that it does not know, which are told on stderr, and
-    adapters, which are refused.
-    """
-    if (Path(name) / "adapter_config.json").is_file():
-        raise InputError(f"{name}: has an adapter (adapter_config.json): merge it into the weights, or remove it")
-    model, info = from_pretrained(loader, name, f"{what} in safetensors", use_safetensors=True,
-                                  output_loading_info=True, **options)
-    missing, unknown = sorted(info["missing_keys"]), sorted(info["unexpected_keys"])
-    if missing:
-        raise InputError(f"{name}: {len(missing)} weights of the model are not in its files (the first: {missing[0]})"
-                         + (f", which have {unknown[0]} instead" if unknown else "")
-                         + f": save {what} with all its weights, under transformers' names")
-    if unknown and os.environ.get("RANK", "0") == "0":
-        print(f"{name}: {len(unknown)} weights in its files are not used (the first: {unknown[0]})", file=sys.stderr)
-    return model
-
-
-def load_model(name, device, dtype=torch.float32):
-    """A causal language model in eval mode, with its `max_shared_length`. Raises InputError where `try_model` does."""
-    model = load_weights(AutoModelForCausalLM, name, "a causal language model", config=load_config(name), dtype=dtype)
-    model = model.to(device).eval()
-    try_model(name, model)
-    return model
-
-
-@torch.no_grad()
-def try_model(name, model):
-    """Do on a few tokens what the stages do with a model, and set model.max_shared_length. Raises InputError where it
-    fails: what a model can do is not told by its architecture's name.
-
-    max_shared_length: the longest prompt + response for which one pass over the prompt is exact for all its responses;
-    0 where the model ignores custom masks or positions. At most its sliding window or attention chunk, which a custom
-    mask would override.
-    """
-    exact, near = (1e-4, 1e-3) if model.dtype == torch.float32 else (0.5, 0.1)  # float32, or bf16
-    config = model.config.get_text_config()
-
-    def logps(rows, max_shared=0):
-        return ResponseLogps(model)(collate(rows, model.device, max_shared))
-
-    def differ(one, two):
-        return not torch.allclose(one, two, rtol=1e-3, atol=exact)
-
-    try:
-        u = np.random.default_rng(0).random((2, 4, 4))  # two prompts, four responses to each, of at most four tokens
-        sampled = sample_responses(model, [[1], [2, 0]], u, 2.0, 4, list(range(0, config.vocab_size, 4)))
-        rows = [(x, [y for y, _ in ys]) for x, ys in zip([[1], [2, 0]], sampled)]
-        batch, alone = collate(rows, model.device), logps(rows)
-        logits = model(input_ids=batch.ids, use_cache=False).logits.flatten(0, 1)[batch.logit_positions].float()
-        model.train()
-        trained = torch.stack([logps(rows), logps(rows)])
-        model.eval()
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:
-        raise InputError(f"{name}: not supported: a pass over a few tokens fails ({type(error).__name__}: "
-                         f"{str(error)[:100]}): give another model")
-    # where sample_token has found each token: below the cumulative probability and not below that of the one before
-    p = (logits / 2.0).softmax(-1).double()
-    p, end = (values.gather(1, batch.labels[:, None])[:, 0].cpu().numpy() for values in (p, p.cumsum(-1)))
-    drawn = np.concatenate([u[b, k, :len(y)] for b, (_, ys) in enumerate(rows) for k, y in enumerate(ys)])
-    found = ("its logits are not lm_head(hidden), e.g. soft-capped or scaled"
-             if differ(alone, -F.cross_entropy(logits, batch.labels, reduction="none")) else
-             "in train mode it computes something else, e.g. a random routing" if differ(trained, alone) else
-             "with its cache and padding on the left it predicts other tokens"
-             if max(*(drawn - end), *(end - p - drawn)) > near else None)
-    if found:
-        raise InputError(f"{name}: not supported: {found}: give another model")
-
-    rows = [(x, [[3, 4], [4, 3]]) for x in ([1], [2, 0])]  # no longer than the shortest window
-    limits = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
-    model.max_shared_length = 0
-    with contextlib.suppress(Exception):  # a model that takes no such mask
-        if torch.allclose(logps(rows, max_shared=4), logps(rows), rtol=0, atol=min(exact, 0.1)):
-            model.max_shared_length = min((limit for limit in limits if limit), default=math.inf)
-
-
-def count_positions(model):
-    """The most tokens of a text that the model was made for."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
-
-
-def check_limits(path, rows, model, options, new_tokens=0):
-    """Raises InputError where a row has a token id that the model has no embedding for, or more tokens than positions.
-
-    rows: (id, prompt ids, [ids of each response]); new_tokens: to be sampled after each; options: those that bound both
-    """
-    vocabulary = min(model.get_input_embeddings().num_embeddings, model.get_output_embeddings().out_features)
-    positions = count_positions(model)
-    for row_id, prompt, responses in rows:
-        largest = max(max(ids) for ids in (prompt, *responses))
-        length = len(prompt) + max(map(len, responses), default=0) + new_tokens
-        if largest >= vocabulary:
-            raise InputError(f"{path}, id {row_id}: token id {largest} is not in the model's vocabulary of "
-                             f"{vocabulary}: give the tokenizer and the model that belong together")
-        if length > positions:
-            raise InputError(f"{path}, id {row_id}: {length} tokens, and the model has {positions} positions: "
-                             f"lower {options}")
-
-
-def check_same_vocabulary(name, other):
-    """Raises InputError where a token id means different tokens to two models."""
-    differ = len({load_config(n).get_text_config().vocab_size for n in (name, other)}) > 1
-    with contextlib.suppress(Exception):  # a model without a tokenizer is used with the other's
-        one, two = (AutoTokenizer.from_pretrained(n, trust_remote_code=False).get_vocab() for n in (name, other))
-        one, two = ({i: token for token, i in vocabulary.items()} for vocabulary in (one, two))
-        differ = differ or any(one[i] != two[i] for i in one.keys() & two.keys())
-    if differ:
-        raise InputError(f"{name} and {other} have different vocabularies: give two models with the same tokenizer")
-
-
-def save_model(model, tokenizer, folder, weights=None):
-    """An ordinary Hugging Face folder, float32: bf16 would round away small updates, on which the next model builds."""
-    try:
-        model.save_pretrained(folder, state_dict=weights)
-        tokenizer.save_pretrained(folder)
-    except Exception as error:  # safetensors and tokenizers raise no OSError where the disk is full
-        if "os error" not in str(error):
-            raise
-        raise OSError(errno.EIO, f"cannot be written ({error})", str(folder))
-    for file in folder.glob("*.safetensors"):  # safetensors lets only the owner read them
-        file.chmod((folder / "config.json").stat().st_mode)
-
-
 def autocast(device):
     """Compute in bf16 on a GPU, in float32 on a CPU. Weights are float32 on both."""
     return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else contextlib.nullcontext()
@@ -502,34 +338,6 @@ def map_rows(compute, rows, size, partial, ranks, label):
 
 def is_sharded(args, ranks):
     return args.fsdp and ranks.world > 1
-
-
-def load_policy(args, ranks):
-    """(the model of --model in train mode, its dropout 0; what the loop calls: the model under DDP or FSDP)"""
-    device = torch.device("cpu") if is_sharded(args, ranks) else ranks.device  # unsharded it may not fit on a GPU
-    model = load_model(args.model, device)
-    model.train()
-    if args.activation_checkpointing:
-        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
-        enable({"use_reentrant": False})
-    policy = ResponseLogps(model)
-    if is_sharded(args, ranks):
-        policy = shard(policy, ranks)
-    elif ranks.world > 1:
-        policy = nn.parallel.DistributedDataParallel(policy, gradient_as_bucket_view=True)
-    return model, policy
-
-
-def load_reference(name, pairs, args, ranks):
-    """pi_ref, computed as the policy is: from float32 weights, with --fsdp from weights in the dtype that FSDP gathers.
-
-    Its weights require no gradient: else autocast caches a bf16 copy. Checks the pairs against its limits.
-    """
-    dtype = scoring_dtype(ranks.device) if is_sharded(args, ranks) else torch.float32
-    model = load_model(name, ranks.device, dtype).requires_grad_(False)
-    check_limits(" ".join(args.input), ((pair["id"], pair["prompt"], [pair["chosen"], pair["rejected"]])
-                                        for pair in pairs), model, "--max-length")
-    return ResponseLogps(model)
 
 
 def shard(module, ranks, method="forward"):
@@ -679,21 +487,3 @@ def log_step(partial, bar, step, rows, **more):
         file.write(json.dumps({"step": step + 1, **mean, **more}) + "\n")
     bar.set_postfix({name: f"{mean[name]:.3f}" for name in ("loss", "accuracy") if name in mean}, refresh=False)
 
-
-def save_trained(args, partial, ranks, model, tokenizer, counts):
-    """The trained model, with the metrics of its steps, as the output."""
-    weights = model.state_dict()
-    if is_sharded(args, ranks):
-        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-        weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-
-    def write():
-        if not all(torch.isfinite(weight).all() for weight in weights.values()):
-            raise InputError("the last step left weights that are not finite: lower --lr; what was saved before is "
-                             f"kept in {partial}")
-        shutil.rmtree(partial / "model", ignore_errors=True)  # a kill may have left half of it
-        save_model(model, tokenizer, partial / "model", weights)
-        shutil.copyfile(partial / "metrics.jsonl", partial / "model" / "metrics.jsonl")
-        close_output(args, partial, partial / "model", counts)
-
-    ranks.on_first(write)

@@ -45,7 +45,7 @@ PAIRS, MICRO_BATCH, LR, BETA = 8, 2, 1e-5, 0.1  # pairs of an optimizer step, of
 def run_training(script, folder, turns, **options):
     """A stage as it is, except that it waits for its turn after each step and takes the pairs in the file's order."""
     import common
-    import runs
+    from support import runs
     real_progress, real_log, real_store = runs.progress, common.log_step, common.store_logps
 
     def progress(steps, label, ranks):  # of the training loop
@@ -68,8 +68,10 @@ def run_training(script, folder, turns, **options):
 def run_01(folder, turns, **replaced):
     """01, with parts of common.py replaced by what a function makes of them."""
     import common
+    from support import models
     for name, change in replaced.items():
-        setattr(common, name, change(getattr(common, name)))
+        module = common if hasattr(common, name) else models
+        setattr(module, name, change(getattr(module, name)))
     run_training("01_seed_dpo.py", folder, turns, input=folder / "seed.jsonl")
 
 
@@ -80,11 +82,12 @@ def run_04(folder, turns):
 def run_live(folder, turns):
     """01's step that also runs pi_ref, as 04's does."""
     import common
+    from support import models
 
     def with_reference(real):
         def load_policy(args, ranks):
             turns.reference = 0.0  # the stored log-probs would not be needed
-            ref = common.ResponseLogps(common.load_model(args.model, ranks.device).requires_grad_(False))
+            ref = common.ResponseLogps(models.load_model(args.model, ranks.device).requires_grad_(False))
             model, policy = real(args, ranks)
 
             def both(batch):

@@ -21,8 +21,8 @@ import numpy as np
 from shared import run_stage
 
 import common
-import runs
 from extras.small_world import gold_score, read_gold
+from support import runs
 
 
 def parse_args():

@@ -5,7 +5,7 @@
     python benchmarks/gpu.py --tiny                                            # on a CPU, to see that it works
 
 Prints one Markdown table. Each part is a process of its own with a time limit: where one fails, its rows say why and
-the others go on. What is timed are the stages themselves, run as they are on random tokens, but that common.load_model
+the others go on. What is timed are the stages themselves, run as they are on random tokens, but that models.load_model
 makes random weights on the GPU from a config instead of reading 28 GB, and that a trained model is not saved. Loading
 is not timed.
 
@@ -57,8 +57,8 @@ from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, Mi
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 import common
+from support import models, runs
 import dpo
-import runs
 import sampling
 
 TOKENS = dict(vocab_size=32000, tie_word_embeddings=False, bos_token_id=1, eos_token_id=2, pad_token_id=0)
@@ -172,16 +172,16 @@ def repeat(run, repeats):
 
 
 def random_model(name, device, dtype=torch.float32):
-    """common.load_model with random weights, the same for a name each time; those of "pi" are near to "model"'s."""
+    """models.load_model with random weights, the same for a name each time; those of "pi" are near to "model"'s."""
     torch.manual_seed(0)
     with torch.device(device):
-        model = AutoModelForCausalLM.from_config(common.load_config(name), dtype=torch.float32)
+        model = AutoModelForCausalLM.from_config(models.load_config(name), dtype=torch.float32)
     for weight in model.requires_grad_(False).parameters():  # not model.to: it would round RoPE's frequencies too
         if Path(name).name == "pi":
             weight.add_(torch.randn_like(weight), alpha=1e-3)
         weight.data = weight.data.to(dtype)
     model = model.requires_grad_(True).eval()
-    common.try_model(name, model)
+    models.try_model(name, model)
     return model
 
 

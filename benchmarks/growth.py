@@ -29,10 +29,10 @@ import numpy as np
 import torch
 from shared import ROOT, run_stage
 
-import chat
 import common
 from extras.alpaca_eval import alpaca_eval_metrics, length_controlled
 from extras.small_world import write_base_model
+from support import chat, models
 
 WORDS = ["".join(letters) for letters in itertools.product(string.ascii_lowercase, repeat=3)][:9000]
 PARTS = {"imports": "(Python and its packages)", "00": "00_inputs.py, JSON Lines", "02": "02_generate.py",
@@ -69,8 +69,8 @@ def replace_models():
         return -torch.rand(len(batch.labels), generator=torch.Generator().manual_seed(seed))
 
     numbers = itertools.count()
-    common.load_model, common.sample_responses = load_model, sample_responses
-    common.check_limits = lambda *args: None
+    models.load_model, common.sample_responses = load_model, sample_responses
+    models.check_limits = lambda *args: None
     common.ResponseLogps = lambda model: lambda batch: logps(model, batch)
 
 

@@ -34,7 +34,8 @@ def resident():
 def be_a_process(stage, folder, output, fsdp):
     """A stage as it is, except that it prints at its last step what it holds."""
     import common
-    real_load, real_log, before = common.load_reference, common.log_step, []
+    from support import models
+    real_load, real_log, before = models.load_reference, common.log_step, []
 
     def load_reference(*args):
         before.append(resident())
@@ -45,7 +46,7 @@ def be_a_process(stage, folder, output, fsdp):
         if step == STEPS - 1:
             print("held", resident() - before[0], flush=True)
 
-    common.load_reference, common.log_step = load_reference, log_step
+    models.load_reference, common.log_step = load_reference, log_step
     os.chdir(folder)
     run_stage(stage, model="model", output=output, batch_size=PAIRS, micro_batch_size=1, epochs=1, **STAGES[stage][1],
               **{"fsdp": True} if fsdp else {})

@@ -19,9 +19,8 @@ import torch.nn.functional as F
 from transformers import AutoModelForSequenceClassification
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import chat
 import common
-import runs
+from support import chat, models, runs
 
 
 def parse_args():
@@ -61,7 +60,7 @@ def margins(model, pairs):
 def load_classifier(name, tokenizer, seed):
     """The language model with a head of one output, whose weights follow the seed."""
     torch.manual_seed(seed)
-    config = common.load_config(name)
+    config = models.load_config(name)
     config.num_labels, config.pad_token_id = 1, tokenizer.pad_token_id
     return AutoModelForSequenceClassification.from_pretrained(name, config=config, dtype=torch.float32,
                                                               use_safetensors=True, trust_remote_code=False)
@@ -89,7 +88,7 @@ def main():
     with torch.no_grad():
         right = [margin > 0 for k in range(0, len(held_out), 64)
                  for margin in margins(model, held_out[k:k + 64]).tolist()]
-    common.save_model(model, tokenizer, partial / "model")
+    models.save_model(model, tokenizer, partial / "model")
     counts = {"pairs": len(pairs), "steps": len(batches), "last loss": round(loss.item(), 4),
               "held-out accuracy": round(sum(right) / max(1, len(right)), 4)}
     runs.close_output(args, partial, partial / "model", counts)

@@ -33,8 +33,8 @@ from pathlib import Path
 import torch
 from shared import ROOT, command_line, cell, difference, mean_row
 
-import runs
 from extras.report import figure
+from support import runs
 
 METRICS = {"length_controlled_winrate": "LC win rate", "win_rate": "win rate", "avg_length": "length"}
 

@@ -36,9 +36,9 @@ import re
 import numpy as np
 
 import common
-import runs
 from extras.answers import Sampler, file_name, fill, is_string, read_rows, read_text, write_output
 from extras.endpoint import FREE, ask_judge
+from support import runs
 
 
 def is_preference(value):

@@ -9,9 +9,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-import chat
 import common
-import runs
+from support import chat, models, runs
 
 
 class Sampler:
@@ -21,7 +20,7 @@ class Sampler:
         self.args, self.ranks = args, common.start_ranks()
         self.tokenizer = chat.load_tokenizer(name, args.tokenizer, args.chat_template)
         self.eos = chat.eos_ids(name, self.tokenizer)
-        self.model = common.load_model(name, self.ranks.device, common.scoring_dtype(self.ranks.device))
+        self.model = models.load_model(name, self.ranks.device, common.scoring_dtype(self.ranks.device))
 
     def prompt_ids(self, conversations, where):
         """The token ids of each conversation (a list of messages). where: the file, for errors"""
@@ -29,7 +28,7 @@ class Sampler:
                 for k, messages in enumerate(conversations, 1)]
 
     def check_limits(self, prompts, new_tokens=0):
-        common.check_limits("the prompts", ((k, ids, []) for k, ids in enumerate(prompts, 1)), self.model,
+        models.check_limits("the prompts", ((k, ids, []) for k, ids in enumerate(prompts, 1)), self.model,
                             "--max-new-tokens, or the prompt's length", new_tokens)
 
     def generate_answers(self, partial, prompts, keys, temperatures=None, label="sampling"):

@@ -9,8 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 import huggingface_hub
 
 import common
-import runs
 from extras.answers import Sampler
+from support import models, runs
 
 FREE = ("output", "judge_requests", "judge_timeout", "judge_retries", "max_requests")  # options that change no answer
 TOP_LOGPROBS = 5  # as many as AlpacaEval 2.0 asks for
@@ -225,7 +225,7 @@ class SamplingEndpoint(Endpoint):
 
     def __init__(self, args, eos):
         super().__init__("--url, --url-model", args.url, "/completions", TIMEOUT, RETRIES)
-        self.eos, self.vocabulary = eos, common.load_config(args.model).get_text_config().vocab_size
+        self.eos, self.vocabulary = eos, models.load_config(args.model).get_text_config().vocab_size
         # what is left open is the server's to decide: vLLM takes it from the model's generation config
         self.fixed = {"model": args.url_model, "max_tokens": args.max_new_tokens, "temperature": args.temperature,
                       "top_p": 1, "top_k": -1, "min_p": 0, "repetition_penalty": 1, "presence_penalty": 0,

@@ -24,7 +24,7 @@ import os
 import re
 from pathlib import Path
 
-import runs
+from support import runs
 
 HUB = {"ultrafeedback": ("argilla/ultrafeedback-binarized-preferences-cleaned", "train"),  # name, split
        "ultrachat": ("HuggingFaceH4/ultrachat_200k", "train_sft")}

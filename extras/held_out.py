@@ -13,9 +13,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-import chat
 import common
-import runs
+from support import chat, models, runs
 
 
 def agreement(margin):
@@ -75,14 +74,14 @@ def evaluate(args, sampler, rows, prompts, responses, partial):
     rows: of --input; of those with labels, those that fit into the model's positions; prompts, responses: of each row,
     lists of token ids
     """
-    common.check_same_vocabulary(args.model, args.init_model)
-    init = common.load_model(args.init_model, sampler.ranks.device, common.scoring_dtype(sampler.ranks.device))
+    models.check_same_vocabulary(args.model, args.init_model)
+    init = models.load_model(args.init_model, sampler.ranks.device, common.scoring_dtype(sampler.ranks.device))
     metrics = distance(args, sampler, init, prompts, responses, partial)
     labelled, pairs = [], []
     for row in rows:
         if runs.is_text(row.get("chosen")) and runs.is_text(row.get("rejected")):
             pair = chat.tokenize_pair(args.input, row, sampler.tokenizer, sampler.eos)
-            if common.row_length(pair) - min(len(pair["chosen"]), len(pair["rejected"])) <= common.count_positions(
+            if common.row_length(pair) - min(len(pair["chosen"]), len(pair["rejected"])) <= models.count_positions(
                     sampler.model):
                 labelled.append(row)
                 pairs.append(pair)

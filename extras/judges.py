@@ -11,10 +11,9 @@ import numpy as np
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-import chat
 import common
-import runs
 from extras.small_world import gold_score, read_gold
+from support import chat, models, runs
 
 
 def judge_reward(rows, args, partial, ranks):
@@ -40,12 +39,12 @@ def judge_reward(rows, args, partial, ranks):
 
 def load_reward_model(name, device):
     """(a sequence classifier with one output, its tokenizer). float32 everywhere: bf16 rounding would create ties."""
-    config = common.load_config(name)
+    config = models.load_config(name)
     if config.num_labels != 1:
         raise runs.InputError(f"{name}: is not a reward model (it has {config.num_labels} labels): give a sequence "
                               "classifier with one label")
-    tokenizer = common.from_pretrained(AutoTokenizer, name, "a tokenizer")
-    model = common.load_weights(AutoModelForSequenceClassification, name, "a reward model", config=config,
+    tokenizer = models.from_pretrained(AutoTokenizer, name, "a tokenizer")
+    model = models.load_weights(AutoModelForSequenceClassification, name, "a reward model", config=config,
                                 dtype=torch.float32)
     return model.to(device).eval(), tokenizer
 
@@ -116,7 +115,7 @@ def judge_llm(rows, args, partial, ranks):
     first, its value in the order of sampling alone. Of more than two responses: the mean over all pairs that it is in.
     """
     tokenizer = chat.load_tokenizer(args.judge_model)
-    model = common.load_model(args.judge_model, ranks.device, common.scoring_dtype(ranks.device))
+    model = models.load_model(args.judge_model, ranks.device, common.scoring_dtype(ranks.device))
     (before, letters), logps = letter_ids(args.judge_model, tokenizer), common.ResponseLogps(model)
     orders = itertools.permutations if args.llm_order == "both" else itertools.combinations
 
@@ -126,7 +125,7 @@ def judge_llm(rows, args, partial, ranks):
     def question(row, one, two):
         messages = judging_prompt(row["prompt"], row["responses"][one]["text"], row["responses"][two]["text"])
         ids = chat.prompt_ids(tokenizer, messages, f"{args.input}, id {row['id']}") + before
-        common.check_limits(args.input, [(row["id"], ids, letters)], model, "02's --max-new-tokens")
+        models.check_limits(args.input, [(row["id"], ids, letters)], model, "02's --max-new-tokens")
         return ids
 
     @torch.no_grad()

@@ -31,9 +31,9 @@ from pathlib import Path
 
 import numpy as np
 
-import runs
 from extras.answers import Sampler, file_name, fill, is_string, read_rows, write_output
 from extras.endpoint import FREE, ask_judge
+from support import runs
 
 TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "extraction": 0.0, "math": 0.0, "coding": 0.0, "reasoning": 0.0,
                 "stem": 0.1, "humanities": 0.1}  # an unknown category: 0.7

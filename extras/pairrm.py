@@ -16,10 +16,9 @@ import torch
 from torch import nn
 from transformers import DebertaV2Model, DebertaV2PreTrainedModel, PreTrainedTokenizerFast
 
-import chat
 import common
-import runs
 from extras.judges import as_text
+from support import chat, models, runs
 
 PREFIXES = ("source_prefix_id", "cand1_prefix_id", "cand2_prefix_id")  # fields of its config
 
@@ -45,15 +44,15 @@ class PairRM(DebertaV2PreTrainedModel):
 
 def load_pairrm(name, device):
     """(the model in float32, read: (prompt, y_1, y_2) -> the ids in which it reads them)"""
-    config = common.load_config(name)
+    config = models.load_config(name)
     # AutoTokenizer would replace the normalizer of tokenizer.json
-    tokenizer = common.from_pretrained(PreTrainedTokenizerFast, name, "a tokenizer")
+    tokenizer = models.from_pretrained(PreTrainedTokenizerFast, name, "a tokenizer")
     added = tokenizer.added_tokens_decoder
     known = all(getattr(config, prefix, None) in list(added) for prefix in PREFIXES)
     if not known or len(tokenizer) > config.vocab_size:
         raise runs.InputError(f"{name}: is not PairRM: {', '.join(PREFIXES)} of its config must be added tokens of its "
                               "tokenizer, and its vocabulary the model's: give llm-blender/PairRM-hf")
-    model = common.load_weights(PairRM, name, "PairRM", config=config, dtype=torch.float32)
+    model = models.load_weights(PairRM, name, "PairRM", config=config, dtype=torch.float32)
     tokenizer.extra_special_tokens = [token.content for token in added.values()]  # then no text can spell one
     _, names, encoder = chat.special_tokens(tokenizer)
     source, *candidates = (names[added[getattr(config, prefix)].content] for prefix in PREFIXES)

@@ -15,9 +15,9 @@ import math
 import re
 from pathlib import Path
 
-import runs
 from extras.answers import is_string, read_text
 from extras.mt_bench import category_order
+from support import runs
 
 COLUMNS = {"gold_labels": "Gold labels", "length_controlled_winrate": "LC win rate (%)", "win_rate": "Win rate (%)",
            "mt_bench": "MT-Bench (1-10)", "mt_bench_turn_1": "First turn", "mt_bench_turn_2": "Second turn",

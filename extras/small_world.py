@@ -17,8 +17,8 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-import common
-import runs
+from support import runs
+from support.models import save_model
 
 PARTS = {
     "kettle": "lid cable spout handle", "bicycle": "chain saddle pedal brake", "lamp": "bulb shade switch socket",
@@ -147,7 +147,7 @@ def write_base_model(words, args, folder):
     config = AutoConfig.for_model(args.shape, vocab_size=len(tokenizer), bos_token_id=tokenizer.bos_token_id,
                                   eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
                                   **SHAPE | SHAPES[args.shape])
-    common.save_model(AutoModelForCausalLM.from_config(config), tokenizer, folder)
+    save_model(AutoModelForCausalLM.from_config(config), tokenizer, folder)
 
 
 def read_gold(path):

@@ -24,7 +24,7 @@ sys.path.insert(0, str(ROOT))
 import torch.distributed as dist
 
 import common
-import runs
+from support import runs
 
 Ran = namedtuple("Ran", "status out err")
 NO_RANKS = {key: value for key, value in os.environ.items()

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from packaging.version import Version
 
 import common
-import runs
+from support import models, runs
 import stages
 
 sys.path.append(str(stages.ROOT / "benchmarks"))
@@ -51,13 +51,14 @@ def take_steps(run, folder, steps, **options):
 
 @pytest.fixture
 def small(tmp_path, monkeypatch):
-    """A folder for inputs of a tiny model; what a benchmark replaces in common.py is put back."""
+    """A folder for inputs of a tiny model; what a benchmark replaces in a module is put back."""
     for key, value in dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, vocab_size=320).items():
         monkeypatch.setitem(shared.SHAPE, key, value)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     monkeypatch.setattr(runs, "progress", runs.progress)
-    for name, value in list(vars(common).items()):
-        monkeypatch.setattr(common, name, value)
+    for module in (common, models):
+        for name, value in list(vars(module).items()):
+            monkeypatch.setattr(module, name, value)
     return tmp_path
 
 

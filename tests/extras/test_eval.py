@@ -10,6 +10,7 @@ import common
 import stages
 from extras.alpaca_eval import length_controlled
 from extras.small_world import gold_score
+from support import models
 from stages import attempt, command_line, digest, files, refused, rows, run, write_rows
 
 evaluation = stages.load("05_eval")
@@ -132,7 +133,7 @@ def same(one, two):
 def test_two_commands_in_one_start_make_what_two_starts_make(commands, tmp_path, monkeypatch):
     for words in commands("alone"):
         assert attempt("05_eval", *words).status == 0
-    loaded, load_model = [], common.load_model
+    loaded, load_model = [], models.load_model
 
     def load(*args):
         if len(loaded) == 2:  # the second command begins: the models of the first are gone
@@ -141,10 +142,10 @@ def test_two_commands_in_one_start_make_what_two_starts_make(commands, tmp_path,
         loaded.append(weakref.ref(model))
         return model
 
-    monkeypatch.setattr(common, "load_model", load)
+    monkeypatch.setattr(models, "load_model", load)
     first, second = commands("together")
-    models = [tmp_path / "together" / str(k) for k in range(2)]
-    ran = attempt("05_eval", *first, "--then", *second, "--then", "report", *models, output=tmp_path / "report")
+    folders = [tmp_path / "together" / str(k) for k in range(2)]
+    ran = attempt("05_eval", *first, "--then", *second, "--then", "report", *folders, output=tmp_path / "report")
     assert ran.status == 0 and len(loaded) == 4, ran
     assert same(tmp_path / "alone", tmp_path / "together")
     assert (tmp_path / "report/table.md").read_text() in ran.out

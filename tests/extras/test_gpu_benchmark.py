@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 import common
+from support import models
 import stages
 
 sys.path.append(str(stages.ROOT / "benchmarks"))
@@ -52,7 +53,7 @@ def test_the_same_model_has_no_margin_and_the_same_attention_the_same_output(row
 
 def test_the_settings_reach_the_stages(monkeypatch):
     """Activation checkpointing, whether a prompt is shared, the layers that fit; 04 counts 6 N + 2 N, 01 6 N."""
-    real, seen = common.load_policy, []
+    real, seen = models.load_policy, []
 
     def load_policy(args, ranks):
         model, policy = real(args, ranks)
@@ -60,7 +61,7 @@ def test_the_settings_reach_the_stages(monkeypatch):
                      len(model.base_model.layers)))
         return model, policy
 
-    monkeypatch.setattr(common, "load_policy", load_policy)
+    monkeypatch.setattr(models, "load_policy", load_policy)
     monkeypatch.setattr(gpu, "layers_that_fit", lambda *_: 1)
     rows = list(gpu.measure("train-1b", tiny=True))
     assert all("1 of 2 layers" in row["setting"] for row in rows)

@@ -9,9 +9,8 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
-import chat
-import runs
 from extras import held_out
+from support import chat, runs
 from stages import rows, run, write_rows
 
 

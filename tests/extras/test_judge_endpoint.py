@@ -11,10 +11,10 @@ import huggingface_hub
 import pytest
 
 import common
-import runs
 import stages
 from chat_server import KEY, prefers_m, says, serving, top_logprobs
 from extras import alpaca_eval, endpoint
+from support import models, runs
 
 N = 12
 TEMPLATE = "Who answered {instruction} better, m: {output_1} or M: {output_2} ?"
@@ -385,7 +385,7 @@ def test_a_local_model_by_the_same_log_probs(tmp_path, pair, pi_init, tokenizer,
     monkeypatch.setattr(alpaca_eval, "preference_of", lambda most_likely, swapped: most_likely)
     words, options = command(pair, judge_model=pi_init, output=tmp_path / "a.json", micro_batch_size=5)
     rows = json.loads(stages.run(*words, **options).read_text())
-    model = common.load_model(str(pi_init), "cpu")
+    model = models.load_model(str(pi_init), "cpu")
     for row in rows[:3]:
         swapped = common.uniforms(0, row["instruction"], 0, 1)[0] < 0.5
         m, big_m = [row["output_1"], row["output_2"]][::-1 if swapped else 1]

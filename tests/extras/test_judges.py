@@ -11,10 +11,9 @@ import torch
 from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, BertConfig,
                           LlamaConfig, PreTrainedTokenizerFast)
 
-import chat
-import runs
 import stages
 from extras import judges, small_world
+from support import chat, runs
 from stages import attempt, refused, rows, run, write_rows
 from test_pairrm import save_pairrm
 

@@ -9,10 +9,9 @@ import huggingface_hub
 import numpy as np
 import pytest
 
-import chat
-import runs
 from chat_server import KEY, serving
 from extras import endpoint
+from support import chat, runs
 from stages import attempt, digest, refused, rows, run
 
 LIMIT = 12

@@ -7,10 +7,10 @@ import statistics
 
 import pytest
 
-import runs
 from conftest import WORLD
 from extras import small_world
 from extras.small_world import CLOSINGS, OPENINGS, PARTS, SPIRIT, WRITERS
+from support import runs
 from stages import digest, rows, run
 
 SENTENCES = small_world.known_sentences("lamp")

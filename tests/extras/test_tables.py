@@ -10,12 +10,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import chat
 import common
-import runs
 import stages
 from conftest import WORLD
 from extras import judges, small_world
+from support import chat, runs
 from stages import rows, run, write_rows
 
 sys.path.append(str(stages.ROOT / "benchmarks"))

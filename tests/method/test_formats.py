@@ -6,8 +6,8 @@ import re
 
 import pytest
 
-import runs
 from stages import ROOT, attempt, digest, refused, run, write_rows
+from support import runs
 from test_inputs import NAMES, TALK, assistant, made, sizes, user, write
 
 MORE = {"prompt": "more"}  # a row without labels

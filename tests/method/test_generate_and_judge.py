@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
-import chat
 from conftest import save_tiny
 from stages import digest, refused, rows, run, write_rows
+from support import chat
 
 
 @pytest.fixture(scope="module")

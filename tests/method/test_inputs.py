@@ -4,11 +4,10 @@ import json
 
 import pytest
 
-import chat
-import runs
 import stages
 from conftest import WORLD
 from extras import small_world
+from support import chat, runs
 from stages import digest, refused, rows, run
 
 NAMES = ["seed", "prompts_1", "prompts_2", "eval"]

@@ -10,7 +10,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import Gemma2Config, Gemma3Config, LlamaConfig
 
 import common
-import runs
+from support import models, runs
 from families import FAMILIES, HYBRIDS, SHAPE, make
 
 CPU = torch.device("cpu")
@@ -154,7 +154,7 @@ def test_gradients_under_autocast_are_near_those_in_float32(rows, monkeypatch):
 
 def test_a_prompt_is_computed_once_for_all_its_responses_where_that_is_exact(model, request, tmp_path):
     model.save_pretrained(tmp_path)
-    span = common.load_model(str(tmp_path), CPU).max_shared_length
+    span = models.load_model(str(tmp_path), CPU).max_shared_length
     family = request.node.callspec.params["model"]
     assert span == (0 if family in HYBRIDS else 4 if family in ("mistral", "gemma3") else math.inf)
     for rows in [ANSWERED] + [[row] for row in ANSWERED]:
@@ -174,18 +174,18 @@ def test_a_model_that_caps_its_logits_is_refused(tmp_path):
     # Gemma 2 takes tanh of its logits after the head, which ResponseLogps does not
     make(Gemma2Config(**SHAPE, head_dim=16, final_logit_softcapping=5.0)).save_pretrained(tmp_path / "gemma")
     with pytest.raises(runs.InputError, match=str(tmp_path / "gemma")):
-        common.load_model(str(tmp_path / "gemma"), CPU)
+        models.load_model(str(tmp_path / "gemma"), CPU)
 
 
 def test_dropout_is_zero_in_the_config_of_a_multimodal_model(tmp_path):
     Gemma3Config(text_config={"attention_dropout": 0.5}).save_pretrained(tmp_path)
-    assert common.load_config(str(tmp_path)).get_text_config().attention_dropout == 0
+    assert models.load_config(str(tmp_path)).get_text_config().attention_dropout == 0
 
 
 def test_a_bf16_checkpoint_with_dropout_is_trained_in_float32_without(tmp_path):
     # attention dropout is a number in the config, which eval() and train() do not reach
     make(LlamaConfig(**SHAPE, attention_dropout=0.5)).to(torch.bfloat16).save_pretrained(tmp_path / "model")
-    model = common.load_model(str(tmp_path / "model"), CPU).train()
+    model = models.load_model(str(tmp_path / "model"), CPU).train()
     assert {weight.dtype for weight in model.parameters()} == {torch.float32}
     one, two = (common.ResponseLogps(model)(batch_of(SEQUENCES)) for _ in range(2))
     assert torch.equal(one, two)

@@ -8,8 +8,7 @@ from safetensors.torch import load_file, save_file
 from transformers import (AutoModelForSequenceClassification, BertConfig, CohereConfig, GPT2Config, LlamaConfig,
                           MambaConfig, MixtralConfig, OPTConfig)
 
-import common
-import runs
+from support import models, runs
 from conftest import save_tiny
 from families import FAMILIES, SHAPE, make
 from stages import refused, run, write_rows
@@ -18,7 +17,7 @@ CPU = torch.device("cpu")
 
 
 def load(path):
-    return common.load_model(str(path), CPU)
+    return models.load_model(str(path), CPU)
 
 
 def saved(folder, config, change=lambda weights: weights):
@@ -114,7 +113,7 @@ def test_randomness_in_train_mode_is_found_by_whatever_name():
     model = make("llama")
     model.model.layers[0].mlp = DropsInTraining(model.model.layers[0].mlp).eval()
     with pytest.raises(runs.InputError, match="train mode"):
-        common.try_model("it", model)
+        models.try_model("it", model)
 
 
 def test_layers_that_are_dropped_in_training_are_not(tmp_path):

@@ -80,9 +80,10 @@ def test_each_rank_has_its_part_of_the_weights(pi_init, tmp_path):
     code = f"""
 import os, sys, types; sys.path.insert(0, {str(stages.ROOT)!r})
 import common
+from support import models
 from torch.distributed.tensor import DTensor
 args = types.SimpleNamespace(model={str(pi_init)!r}, activation_checkpointing=False, fsdp=True)
-weights = list(common.load_policy(args, common.start_ranks())[0].parameters())
+weights = list(models.load_policy(args, common.start_ranks())[0].parameters())
 part = sum(p.to_local().numel() for p in weights if isinstance(p, DTensor))
 os.write(1, b"%d of %d\\n" % (part, sum(p.numel() for p in weights)))  # at once: two processes share it
 """

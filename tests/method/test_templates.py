@@ -7,12 +7,11 @@ from datetime import datetime, timedelta
 import pytest
 from transformers import GenerationConfig, LlamaConfig
 
-import chat
 import common
-import runs
 import stages
 from conftest import save_tiny
 from extras import judges
+from support import chat, runs
 from stages import refused, rows, run, write_rows
 from test_tokens import SPECIAL, make_tokenizer
 

@@ -7,10 +7,9 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
 
-import chat
 import common
-import runs
 from extras import judges
+from support import chat, runs
 
 SPECIAL = ["<unk>", "<s>", "</s>", "<|eot_id|>", "<|im_start|>", "<|im_end|>", "<|user|>", "<|assistant|>"]
 OTHER = [f"<special {k}>" for k in range(len(SPECIAL))]  # other names for the same tokens

@@ -11,9 +11,8 @@ import torch
 import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
-import chat
 import common
-import runs
+from support import chat, models, runs
 import stages
 from conftest import save_tiny
 from stages import digest, farthest, metrics, moved, other_steps, refused, rows, run, weights, write_rows
@@ -271,7 +270,7 @@ def test_activation_checkpointing_changes_nothing(stage):
 @pytest.mark.parametrize("on", [False, True])
 def test_activation_checkpointing_computes_each_layer_twice(pi_init, on):
     args, calls = types.SimpleNamespace(model=str(pi_init), activation_checkpointing=on, fsdp=False), []
-    model, policy = common.load_policy(args, common.Ranks(0, 1, torch.device("cpu")))
+    model, policy = models.load_policy(args, common.Ranks(0, 1, torch.device("cpu")))
     model.base_model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
     policy(common.collate([([5, 6], [[7, 8]])], "cpu")).sum().backward()
     assert len(calls) == 1 + on

@@ -1,4 +1,4 @@
-"""A stage is copied with common.py, chat.py where it reads texts, and runs.py or bare_runs.py as that."""
+"""A stage is copied with common.py and support/."""
 
 import ast
 import re
@@ -11,7 +11,7 @@ import pytest
 import stages
 from stages import ROOT, digest, run
 
-PAGE = {path.stem: path for folder in ("", "extras") for path in (ROOT / folder).glob("*.py")}
+PAGE = {path.stem: path for folder in ("", "support", "extras") for path in (ROOT / folder).glob("[!_]*.py")}
 
 
 @pytest.fixture(scope="module")
@@ -29,13 +29,12 @@ def made(world, pi_init, tmp_path_factory):
     return options
 
 
-@pytest.mark.parametrize("with_runs", ["runs", "bare_runs"])
 @pytest.mark.parametrize("stage", ["01_seed_dpo", "02_generate", "03_judge", "04_refined_dpo"])
-def test_a_copied_stage_makes_the_same(made, tmp_path, stage, with_runs):
+def test_a_copied_stage_makes_the_same(made, tmp_path, stage):
     options, output = made[stage]
-    for name in (stage, "common", *["chat"] * (stage != "03_judge")):
+    for name in (stage, "common"):
         shutil.copy(PAGE[name], tmp_path)
-    shutil.copy(PAGE[with_runs], tmp_path / "runs.py")
+    shutil.copytree(ROOT / "support", tmp_path / "support")
     done = subprocess.run([sys.executable, f"{stage}.py", *stages.command_line(options | {"output": "out"})],
                           cwd=tmp_path, env=stages.NO_RANKS, capture_output=True, text=True)
     assert done.returncode == 0 and done.stderr == "", done.stderr
@@ -43,9 +42,6 @@ def test_a_copied_stage_makes_the_same(made, tmp_path, stage, with_runs):
         if path.name != "args.json":
             assert digest(tmp_path / "out" / path.relative_to(output)) == digest(path), path
     assert not (tmp_path / "out.partial").exists()
-    if with_runs == "bare_runs":  # nothing is overwritten
-        again = subprocess.run(done.args, cwd=tmp_path, env=stages.NO_RANKS, capture_output=True, text=True)
-        assert again.returncode != 0 and "out exists" in again.stderr
 
 
 # ---------------------------------------------------------------------------------------------
@@ -57,11 +53,11 @@ def imports(path):
     found = {}
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            found |= {alias.name.removeprefix("extras."): {"*"} for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module == "extras":
+            found |= {alias.name.rpartition(".")[2]: {"*"} for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module in ("support", "extras"):
             found |= {alias.name: {"*"} for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            found.setdefault(node.module.removeprefix("extras."), set()).update(alias.name for alias in node.names)
+            found.setdefault(node.module.rpartition(".")[2], set()).update(alias.name for alias in node.names)
     return {name: names for name, names in found.items() if name in PAGE}
 
 
@@ -69,7 +65,7 @@ def test_imports_go_one_way_and_common_knows_little_of_runs():
     imported = {name: imports(path) for name, path in PAGE.items()}
     assert imported["runs"] == {} and imported["common"].keys() == {"runs"}
     assert "*" not in imported["common"]["runs"] and len(imported["common"]["runs"]) <= 5
-    assert imported["chat"].keys() == {"common", "runs"}
+    assert imported["models"].keys() == {"common", "runs"} and imported["chat"].keys() == {"models", "runs"}
 
     def below(name, *above):
         assert name not in above, (*above, name)

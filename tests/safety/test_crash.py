@@ -8,7 +8,7 @@ import subprocess
 import pytest
 
 import common
-import runs
+from support import runs
 import stages
 from children import (STAGES, TRAINED, at_event, content, fork, good, in_step, kill, no_child_outlives_its_test,
                       two_ranks, whole)

@@ -18,13 +18,12 @@ from argparse import Namespace
 
 import pytest
 
-import chat
-import runs
 import stages
 from children import STAGES, at_end, fork, good, kill, no_child_outlives_its_test, succeeded
 from extras import alpaca_eval, mt_bench
 from extras.answers import is_string, read_rows
 from extras.small_world import gold_score, read_gold
+from support import chat, runs
 
 FILES = int(os.environ.get("FUZZ", 150))  # damaged files of each kind
 KINDS = ["seed.jsonl", "sft.jsonl", "prompts_1.jsonl", "preferences.jsonl", "responses.jsonl", "labels.jsonl",

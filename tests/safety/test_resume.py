@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import common
-import runs
+from support import models, runs
 from children import (STAGES, TRAINED, at_end, at_event, content, fork, good, in_step, kill, no_child_outlives_its_test,
                       stop_with, two_ranks, whole)
 from stages import attempt, farthest, metrics, rows
@@ -103,7 +103,7 @@ def passes(pi_0):
             count.append(1)
 
     hook = torch.nn.modules.module.register_module_forward_pre_hook(on_forward)
-    common.load_model(str(pi_0), torch.device("cpu"))
+    models.load_model(str(pi_0), torch.device("cpu"))
     hook.remove()
     return len(count)
 

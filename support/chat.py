@@ -19,14 +19,14 @@ from pathlib import Path
 
 from transformers import AutoTokenizer, GenerationConfig
 
-import common
-from runs import InputError, begun
+from support import models
+from support.runs import InputError, begun
 
 
 def load_tokenizer(model, tokenizer=None, chat_template=None):
     """The tokenizer named `tokenizer` (default: the model's), with the chat template of a file (default: its own)."""
     name = tokenizer or model
-    loaded = common.from_pretrained(AutoTokenizer, name, "a tokenizer (--tokenizer)")
+    loaded = models.from_pretrained(AutoTokenizer, name, "a tokenizer (--tokenizer)")
     if not loaded.is_fast:
         raise InputError(f"{name}: its tokenizer is not a fast one: name one that is with --tokenizer")
     if chat_template:
@@ -36,7 +36,7 @@ def load_tokenizer(model, tokenizer=None, chat_template=None):
             raise InputError(f"{chat_template}: cannot be read ({type(error).__name__}): --chat-template names a file "
                              "with a Jinja chat template")
     largest = max(loaded.backend_tokenizer.get_vocab(with_added_tokens=False).values(), default=0)
-    size = common.load_config(model).get_text_config().vocab_size
+    size = models.load_config(model).get_text_config().vocab_size
     if largest >= size:
         raise InputError(f"{name}: its vocabulary ({largest + 1}) is larger than that of the model {model} ({size}): "
                          "give the tokenizer that the model was trained with")
@@ -181,7 +181,7 @@ def eos_ids(name, tokenizer):
     def listed(ids):
         return ids if isinstance(ids, list) else [ids] if ids is not None else []
 
-    config, added = common.load_config(name), tokenizer.added_tokens_decoder
+    config, added = models.load_config(name), tokenizer.added_tokens_decoder
     # a config without an EOS has its class's default, which may be any token of this vocabulary
     named = [i for part in (config, config.get_text_config()) for i in listed(getattr(part, "eos_token_id", None))
              if type(i) is not int or i in added] + listed(tokenizer.eos_token_id)
