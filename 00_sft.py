@@ -29,23 +29,14 @@ def parse_args():
     add("--model", required=True, help="the base model")
     add("--input", required=True, help="JSON Lines of id, prompt, response")
     add("--output", required=True, help="folder for pi_init")
-    add("--tokenizer", help="tokenizer folder or Hub name (default: --model's)")
-    add("--chat-template", help="Jinja chat template file (default: the tokenizer's)")
+    chat.add_options(add)
     # App. B.1
     add("--lr", type=runs.nonnegative, default=2e-5, help="peak learning rate")
     add("--epochs", type=runs.positive, default=1)
     add("--batch-size", type=runs.positive, default=128, help="responses per optimizer step, over all ranks")
     add("--seed", type=runs.natural, default=0, help="random seed for the order of the rows")
     add("--all-turns", action="store_true", help="also train on the assistant's turns within the prompt")
-    # lengths, memory, safety
-    add("--max-prompt-length", type=runs.positive, default=1024,
-        help="rows are dropped that have more tokens before the first trained one")
-    add("--max-length", type=runs.number(int, 2), default=2048, help="of a conversation, which is cut to fit")
-    add("--micro-batch-size", type=runs.positive, default=8, help="most responses per forward pass on a rank")
-    add("--micro-batch-tokens", type=runs.positive, help="most tokens of one (a single response may exceed it)")
-    add("--activation-checkpointing", action="store_true", help="less memory for more compute")
-    add("--fsdp", action="store_true", help="shard weights, gradients and optimizer over the ranks, for less memory")
-    add("--save-every", type=runs.positive, default=100, help="save a state to resume from every N steps")
+    runs.add_training_options(add, "conversations", micro_batch_size=8)
     return parser.parse_args()
 
 
@@ -93,7 +84,7 @@ def read_examples(args, tokenizer):
 
 def main():
     args = parse_args()
-    partial = runs.open_output(args, "model", "input")
+    work = runs.open_output(args, "model", "input")
     ranks = common.start_ranks()
     tokenizer = chat.load_tokenizer(args.model, args.tokenizer, args.chat_template)
     examples, counts = read_examples(args, tokenizer)
@@ -103,7 +94,7 @@ def main():
                         "--max-length")
     batches = common.epoch_batches(len(examples), args.batch_size, args.epochs, args.seed, args.input)
     optimizer, scheduler = common.make_optimizer(model, args.lr, len(batches))
-    state = runs.load_state(partial, ranks, model, optimizer, scheduler)
+    state = runs.load_state(work, ranks, model, optimizer, scheduler)
 
     bar = runs.progress(range(state["step"], len(batches)), "SFT", ranks)
     for step in bar:
@@ -118,24 +109,22 @@ def main():
                 with common.autocast(ranks.device):
                     logp_theta = policy(batch)  # (N,)
                 losses = -common.response_logps(trained * logp_theta, batch.lengths)  # (b,)
-                # these add up to the mean over the step's trained tokens; DDP and FSDP average over the ranks
-                (weight * losses.sum() / tokens * ranks.world).backward()
+                (weight * losses.sum() / tokens).backward()  # adds up to the mean over the step's trained tokens
             # scaled so that the mean over the step's rows, which log_step takes, is the mean over its tokens
             logged_rows += common.per_row(micro, {"loss": losses / tokens * len(step_examples)}, weight)
 
         grad_norm = common.clip_gradient(model)
         logged_rows = ranks.gather(logged_rows)
-        common.check_finite(step, logged_rows, grad_norm, partial)
+        common.check_finite(step, logged_rows, grad_norm, work)
         lr = scheduler.get_last_lr()[0]
         optimizer.step()
         scheduler.step()
         if ranks.rank == 0:
-            common.log_step(partial, bar, step, logged_rows, grad_norm=grad_norm, lr=lr)
-        if runs.save_due(step + 1, len(batches), args.save_every, ranks):
-            runs.save_state(partial, ranks, step + 1, model, optimizer, scheduler)
+            runs.log_step(work, bar, step, logged_rows, grad_norm=grad_norm, learning_rate=lr)
+        runs.save_if_due(args.save_every, len(batches), work, ranks, step + 1, model, optimizer, scheduler)
 
     counts["steps"] = len(batches)
-    models.save_trained(args, partial, ranks, model, tokenizer, counts)
+    models.save_trained(args, work, ranks, model, tokenizer, counts)
 
 
 if __name__ == "__main__":

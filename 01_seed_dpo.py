@@ -13,7 +13,8 @@ Writes a model folder with metrics.jsonl (one line a step) and args.json
     python 01_seed_dpo.py --model pi_init --input seed.jsonl --output pi_0
     torchrun --nproc-per-node 4 01_seed_dpo.py --model pi_init --input seed.jsonl --output pi_0
 
-Departs from the paper: none. Not in the paper: the clipped gradient norm (1.0), weight decay (0), the length limits.
+Departs from the paper: nowhere. Choices that it leaves open: the gradient norm is clipped at 1.0, weight decay and
+dropout are 0, pairs with a prompt of more than 1,024 tokens, or with equal responses, are dropped.
 """
 
 import torch.nn.functional as F
@@ -41,31 +42,15 @@ def parse_args():
     add("--ref-model", help="pi_ref in Eq. 5 (default: --model)")
     add("--input", required=True, nargs="+", help="D_0: JSON Lines of id, prompt, chosen, rejected")
     add("--output", required=True, help="folder for pi_0")
-    add("--tokenizer", help="tokenizer folder or Hub name (default: --model's)")
-    add("--chat-template", help="Jinja chat template file (default: the tokenizer's)")
+    chat.add_options(add)
     # Section 5.1
     add("--beta", type=runs.nonnegative, default=0.1, help="KL strength, beta in Eq. 5")
     add("--lr", type=runs.nonnegative, default=5e-7, help="peak learning rate, eta")
     add("--epochs", type=runs.positive, default=3)
     add("--batch-size", type=runs.positive, default=32, help="pairs per optimizer step, over all ranks")
     add("--seed", type=runs.natural, default=0, help="random seed for the order of the pairs")
-    # lengths, memory, safety
-    add("--max-prompt-length", type=runs.positive, default=1024, help="pairs with a longer prompt are dropped")
-    add("--max-length", type=runs.number(int, 2), default=2048, help="prompt + response; responses are cut to fit")
-    add("--micro-batch-size", type=runs.positive, default=4, help="most pairs per forward pass on a rank")
-    add("--micro-batch-tokens", type=runs.positive, help="most tokens of one (a single pair may exceed it)")
-    add("--activation-checkpointing", action="store_true", help="less memory for more compute")
-    add("--fsdp", action="store_true", help="shard weights, gradients and optimizer over the ranks, for less memory")
-    add("--save-every", type=runs.positive, default=100, help="save a state to resume from every N steps")
+    runs.add_training_options(add, "pairs", micro_batch_size=4)
     return parser.parse_args()
-
-
-def read_pairs(args, tokenizer):
-    """Yields {"id", "prompt", "chosen", "rejected"} with token ids in place of the texts."""
-    eos = chat.eos_ids(args.model, tokenizer)
-    for path in args.input:
-        for row in runs.read_jsonl(path, runs.SEED):
-            yield chat.tokenize_pair(path, row, tokenizer, eos)
 
 
 def pair_losses(policy, batch, logps_ref, args):
@@ -75,27 +60,26 @@ def pair_losses(policy, batch, logps_ref, args):
     logps_theta = common.response_logps(logp_theta, batch.lengths).view(-1, 2)  # of y_w and y_l in turn
     margin = dpo_margin(logps_theta, logps_ref, args.beta)  # (b,)
     losses = dpo_loss(margin)
-    chosen, rejected = logps_theta.unbind(1)
-    return losses, {"loss": losses, "margin": margin, "accuracy": (margin > 0).float(),
-                    "logp_chosen": chosen, "logp_rejected": rejected}
+    return losses, common.pair_metrics(losses, margin, logps_theta, logps_ref, args.beta)
 
 
 def main():
     args = parse_args()
-    partial = runs.open_output(args, "model", "ref_model", "input")
+    # inputs
+    work = runs.open_output(args, "model", "ref_model", "input")
     ranks = common.start_ranks()
     tokenizer = chat.load_tokenizer(args.model, args.tokenizer, args.chat_template)
-    pairs, counts = common.cut_pairs(read_pairs(args, tokenizer), args)
+    pairs, counts = chat.read_pairs(args, tokenizer, runs.SEED)
+    batches = common.epoch_batches(len(pairs), args.batch_size, args.epochs, args.seed, " ".join(args.input))
+    # models
     if args.ref_model:
         models.check_same_vocabulary(args.model, args.ref_model)
-
-    batches = common.epoch_batches(len(pairs), args.batch_size, args.epochs, args.seed, " ".join(args.input))
     ref = models.load_reference(args.ref_model or args.model, pairs, args, ranks)
-    common.store_logps(ref, pairs, args, partial, ranks)
+    common.store_logps(ref, pairs, args, work, ranks)
     del ref
     model, policy = models.load_policy(args, ranks)
     optimizer, scheduler = common.make_optimizer(model, args.lr, len(batches))
-    state = runs.load_state(partial, ranks, model, optimizer, scheduler)
+    state = runs.load_state(work, ranks, model, optimizer, scheduler)
 
     bar = runs.progress(range(state["step"], len(batches)), "seed DPO", ranks)
     for step in bar:
@@ -106,23 +90,21 @@ def main():
             batch, logps_ref = common.collate_pairs(micro, model)
             with common.grad_sync(policy, last=k == len(micros) - 1):
                 losses, logged = pair_losses(policy, batch, logps_ref, args)
-                # these add up to the mean over the step's pairs; DDP and FSDP average over the ranks
-                (weight * losses.sum() / len(step_pairs) * ranks.world).backward()
+                (weight * losses.sum() / len(step_pairs)).backward()  # adds up to the mean over the step's pairs
             logged_rows += common.per_row(micro, logged, weight)
 
         grad_norm = common.clip_gradient(model)
         logged_rows = ranks.gather(logged_rows)
-        common.check_finite(step, logged_rows, grad_norm, partial)
+        common.check_finite(step, logged_rows, grad_norm, work)
         lr = scheduler.get_last_lr()[0]
         optimizer.step()
         scheduler.step()
         if ranks.rank == 0:
-            common.log_step(partial, bar, step, logged_rows, grad_norm=grad_norm, lr=lr)
-        if runs.save_due(step + 1, len(batches), args.save_every, ranks):
-            runs.save_state(partial, ranks, step + 1, model, optimizer, scheduler)
+            runs.log_step(work, bar, step, logged_rows, grad_norm=grad_norm, learning_rate=lr)
+        runs.save_if_due(args.save_every, len(batches), work, ranks, step + 1, model, optimizer, scheduler)
 
     counts["steps"] = len(batches)
-    models.save_trained(args, partial, ranks, model, tokenizer, counts)
+    models.save_trained(args, work, ranks, model, tokenizer, counts)
 
 
 if __name__ == "__main__":

@@ -6,9 +6,8 @@
     (y_w, y_l) = (y_1, y_2) if p_{t-1}(y_1 > y_2 | x) > 0.5 else (y_2, y_1)                     (8)
     r_penalty(x, y) = r(x, y) - alpha |y|, with --length-penalty alpha                          (13)
 
-Do not confuse the references: here the fixed pi_init, in 04_refined_dpo.py pi_{t-1}. The paper's baselines change
-r(x, y): --judge previous uses another reference, none uses no reference; reward, llm and gold are in extras/judges.py,
-pairrm in extras/pairrm.py.
+Do not confuse the references: here the fixed pi_init, in 04_refined_dpo.py pi_{t-1}. --judge names one of the judges
+that the paper compares with instead, which are in extras/judges.py.
 
 Reads  responses_t.jsonl    what 02_generate.py writes; of more than two responses the best and the worst are paired
 Writes preferences_t.jsonl  {"id": "12", "prompt": [...], "prompt_ids": [1, 733, ...],
@@ -16,23 +15,20 @@ Writes preferences_t.jsonl  {"id": "12", "prompt": [...], "prompt_ids": [1, 733,
                              "logps": {"policy": [-21.5, -30.2], "ref": [-24.1, -27.7]}, "improbable": [0, 1],
                              "judge": "init"}
                              p is of y_1 over y_2 in the order of sampling; logps are of all responses in that order;
-                             improbable: their tokens to which the reference gives less than 1e-4; other judges store
-                             "scores", "logits" or "options" instead
+                             improbable: their tokens to which the reference gives less than 1e-4
 
-The summary has two signs of health: the mean of log pi_{t-1}(y | x) - log pi_init(y | x), by response and by token, and
-the share of improbable tokens. They rise first when a run collapses.
+The summary says how far pi_{t-1} is from pi_init on its own responses: the mean of log pi_{t-1}(y | x) - log
+pi_init(y | x), by response and by token, and the share of improbable tokens. Rows with identical responses are not in
+it. Eq. 7 compares two models' log-probs, so far from pi_init, where its log-probs say little, a label says little.
 
     python 03_judge.py --model pi_0 --init-model pi_init --input responses_1.jsonl --output preferences_1.jsonl
     torchrun --nproc-per-node 4 03_judge.py --model pi_0 --init-model pi_init --input ... --output ...
-    python 03_judge.py --judge llm --judge-model judge --input responses_1.jsonl --output preferences_1.jsonl
 
-Departs from the paper: pairs that carry no preference (the same response twice, p = 0.5 exactly) are dropped. --judge
-llm asks in both orders of a pair, so that position bias cancels; --llm-order first asks in one, as App. B.2 does.
+Departs from the paper: pairs that carry no preference (the same response twice, p = 0.5 exactly) are dropped.
 """
 
 import math
-
-import torch
+import sys
 
 import common
 from support import models, runs
@@ -56,24 +52,12 @@ def best_and_worst(rewards):
     return min(best, worst), max(best, worst)
 
 
-def signs_of_health(rows, extra):
-    """Those of judge_by_likelihood's fields: in nats by response and by token, and in percent."""
-    lengths = [len(y["ids"]) for row in rows for y in row["responses"]]
-    nats = sum(sum(fields["logps"]["policy"]) - sum(fields["logps"]["ref"]) for fields in extra)
-    improbable = sum(sum(fields["improbable"]) for fields in extra)
-    return {"log-ratio per response": round(nats / len(lengths), 4),
-            "log-ratio per token": round(nats / sum(lengths), 4),
-            "improbable tokens (%)": round(100 * improbable / sum(lengths), 4)}
-
-
 def penalised(rewards, lengths, alpha):
     """Eq. 13 for the responses to one prompt."""
     return [reward - alpha * length for reward, length in zip(rewards, lengths)]
 
 
-# the options that each judge requires; those of the others are refused
-NEEDS = {"init": ["--model", "--init-model"], "previous": ["--model", "--ref-model"], "none": ["--model"],
-         "pairrm": ["--reward-model"], "reward": ["--reward-model"], "llm": ["--judge-model"], "gold": ["--gold"]}
+READ = ("model", "init_model", "ref_model", "reward_model", "judge_model", "gold")  # options that make up a judge
 
 
 def penalty(text):
@@ -85,37 +69,28 @@ def parse_args():
     parser = runs.Parser(description="Label pairs of responses by the model's own implicit reward.")
     add = parser.add_argument
     # what is read and written
-    add("--model", help="--judge init, previous, none: pi_{t-1}, which sampled the responses")
-    add("--init-model", help="--judge init: pi_init, the reference in Eq. 7")
+    add("--model", help="pi_{t-1}, which sampled the responses")
+    add("--init-model", help="pi_init, the reference in Eq. 7")
     add("--input", required=True, help="responses of 02_generate.py")
     add("--output", required=True, help="D_t: JSON Lines of labelled pairs")
     # Section 5.1
     add("--beta", type=runs.nonnegative, default=0.1,
         help="beta in Eq. 7; without --length-penalty no label depends on it")
     # what it is compared with
-    add("--judge", choices=NEEDS, default="init", help="init: Eq. 7 (default); previous, none: Table 7; pairrm: "
-        "Tables 2 and 7; llm: Table 2; reward: a model that scores each response by itself; gold: labels from outside, "
-        "for the 100 %% rows")
-    add("--ref-model", help="--judge previous: pi_{t-2}, at t = 1 pi_init")
-    add("--reward-model", help="--judge pairrm: llm-blender/PairRM-hf, or its folder; --judge reward: a sequence "
-        "classifier with one label")
-    add("--judge-model", help="--judge llm: what 00_sft.py trained on judge_sft.jsonl of 00_inputs.py")
-    add("--llm-order", choices=("both", "first"), default="both",
-        help="--judge llm: both orders of a pair, or the order of sampling alone")
-    add("--gold", help="--judge gold: gold.json of the small world, or JSON Lines (.jsonl) of id, label: "
-        "1 or 2, the better response")
+    add("--judge", default="init", help="init: Eq. 7; previous, none, pairrm, reward, llm, gold: others, whose options "
+        "--judge NAME --help lists")
     add("--length-penalty", type=penalty, help="alpha in Eq. 13, or auto: the one that makes chosen and rejected "
         "equally long on average")
     add("--length-unit", choices=("characters", "tokens"), default="characters",
         help="of |y| in Eq. 13; the paper's alpha, 0.001 to 0.01, goes with characters")
     # memory
     add("--micro-batch-size", type=runs.positive, default=16, help="prompts scored at a time by one rank")
+    if any(word.startswith("--judge") for word in sys.argv[1:]):
+        from extras import judges
+        return judges.parse_args(parser)
     args = parser.parse_args()
-    models = {option for options in NEEDS.values() for option in options}
-    given = {"--" + name.replace("_", "-") for name, value in vars(args).items() if value is not None} & models
-    if given != set(NEEDS[args.judge]):
-        parser.error(f"--judge {args.judge} takes {' and '.join(NEEDS[args.judge])}; given: "
-                     f"{' and '.join(sorted(given)) or 'none'}")
+    if not (args.model and args.init_model):
+        parser.error("--model and --init-model are required")
     return args
 
 
@@ -131,46 +106,40 @@ def read_responses(args):
     return rows, {"prompts read": len(read), "dropped for identical responses": len(read) - len(rows)}
 
 
-def score(name, rows, label, args, partial, ranks):
-    """[[(log pi(y | x), improbable tokens of y) of each response] of each row], by the model `name`."""
+def score(name, rows, label, args, work, ranks):
+    """For each row ([log pi(y | x) of each response], [improbable tokens of each]), by the model `name`."""
     model = models.load_model(name, ranks.device, common.scoring_dtype(ranks.device))
     models.check_limits(args.input, ((row["id"], row["prompt_ids"], [y["ids"] for y in row["responses"]])
                                      for row in rows), model, "02's --max-prompt-length or --max-new-tokens")
-    logps = common.ResponseLogps(model)
-
-    @torch.no_grad()
-    def compute(batch_rows):
-        answered = [(row["prompt_ids"], [y["ids"] for y in row["responses"]]) for row in batch_rows]
-        batch = common.collate(answered, ranks.device, model.max_shared_length)
-        logp = logps(batch)  # (N,)
-        scores = zip(*(common.response_logps(values, batch.lengths).tolist()
-                       for values in (logp, (logp < math.log(1e-4)).float())))
-        return [[next(scores) for _ in responses] for _, responses in answered]
-
-    return common.map_rows(compute, rows, args.micro_batch_size, partial, ranks, label)
+    return common.score(common.ResponseLogps(model), rows, args.micro_batch_size, work, ranks, label)
 
 
-def judge_by_likelihood(rows, args, partial, ranks):
+def judge_by_likelihood(ref_model, rows, args, work, ranks):
     """(rewards, extra): for each row the reward of each response (Eq. 4), and the fields to store with the label.
 
-    The reference is pi_init, or with --judge previous pi_{t-2}, the model that pi_{t-1} was trained from. --judge none
-    has no reference: the reward is beta log pi_{t-1}(y | x).
+    ref_model: pi_init; None: the reward is beta log pi_{t-1}(y | x)
     """
-    ref_model = args.init_model or args.ref_model  # parse_args takes only the one that --judge needs
     if ref_model:
         models.check_same_vocabulary(args.model, ref_model)
-    policy = [[logp for logp, _ in of_row]
-              for of_row in score(args.model, rows, "scoring with pi_{t-1}", args, partial, ranks)]
+    policy = [logps for logps, _ in score(args.model, rows, "scoring with pi_{t-1}", args, work, ranks)]
     if not ref_model:
-        rewards = [[args.beta * logp for logp in of_row] for of_row in policy]
-        return rewards, [{"logps": {"policy": of_row}} for of_row in policy]
+        return [[args.beta * logp for logp in logps] for logps in policy], [{"logps": {"policy": l}} for l in policy]
     rewards, extra = [], []
-    ref = score(ref_model, rows, "scoring with the reference", args, partial, ranks)
-    for logps_policy, of_row in zip(policy, ref):
-        logps_ref, improbable = zip(*of_row)
+    ref = score(ref_model, rows, "scoring with the reference", args, work, ranks)
+    for logps_policy, (logps_ref, improbable) in zip(policy, ref):
         rewards.append(implicit_rewards(logps_policy, logps_ref, args.beta))  # Eq. 4
-        extra.append({"logps": {"policy": logps_policy, "ref": logps_ref}, "improbable": list(map(int, improbable))})
+        extra.append({"logps": {"policy": logps_policy, "ref": logps_ref}, "improbable": improbable})
     return rewards, extra
+
+
+def distance(rows, extra):
+    """How far pi_{t-1} is from the reference on these responses: in nats by response and by token, and in percent."""
+    lengths = [len(y["ids"]) for row in rows for y in row["responses"]]
+    nats = sum(sum(fields["logps"]["policy"]) - sum(fields["logps"]["ref"]) for fields in extra)
+    improbable = sum(sum(fields["improbable"]) for fields in extra)
+    return {"log-ratio per response": round(nats / len(lengths), 4),
+            "log-ratio per token": round(nats / sum(lengths), 4),
+            "improbable tokens (%)": round(100 * improbable / sum(lengths), 4)}
 
 
 def make_pairs(args, rows, rewards, extra, counts):
@@ -187,8 +156,9 @@ def make_pairs(args, rows, rewards, extra, counts):
                       "p": p, **fields, "judge": args.judge})
     counts |= {"dropped as ties": len(rows) - len(pairs), "pairs": len(pairs)}
     if not pairs:
+        options = ["--" + name.replace("_", "-") for name in READ if getattr(args, name, None)]
         raise runs.InputError(f"{args.input}: no pair carries a preference ({counts}): "
-                              f"{' and '.join(NEEDS[args.judge])} cannot tell the responses apart")
+                              f"check what the judge is made of, {' and '.join(options)}")
     longer = [len(pair["chosen"]["ids"]) - len(pair["rejected"]["ids"]) for pair in pairs]
     counts |= {"pairs with the first response chosen": sum(pair["p"] > 0.5 for pair in pairs),
                "mean extra tokens of the chosen response": round(sum(longer) / len(pairs), 3)}
@@ -197,24 +167,22 @@ def make_pairs(args, rows, rewards, extra, counts):
 
 def main():
     args = parse_args()
-    partial = runs.open_output(args, "model", "init_model", "input", "ref_model", "reward_model", "judge_model", "gold")
+    work = runs.open_output(args, "input", *READ)
     ranks = common.start_ranks()
     rows, counts = read_responses(args)
-    judge, alpha = judge_by_likelihood, args.length_penalty
-    if args.judge == "pairrm":
-        from extras.pairrm import judge_pairrm as judge
-    elif args.judge in ("reward", "llm", "gold"):
+    if args.judge == "init":
+        rewards, extra = judge_by_likelihood(args.init_model, rows, args, work, ranks)
+    else:
         from extras import judges
-        judge = getattr(judges, f"judge_{args.judge}")
-    rewards, extra = judge(rows, args, partial, ranks)
+        rewards, extra = judges.judge(judge_by_likelihood, rows, args, work, ranks)
     bad = [row["id"] for row, of_row in zip(rows, rewards, strict=True) if not all(map(math.isfinite, of_row))]
     if bad:
         raise runs.InputError(f"{args.input}, id {bad[0]}: a score is not finite: remove the row or check the models")
     if "improbable" in extra[0]:
-        counts |= signs_of_health(rows, extra)
-    if alpha is not None:
+        counts |= distance(rows, extra)
+    if args.length_penalty is not None:
         unit = {"characters": "text", "tokens": "ids"}[args.length_unit]
-        lengths = [[len(y[unit]) for y in row["responses"]] for row in rows]
+        lengths, alpha = [[len(y[unit]) for y in row["responses"]] for row in rows], args.length_penalty
         if alpha == "auto":
             from extras.judges import balancing_penalty
             alpha = balancing_penalty(rewards, lengths)
@@ -223,8 +191,8 @@ def main():
     pairs = make_pairs(args, rows, rewards, extra, counts)
 
     def write():
-        runs.write_jsonl(partial / "preferences", pairs)
-        runs.close_output(args, partial, partial / "preferences", counts)
+        runs.write_jsonl(work / "preferences", pairs)
+        runs.close_output(args, work, work / "preferences", counts)
 
     ranks.on_first(write)
 

@@ -1,22 +1,23 @@
-"""The parts of the method that the stages share, in reading order.
+"""What the stages share: batches, log-probs, sampling, ranks, training. The plain form of it is extras/plain_spa.py.
 
-    batches         collate: prompts and responses as one padded batch; length_batches
-    log-probs       ResponseLogps: log pi(y_t | x, y_<t); response_logps: their sum log pi(y | x)
-    sampling        uniforms, sample_token, sample_responses
-    ranks           start_ranks, map_batches, map_rows: work shared by torchrun's processes
-    training        store_logps, make_optimizer, epoch_batches, micro_batches
+    batches       collate: prompts and responses as one padded batch; length_batches
+    log-probs     ResponseLogps: log pi(y_t | x, y_<t); response_logps: their sum log pi(y | x)
+    faster        the same numbers sooner: prompts computed once, logits in chunks, log-probs in place
+    sampling      uniforms, sample_token, sample_responses
+    ranks         start_ranks, map_batches, map_rows, score: work shared by torchrun's processes
+    training      make_policy, store_logps; epoch_batches, make_optimizer, micro_batches, what is logged
 
-Texts become token ids in support/chat.py, names become models in support/models.py. "Eq. N" is the SPA paper's. Shapes: B sequences of T tokens, N response tokens in all
-of them, a vocabulary of V.
+Names become models in support/models.py, texts token ids in support/chat.py. "Eq. N" is the SPA paper's. Shapes: B
+sequences of T tokens, N response tokens in all of them, hidden states of d, a vocabulary of V.
 """
 
 import contextlib
 import datetime
 import hashlib
+import itertools
 import json
 import math
 import os
-from array import array
 from collections import namedtuple
 from dataclasses import dataclass
 
@@ -39,42 +40,30 @@ Batch = namedtuple("Batch", "ids positions mask logit_positions labels lengths")
 
 
 def collate(rows, device, max_shared=0):
-    """[(prompt ids, [response ids, ...]), ...] -> Batch, padded on the right. Of ([5, 6], [[7, 8, 9], [4, 3]]), shared:
+    """Prompts and their responses, [(prompt ids, [response ids, ...]), ...], as one Batch, padded on the right.
 
-        ids        (B, T) int64       [[5, 6, 7, 8, 4]]   without the last token of a response, which predicts nothing
-        positions  (B, T) int64       [[0, 1, 2, 3, 2]]   None where no prompt is shared
-        mask       (B, 1, T, T) bool                      no response sees another; None likewise
-        logit_positions  (N,) int64   [1, 2, 3, 1, 4]     where in ids, flattened, a response token is predicted
+    A response follows its prompt in a sequence of its own. Of ([5, 6], [[7, 8, 9], [4, 3]]):
+
+        ids        (B, T) int64       [[5, 6, 7, 8],      without the last token of a response, which predicts nothing
+                                       [5, 6, 4, 0]]
+        logit_positions  (N,) int64   [1, 2, 3, 5, 6]     where in ids, flattened, a response token is predicted
         labels     (N,) int64         [7, 8, 9, 4, 3]     what is predicted there
-        lengths    list               [3, 2]              tokens of each response, in the order of the rows
+        lengths    list               [3, 2]              tokens of each response
+        positions, mask               None                attention is causal, so no response token sees the padding
 
-    Each prompt is computed once for all its responses if no prompt + response is longer than `max_shared` (see
-    `try_model`), else once per response. Everything comes from lengths, never from `ids == pad`: an EOS that
-    is also the padding keeps its label.
+    Everything comes from lengths, never from `ids == pad`: an EOS that is also the padding keeps its label. Where no
+    prompt + response is longer than max_shared, prompts with several responses are shared (`collate_shared`).
     """
-    lengths = [len(y) for _, ys in rows for y in ys]
-    labels = torch.tensor([i for _, ys in rows for y in ys for i in y])
-    if any(len(x) + len(y) > max_shared for x, ys in rows for y in ys):
-        rows = [(x, [y]) for x, ys in rows for y in ys]
-    ids, logit_positions = padded([[*x, *(i for y in ys for i in y[:-1])] for x, ys in rows]), []
-    for b, (x, ys) in enumerate(rows):
-        last, end = b * ids.shape[1] + len(x) - 1, b * ids.shape[1] + len(x)
-        for y in ys:
-            start, end = end, end + len(y) - 1
-            logit_positions += [last, *range(start, end)]
-    positions = mask = None  # causal attention is enough for one response: none of its tokens sees the padding
-    if any(len(ys) > 1 for _, ys in rows):
-        positions, mask = (tensor.to(device) for tensor in shared_prompt_attention(rows))
-    return Batch(ids.to(device), positions, mask, torch.tensor(logit_positions).to(device), labels.to(device), lengths)
-
-
-def shared_prompt_attention(rows):
-    """(positions (B, T), mask (B, 1, T, T)) with which each response directly follows its prompt and sees no other."""
-    positions = padded([[*range(len(x)), *(len(x) + i for y in ys for i in range(len(y) - 1))] for x, ys in rows])
-    # 0 for the prompt, k for its k-th response, -1 for the padding
-    segment = padded([[0] * len(x) + [k for k, y in enumerate(ys, 1) for _ in y[:-1]] for x, ys in rows], fill=-1)
-    seen = (segment[:, None, :] == 0) | (segment[:, None, :] == segment[:, :, None])
-    return positions, (seen & (positions[:, None, :] <= positions[:, :, None]))[:, None]
+    if any(len(ys) > 1 for _, ys in rows) and all(len(x) + len(y) <= max_shared for x, ys in rows for y in ys):
+        return collate_shared(rows, device)
+    sequences = [(x, y) for x, ys in rows for y in ys]
+    ids, logit_positions = padded([[*x, *y[:-1]] for x, y in sequences]), []
+    for b, (x, y) in enumerate(sequences):
+        first = b * ids.shape[1] + len(x) - 1  # the prompt's last token predicts the first of the response
+        logit_positions += range(first, first + len(y))
+    labels = torch.tensor([i for _, y in sequences for i in y])
+    return Batch(ids.to(device), None, None, torch.tensor(logit_positions).to(device), labels.to(device),
+                 [len(y) for _, y in sequences])
 
 
 def padded(rows, fill=0, side="right"):
@@ -86,7 +75,7 @@ def padded(rows, fill=0, side="right"):
 def length_batches(lengths, size, tokens=None):
     """Batches of indices in order of length, each of at most `size`, and of at most `tokens` tokens with the padding.
 
-    Batches depend on the input alone, not on the number of ranks.
+    They depend on the input alone, not on the number of ranks.
     """
     batches = []
     for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
@@ -119,35 +108,90 @@ class ResponseLogps(nn.Module):
             values = [value if value is None else value.to(dtype) for value in values]
         return values
 
-    def forward(self, batch, ref=None, combine_logits=None):
+    def forward(self, batch, ref=None, extrapolate=None):
         """log pi(y_t | x, y_<t) of each response token, (N,).
 
-        With a second ResponseLogps, ref, and combine_logits, a function of both models' logits: also the log-probs of
-        ref, and those of combine_logits(logits, logits_ref). No gradient flows through these two.
+        With ref, a second ResponseLogps, and extrapolate, a function of both models' token logits (n, V), three such:
+        those of this model, of ref and of extrapolate(logits_theta, logits_ref), the last two without a gradient.
         """
-        hidden, weight, bias = self.hidden(batch)
-        inputs = [hidden, batch.labels]
-        if ref:
+        hidden, *head = self.hidden(batch)
+        if ref is None:
+            def label_logps(hidden, labels):  # (n, d), (n,) -> (n,)
+                return LabelLogps.apply(F.linear(hidden, *head).float(), labels)
+            return in_chunks(label_logps, chunk_rows(head[0]), hidden, batch.labels)
+
+        with torch.no_grad():
+            hidden_ref, *head_ref = ref.hidden(batch)
+
+        def three_logps(hidden, hidden_ref, labels):  # (n, d), (n, d), (n,) -> (3, n)
+            logits_theta = F.linear(hidden, *head).float()
             with torch.no_grad():
-                hidden_ref, *head_ref = ref.hidden(batch)
-            inputs.append(hidden_ref)
+                logits_ref = F.linear(hidden_ref, *head_ref).float()
+                logits_tilde = extrapolate(logits_theta, logits_ref)  # before LabelLogps overwrites the two
+                no_gradient = [LabelLogps.apply(logits, labels) for logits in (logits_ref, logits_tilde)]
+            return torch.stack([LabelLogps.apply(logits_theta, labels), *no_gradient])
 
-        def chunk_logps(hidden, labels, hidden_ref=None):  # (n, d), (n,), (n, d) -> (1, n) or (3, n)
-            logits, logps = F.linear(hidden, weight, bias).float(), []
-            if ref:
-                with torch.no_grad():
-                    logits_ref = F.linear(hidden_ref, *head_ref).float()
-                    combined = combine_logits(logits, logits_ref)  # first: LabelLogps overwrites what it is given
-                    logps = [LabelLogps.apply(values, labels) for values in (logits_ref, combined)]
-            return torch.stack([LabelLogps.apply(logits, labels), *logps])
+        logp_theta, *others = in_chunks(three_logps, chunk_rows(head[0]), hidden, hidden_ref, batch.labels)
+        return logp_theta, *(logp.detach() for logp in others)
 
-        # the full logits (N, V) are never held: of several chunks, each one's are recomputed in the backward pass
-        chunks = list(zip(*(values.split(chunk_rows(weight)) for values in inputs)))
-        if len(chunks) == 1:
-            logps = chunk_logps(*chunks[0])
-        else:
-            logps = torch.cat([checkpoint(chunk_logps, *chunk, use_reentrant=False) for chunk in chunks], 1)
-        return (logps[0], *logps[1:].detach()) if ref else logps[0]
+
+def response_logps(logp, lengths):
+    """log pi(y | x): the sum over each response's tokens, not their mean. logp (N,), lengths of B responses -> (B,)"""
+    return torch.stack([tokens.sum() for tokens in logp.split(lengths)])
+
+
+def autocast(device):
+    """Compute in bf16 on a GPU, in float32 on a CPU. Weights are float32 on both."""
+    return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def scoring_dtype(device):
+    """A model that only scores or samples is held in the dtype in which the policy computes."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+# ---------------------------------------------------------------------------------------------
+# Faster: the same numbers sooner. tests/method/test_logps.py shows each equal to the plain page. A first reader can
+# skip them: without them ResponseLogps would be -F.cross_entropy(F.linear(hidden, *head).float(), labels).
+
+
+def collate_shared(rows, device):
+    """The Batch of `collate`, with each prompt computed once for all its responses: a sixth of a DPO step is saved.
+
+    Of ([5, 6], [[7, 8, 9], [4, 3]]), which has the labels and lengths that it has there:
+
+        ids        (B, T) int64       [[5, 6, 7, 8, 4]]
+        positions  (B, T) int64       [[0, 1, 2, 3, 2]]   each response directly follows the prompt
+        mask       (B, 1, T, T) bool                      and sees no other response
+        logit_positions  (N,) int64   [1, 2, 3, 1, 4]
+    """
+    ids = padded([[*x, *(i for y in ys for i in y[:-1])] for x, ys in rows])
+    positions = padded([[*range(len(x)), *(len(x) + i for y in ys for i in range(len(y) - 1))] for x, ys in rows])
+    # 0 for the prompt, k for its k-th response, -1 for the padding
+    segment = padded([[0] * len(x) + [k for k, y in enumerate(ys, 1) for _ in y[:-1]] for x, ys in rows], fill=-1)
+    seen = (segment[:, None, :] == 0) | (segment[:, None, :] == segment[:, :, None])
+    mask = (seen & (positions[:, None, :] <= positions[:, :, None]))[:, None]
+    logit_positions = []
+    for b, (x, ys) in enumerate(rows):
+        last, end = b * ids.shape[1] + len(x) - 1, b * ids.shape[1] + len(x)
+        for y in ys:
+            start, end = end, end + len(y) - 1
+            logit_positions += [last, *range(start, end)]
+    labels = [i for _, ys in rows for y in ys for i in y]
+    ids, positions, mask, logit_positions, labels = (torch.as_tensor(values).to(device) for values in (
+        ids, positions, mask, logit_positions, labels))
+    return Batch(ids, positions, mask, logit_positions, labels, [len(y) for _, ys in rows for y in ys])
+
+
+def in_chunks(compute, size, *inputs):
+    """compute(*inputs), `size` of their N rows at a time, so that the full logits (N, V) are never in memory.
+
+    Of several chunks, each one's logits are computed again in the backward pass. compute: tensors (n, ...) -> (..., n)
+    """
+    chunks = list(zip(*(values.split(size) for values in inputs)))
+    if len(chunks) == 1:
+        return compute(*chunks[0])
+    return torch.cat([checkpoint(compute, *chunk, use_reentrant=False) for chunk in chunks], -1)
 
 
 def chunk_rows(weight):
@@ -158,8 +202,8 @@ def chunk_rows(weight):
 class LabelLogps(torch.autograd.Function):
     """-F.cross_entropy(logits, labels, reduction="none"), in place: (n, V) float32, (n,) -> (n,). It overwrites logits.
 
-    Allocating a second (n, V), as cross_entropy does, costs more than the arithmetic. float32: in bf16 the log-probs of
-    a response err by nats.
+    A tenth of a DPO step is saved on a CPU: allocating a second (n, V), as cross_entropy does, costs more than the
+    arithmetic. float32, since in bf16 the log-probs of a response err by nats.
     """
 
     @staticmethod
@@ -178,23 +222,24 @@ class LabelLogps(torch.autograd.Function):
         return exp.mul_(-grad[:, None] / total).scatter_add_(1, labels[:, None], grad[:, None]), None
 
 
-def response_logps(logp, lengths):
-    """log pi(y | x): the sum over each response's tokens, not their mean. logp (N,), lengths of B responses -> (B,)"""
-    return torch.stack([tokens.sum() for tokens in logp.split(lengths)])
-
-
 # ---------------------------------------------------------------------------------------------
 # Sampling
 
 
 def uniforms(seed, key, sample, steps):
-    """Uniform numbers in [0, 1) for inverse-CDF sampling, one a token: decided by (seed, prompt id, sample) alone."""
+    """Uniform numbers in [0, 1), one a token, from a generator whose key is a hash of (seed, prompt id, sample).
+
+    So a response is the same in any batch, on any number of ranks and after resuming.
+    """
     digest = hashlib.blake2b(json.dumps([seed, key, sample]).encode(), digest_size=16).digest()
     return np.random.Generator(np.random.Philox(key=int.from_bytes(digest))).random(steps)
 
 
 def sample_token(logits, u, temperature):
-    """The token at which the cumulative distribution passes u. logits (B, V), u (B,) float64 -> (B,)"""
+    """The token at which the cumulative distribution passes u, which has the probability p(token) for a uniform u.
+
+    logits (B, V), u (B,) float64 in [0, 1) -> (B,)
+    """
     if temperature == 0:
         return logits.argmax(-1)
     cdf = (logits.float() / temperature).softmax(-1).double().cumsum(-1)
@@ -240,16 +285,6 @@ def sample_responses(model, prompts, u, temperature, max_new_tokens, eos):
     sampled = [[i for i in row if i >= 0] for row in tokens.tolist()]
     finished = [(ids, "eos" if ids[-1] in eos.tolist() else "length") for ids in sampled]
     return [finished[b:b + n] for b in range(0, len(finished), n)]
-
-
-def autocast(device):
-    """Compute in bf16 on a GPU, in float32 on a CPU. Weights are float32 on both."""
-    return torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else contextlib.nullcontext()
-
-
-def scoring_dtype(device):
-    """A model that only scores or samples is held in the dtype in which the policy computes."""
-    return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
 # ---------------------------------------------------------------------------------------------
@@ -304,40 +339,73 @@ def start_ranks():
     return Ranks(rank, world, device)
 
 
-def map_batches(compute, batches, partial, ranks, label):
+def map_batches(compute, batches, work, ranks, label):
     """{i: compute's result for i}, with batches (lists of i) shared among the ranks, in turn.
 
-    compute: list of i -> list of results (JSON). Finished batches are recorded in `partial`: when the stage is started
+    compute: list of i -> list of results (JSON). Finished batches are recorded in `work`: when the stage is started
     again, on any number of ranks, they are read instead of computed.
     """
-    done = dict(read_journal(partial, label))
+    done = dict(read_journal(work, label))
     mine = [k for k in range(ranks.rank, len(batches), ranks.world) if k not in done]
-    with journal(partial, label, ranks.rank) as record:
+    with journal(work, label, ranks.rank) as record:
         for k in progress(mine, label, ranks):
             record([k, compute(batches[k])])
     ranks.barrier()
-    done = dict(read_journal(partial, label))
+    done = dict(read_journal(work, label))
     ranks.barrier()  # before any rank may remove the folder
     return {i: result for k, batch in enumerate(batches) for i, result in zip(batch, done[k], strict=True)}
 
 
-def map_rows(compute, rows, size, partial, ranks, label):
-    """compute's result for each row, in order, computed in batches of `size` rows of similar length.
+def map_rows(compute, rows, size, work, ranks, label, tokens=None):
+    """compute's result for each row, in order, computed in batches of rows of similar length (see `length_batches`).
 
     compute: list of rows -> list of results (JSON); a row has "prompt_ids" and perhaps "responses" with "ids"
     """
     lengths = [len(row["prompt_ids"]) + sum(len(y["ids"]) for y in row.get("responses", [])) for row in rows]
-    batches = length_batches(lengths, size)
-    results = map_batches(lambda batch: compute([rows[i] for i in batch]), batches, partial, ranks, label)
+    batches = length_batches(lengths, size, tokens)
+    results = map_batches(lambda batch: compute([rows[i] for i in batch]), batches, work, ranks, label)
     return [results[i] for i in range(len(rows))]
 
 
+IMPROBABLE = math.log(1e-4)  # a token with a lower log-prob under pi_init is counted as improbable
+
+
+def score(policy, rows, size, work, ranks, label, tokens=None):
+    """For each row ([log pi(y | x) of each response], [improbable tokens of each]). policy: a ResponseLogps
+
+    rows, size, tokens: as for `map_rows`
+    """
+    @torch.no_grad()
+    def compute(batch_rows):
+        batch = collate([(row["prompt_ids"], [y["ids"] for y in row["responses"]]) for row in batch_rows],
+                        ranks.device, policy.model.max_shared_length)
+        with autocast(ranks.device):
+            logp = policy(batch)  # (N,)
+        columns = (logp, (logp < IMPROBABLE).int())
+        scores = [iter(response_logps(values, batch.lengths).tolist()) for values in columns]
+        return [[list(itertools.islice(values, len(row["responses"]))) for values in scores] for row in batch_rows]
+
+    return map_rows(compute, rows, size, work, ranks, label, tokens)
+
+
 # ---------------------------------------------------------------------------------------------
-# Training
+# Training: the model and its data
 
 
 def is_sharded(args, ranks):
     return args.fsdp and ranks.world > 1
+
+
+def make_policy(model, args, ranks):
+    """What the training loop calls: the model in train mode as a ResponseLogps, under DDP or FSDP on several ranks."""
+    model.train()
+    if args.gradient_checkpointing:
+        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+        enable({"use_reentrant": False})
+    policy = ResponseLogps(model)
+    if is_sharded(args, ranks):
+        return shard(policy, ranks)
+    return nn.parallel.DistributedDataParallel(policy, gradient_as_bucket_view=True) if ranks.world > 1 else policy
 
 
 def shard(module, ranks, method="forward"):
@@ -357,57 +425,13 @@ def shard(module, ranks, method="forward"):
     return module
 
 
-def pair_logps(policy, pairs, args, partial, ranks, label):
-    """[[log pi(y_w | x), log pi(y_l | x)] of each pair]. policy: a ResponseLogps"""
-    tokens = getattr(args, "micro_batch_tokens", None)
-    batches = length_batches([row_length(pair) for pair in pairs], args.micro_batch_size, tokens)
-
-    @torch.no_grad()
-    def compute(indices):
-        batch, _ = collate_pairs([pairs[i] for i in indices], policy.model)
-        with autocast(ranks.device):
-            logp = policy(batch)
-        return response_logps(logp, batch.lengths).view(-1, 2).tolist()
-
-    logps = map_batches(compute, batches, partial, ranks, label)
-    return [logps[i] for i in range(len(pairs))]
-
-
-def store_logps(ref, pairs, args, partial, ranks):
-    """Set pair["logps_ref"]. pi_ref is fixed, so once is enough."""
-    for pair, logps in zip(pairs, pair_logps(ref, pairs, args, partial, ranks, "scoring with pi_ref")):
+def store_logps(ref, pairs, args, work, ranks):
+    """Set pair["logps_ref"], the log-probs of y_w and y_l under pi_ref: it is fixed, so once is enough."""
+    rows = [{"prompt_ids": pair["prompt"], "responses": [{"ids": pair["chosen"]}, {"ids": pair["rejected"]}]}
+            for pair in pairs]
+    scores = score(ref, rows, args.micro_batch_size, work, ranks, "scoring with pi_ref", args.micro_batch_tokens)
+    for pair, (logps, _) in zip(pairs, scores):
         pair["logps_ref"] = logps
-
-
-def cut_pairs(rows, args):
-    """(the pairs, with responses cut to fit --max-length; counts of what was read and dropped).
-
-    rows: {"id", "prompt", "chosen", "rejected"} with token ids, of all files of --input. Raises InputError where two
-    have the same id, or no pair is left.
-    """
-    pairs, ids, counts = [], set(), {"pairs read": 0, "dropped as too long": 0, "dropped as equal after cutting": 0}
-    for row in rows:
-        if row["id"] in ids:
-            raise InputError(f"{' '.join(args.input)}: two files have the id {row['id']}: ids must differ")
-        ids.add(row["id"])
-        counts["pairs read"] += 1
-        room = args.max_length - len(row["prompt"])
-        chosen, rejected = (array("i", row[key][:room]) for key in ("chosen", "rejected"))  # 4 bytes a token
-        if len(row["prompt"]) > args.max_prompt_length or room < 1:
-            counts["dropped as too long"] += 1
-        elif chosen == rejected:
-            counts["dropped as equal after cutting"] += 1
-        else:
-            pairs.append({"id": row["id"], "prompt": array("i", row["prompt"]), "chosen": chosen, "rejected": rejected})
-    if not pairs:
-        raise InputError(f"{' '.join(args.input)}: no pair is left ({counts}): raise --max-prompt-length or "
-                         "--max-length")
-    return pairs, counts
-
-
-def row_length(row):
-    """Tokens of a pair, or of an example of 00_sft.py."""
-    return sum(len(row[key]) for key in ("prompt", "chosen", "rejected", "response") if key in row)
 
 
 def collate_pairs(pairs, model):
@@ -417,10 +441,8 @@ def collate_pairs(pairs, model):
     return collate(rows, model.device, model.max_shared_length), logps_ref
 
 
-def make_optimizer(model, lr, steps):
-    """AdamW without weight decay; the rate rises from 0 over 10 % of the steps, then falls as a cosine to 0."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0, fused=True)
-    return optimizer, get_cosine_schedule_with_warmup(optimizer, -(-steps // 10), steps)
+# ---------------------------------------------------------------------------------------------
+# Training: the steps
 
 
 def epoch_batches(count, batch_size, epochs, seed, path="the input"):
@@ -434,29 +456,51 @@ def epoch_batches(count, batch_size, epochs, seed, path="the input"):
     return batches
 
 
-def micro_batches(rows, args, ranks):
-    """This rank's (rows, weight) of one optimizer step, rows of similar length together (see `length_batches`).
+def make_optimizer(model, lr, steps):
+    """AdamW without weight decay; the rate rises from 0 over 10 % of the steps, then falls as a cosine to 0."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.0, fused=True)
+    return optimizer, get_cosine_schedule_with_warmup(optimizer, -(-steps // 10), steps)
 
-    Without --micro-batch-tokens every rank gets its share (32 rows, 4 ranks: 8 each), even where one could hold all.
+
+def micro_batches(rows, args, ranks):
+    """This rank's [(rows, weight)] of an optimizer step: what it computes at a time, rows of similar length together.
+
+    The step's gradient is that of sum over all micro-batches of weight * losses.sum() / (rows of the step). weight is
+    the number of ranks, by which DDP and FSDP divide where they average; or 0 for the first micro-batch once more,
+    where there are none left for a rank: every rank has to take part in every forward and backward pass.
+    Every rank gets its share (32 rows, 4 ranks: 8 each), even where one could hold all.
     """
     per_rank = math.ceil(len(rows) / ranks.world)
     size = math.ceil(per_rank / math.ceil(per_rank / args.micro_batch_size))
     batches = length_batches([row_length(row) for row in rows], size, args.micro_batch_tokens)
-    return [([rows[i] for i in batch], weight) for batch, weight in split_over_ranks(batches, ranks)]
+    return split_over_ranks([[rows[i] for i in batch] for batch in batches], ranks)
 
 
 def split_over_ranks(batches, ranks):
-    """This rank's (batch, weight). If batches run out, a rank gets the first again with weight 0.
-
-    DDP and FSDP need every rank in every forward pass.
-    """
-    weighted = [(batch, 1) for batch in batches] + [(batches[0], 0)] * (-len(batches) % ranks.world)
+    """This rank's [(batch, weight)], as `micro_batches` explains."""
+    weighted = [(batch, ranks.world) for batch in batches] + [(batches[0], 0)] * (-len(batches) % ranks.world)
     return weighted[ranks.rank::ranks.world]
+
+
+def row_length(row):
+    """Tokens of a pair, or of an example of 00_sft.py."""
+    return sum(len(row[key]) for key in ("prompt", "chosen", "rejected", "response") if key in row)
 
 
 def grad_sync(policy, last):
     """DDP averages the gradients over the ranks in the last micro-batch of a step only, FSDP in each."""
     return policy.no_sync() if hasattr(policy, "no_sync") and not last else contextlib.nullcontext()
+
+
+def pair_metrics(losses, margin, logps_theta, logps_ref, beta):
+    """{name: (b,)} to log, with TRL's names. At the first step, where pi_theta is pi_ref, margins are rounding errors.
+
+    logps_theta, logps_ref: (b, 2), of y_w and y_l
+    """
+    rewards = beta * (logps_theta - logps_ref)  # (b, 2)
+    return {"loss": losses, "rewards/chosen": rewards[:, 0], "rewards/rejected": rewards[:, 1],
+            "rewards/margins": margin, "rewards/accuracies": (margin > 0).float(),
+            "logps/chosen": logps_theta[:, 0], "logps/rejected": logps_theta[:, 1]}
 
 
 def per_row(rows, logged, weight):
@@ -471,19 +515,10 @@ def clip_gradient(model):
     return (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()  # a DTensor where it is sharded
 
 
-def check_finite(step, rows, grad_norm, partial):
+def check_finite(step, rows, grad_norm, work):
     """Raises InputError before a step that would put NaN into the weights, naming the rows it comes from."""
     bad = [row["id"] for row in rows if not np.isfinite(row["loss"])]
     if bad or not np.isfinite(grad_norm):
         ids = ", ".join((bad or [row["id"] for row in rows])[:5])
         raise InputError(f"step {step + 1}: the loss or its gradient is not finite (ids {ids}): lower --lr, or look at "
-                         f"these rows; what was saved before is kept in {partial}")
-
-
-def log_step(partial, bar, step, rows, **more):
-    """A line of metrics.jsonl: the means over the step's rows, and `more`, the step's other values."""
-    mean = {name: sum(row[name] for row in rows) / len(rows) for name in rows[0] if name != "id"}
-    with open(partial / "metrics.jsonl", "a") as file:
-        file.write(json.dumps({"step": step + 1, **mean, **more}) + "\n")
-    bar.set_postfix({name: f"{mean[name]:.3f}" for name in ("loss", "accuracy") if name in mean}, refresh=False)
-
+                         f"these rows; what was saved before is kept in {work}")

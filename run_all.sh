@@ -37,6 +37,7 @@ settings() {
   default BETA=0.1 LR=5e-7 SEED_EPOCHS=3 BATCH_SIZE=32 MICRO_BATCH_SIZE=2
   default TEMPERATURE=0.7 MAX_NEW_TOKENS=300 ON_LENGTH_LIMIT=eos SAMPLING_BATCH_SIZE=32 SAVE_EVERY=100
   default REFINE=decoupled MERGE_SEED= SEED_REFINE= ALPHA=0.1 K_PERCENT=10 LAMBDAS="0.5 0.25 0.125"
+  default EPSILON=0.2 RESOLVE_STEPS=        # of worst-case, not the paper's: the best of three in benchmarks/TABLES.md
   default JUDGE=init REWARD_MODEL= JUDGE_MODEL= LENGTH_PENALTY=             # Tables 2, 7, 10
   default JUDGE_LR=2e-5 JUDGE_EPOCHS=3 JUDGE_BATCH_SIZE=32                                             # App. B.2
   default NNODES=1 NODE_RANK=0 RDZV_ENDPOINT= MAX_RESTARTS=0                                           # torchrun's
@@ -60,10 +61,9 @@ algorithm_1() {  # `stage` runs a script on all GPUs, `single` in one process
   # Obtaining an initial weakly aligned model pi_0 using DPO with pi_init and D_0
   if [ -z "$PI_0" ]; then
     PI_0=$R/pi_0
-    local seed_stage=(01_seed_dpo.py)
-    [ -z "$SEED_REFINE" ] ||
-      seed_stage=(04_refined_dpo.py --refine "$SEED_REFINE" --alpha "$ALPHA" --k-percent "$K_PERCENT")
-    stage "${seed_stage[@]}" --model "$INIT" --input "$R/data/seed.jsonl" --output "$PI_0" --epochs "$SEED_EPOCHS" \
+    local update=(01_seed_dpo.py)
+    [ -z "$SEED_REFINE" ] || choose_update "$SEED_REFINE" 0
+    stage "${update[@]}" --model "$INIT" --input "$R/data/seed.jsonl" --output "$PI_0" --epochs "$SEED_EPOCHS" \
       ${INIT_TOKENIZER:+--tokenizer "$INIT_TOKENIZER"} "${training[@]}"
   fi
   if [ "$JUDGE" = llm ] && [ -z "$JUDGE_MODEL" ]; then  # App. B.2
@@ -73,7 +73,7 @@ algorithm_1() {  # `stage` runs a script on all GPUs, `single` in one process
   fi
 
   # for t = 1 to T do
-  local previous=$INIT policy=$PI_0 judge t
+  local previous=$INIT policy=$PI_0 update judge t
   for (( t = 1; t <= ITERATIONS; t++ )); do
     # Synthesizing preference data D_t with pi_{t-1} and X_t
     stage 02_generate.py --model "$policy" --input "$R/data/prompts_$t.jsonl" --output "$R/responses_$t.jsonl" \
@@ -83,9 +83,9 @@ algorithm_1() {  # `stage` runs a script on all GPUs, `single` in one process
     stage 03_judge.py "${judge[@]}" --input "$R/responses_$t.jsonl" --output "$R/preferences_$t.jsonl" \
       --micro-batch-size "$SAMPLING_BATCH_SIZE" ${LENGTH_PENALTY:+--length-penalty "$LENGTH_PENALTY"}
     # pi_theta, pi_ref <- pi_{t-1}; de-coupled noise detection, refined labels, update; pi_t
-    stage 04_refined_dpo.py --model "$policy" --output "$R/pi_$t" \
-      --input "$R/preferences_$t.jsonl" ${MERGE_SEED:+"$R/data/seed.jsonl"} \
-      --refine "$REFINE" --alpha "$ALPHA" --k-percent "$K_PERCENT" --lam "${lambdas[t-1]}" "${training[@]}"
+    choose_update "$REFINE" "${lambdas[t-1]}"  # 04_refined_dpo.py
+    stage "${update[@]}" --model "$policy" --output "$R/pi_$t" \
+      --input "$R/preferences_$t.jsonl" ${MERGE_SEED:+"$R/data/seed.jsonl"} "${training[@]}"
     previous=$policy policy=$R/pi_$t
   done
   [ -z "$WORLD" ] || stage 01_seed_dpo.py --model "$INIT" --input "$R/data/all_gold.jsonl" --epochs 1 \
@@ -96,6 +96,12 @@ sft() {  # SFT or JUDGE (whose values are taken), model, examples, output, more 
   local epochs=$1_EPOCHS lr=$1_LR size=$1_BATCH_SIZE
   stage 00_sft.py --model "$2" --input "$3" --output "$4" --epochs "${!epochs}" --lr "${!lr}" --batch-size "${!size}" \
     --seed "$SEED" "${shared[@]}" "${@:5}"
+}
+
+choose_update() {  # how labels are refined, lambda -> update: the script that trains on them
+  update=(04_refined_dpo.py --refine "$1" --alpha "$ALPHA" --k-percent "$K_PERCENT" --lam "$2")
+  [ "$1" != worst-case ] || update=(extras/worst_case_dpo.py --epsilon "$EPSILON"
+                                    ${RESOLVE_STEPS:+--resolve-steps "$RESOLVE_STEPS"})
 }
 
 other_judge() {  # what the paper compares with
@@ -134,8 +140,9 @@ check_settings() {  # and makes the options that several stages share
   must_be "a whole number" "$WHOLE" SEED SEED_SIZE SEED_SAMPLE EVAL_SIZE ITERATIONS SEED_EPOCHS BATCH_SIZE \
     MICRO_BATCH_SIZE MAX_NEW_TOKENS SAMPLING_BATCH_SIZE SAVE_EVERY SFT_EPOCHS SFT_BATCH_SIZE JUDGE_EPOCHS \
     JUDGE_BATCH_SIZE NPROC NNODES NODE_RANK MAX_RESTARTS
-  must_be "a number" "$NUMBER" BETA LR TEMPERATURE ALPHA K_PERCENT SFT_LR JUDGE_LR
+  must_be "a number" "$NUMBER" BETA LR TEMPERATURE ALPHA K_PERCENT EPSILON SFT_LR JUDGE_LR
   must_be "0 or 1" "0|1" EMPTY_SYSTEM
+  must_be "a whole number, not 0" "[1-9][0-9]*|" RESOLVE_STEPS
   must_be "a whole number for each of $ITERATIONS iterations" "( *$WHOLE( |\$)){$ITERATIONS,} *" PROMPT_SIZES
   must_be "a number for each of $ITERATIONS iterations" "( *$NUMBER( |\$)){$ITERATIONS,} *" LAMBDAS
   must_be "a number or auto" "-?$NUMBER|auto|" LENGTH_PENALTY
@@ -159,7 +166,7 @@ check_settings() {  # and makes the options that several stages share
   [ "$SOURCE" = ultrafeedback ] || all=$(IFS=+; echo $(( SEED_SIZE + ${sizes[*]} )))
   default GOLD_LABEL_SHARE="$(awk "BEGIN { printf $SEED_SIZE ? \"%.1f %%\" : \"0 %%\", 100 * $SEED_SIZE / $all }")"
   shared=(--save-every "$SAVE_EVERY")
-  [ -n "$WORLD" ] || shared+=(--activation-checkpointing --fsdp)  # with one GPU there is nothing to shard
+  [ -n "$WORLD" ] || shared+=(--gradient-checkpointing --fsdp)  # with one GPU there is nothing to shard
   sampling=(--temperature "$TEMPERATURE" --max-new-tokens "$MAX_NEW_TOKENS" --seed "$SEED"
             --micro-batch-size "$SAMPLING_BATCH_SIZE")
   training=(--beta "$BETA" --lr "$LR" --batch-size "$BATCH_SIZE" --micro-batch-size "$MICRO_BATCH_SIZE" --seed "$SEED"

@@ -46,7 +46,7 @@ def run_training(script, folder, turns, **options):
     """A stage as it is, except that it waits for its turn after each step and takes the pairs in the file's order."""
     import common
     from support import runs
-    real_progress, real_log, real_store = runs.progress, common.log_step, common.store_logps
+    real_progress, real_log, real_store = runs.progress, runs.log_step, common.store_logps
 
     def progress(steps, label, ranks):  # of the training loop
         turns.before_first_step()
@@ -59,7 +59,7 @@ def run_training(script, folder, turns, **options):
     def store_logps(*parameters):
         turns.time_reference(lambda: real_store(*parameters))
 
-    runs.progress, common.log_step, common.store_logps = progress, log_step, store_logps
+    runs.progress, runs.log_step, common.store_logps = progress, log_step, store_logps
     common.epoch_batches = lambda count, size, *_: [list(range(i, i + size)) for i in range(0, count, size)]
     run_stage(script, model=folder / "model", output=tempfile.mkdtemp() + "/out", lr=LR, beta=BETA, batch_size=PAIRS,
               micro_batch_size=MICRO_BATCH, epochs=1, **options)

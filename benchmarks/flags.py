@@ -14,13 +14,11 @@ labels that Eq. 9 flags as well}}
 """
 
 import math
-import sys
 from collections import deque
 
 import numpy as np
 from shared import run_stage
 
-import common
 from extras.small_world import gold_score, read_gold
 from support import runs
 
@@ -42,19 +40,19 @@ def parse_args():
 
 
 def follow(args, partial):
-    """(what 04 logs of each pair, by step: [[{"id", "margin", "confidence", ...}]], 04's threshold)."""
-    steps, log_step, outer = [], common.log_step, runs.this_run
+    """(what 04 logs of each pair, by step: [[{"id", "rewards/margins", "confidence", ...}]], 04's threshold)."""
+    steps, log_step, outer = [], runs.log_step, runs.this_run
 
     def record(partial, bar, step, rows, **more):
         steps.append(rows)
         log_step(partial, bar, step, rows, **more)
 
     options = {key: value for key, value in vars(args).items() if key not in ("gold", "output")}
-    common.log_step = record
+    runs.log_step = record
     try:
         refined = run_stage("04_refined_dpo.py", alpha=0, output=partial / "pi", **options)
     finally:
-        common.log_step, runs.this_run = log_step, outer
+        runs.log_step, runs.this_run = log_step, outer
     return steps, refined["threshold"]
 
 
@@ -100,7 +98,7 @@ def main():
         chosen, rejected = (gold_score(gold, row["prompt"], row[y]["text"]) for y in ("chosen", "rejected"))
         worth[row["id"]], certainty[row["id"]] = chosen - rejected, max(row["p"], 1 - row["p"])
     steps, threshold = follow(args, partial)
-    detectors = {"self": lambda row: row["margin"], "decoupled": lambda row: row["confidence"],
+    detectors = {"self": lambda row: row["rewards/margins"], "decoupled": lambda row: row["confidence"],
                  "judge": lambda row: certainty[row["id"]]}
     wrong = [np.array([worth[row["id"]] < 0 for row in rows]) for rows in steps]
     known = [np.array([worth[row["id"]] != 0 for row in rows]) for rows in steps]

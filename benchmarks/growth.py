@@ -16,7 +16,6 @@ import json
 import os
 import random
 import resource
-import runpy
 import string
 import subprocess
 import sys
@@ -27,12 +26,12 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from shared import ROOT, run_stage
+from shared import run_stage
 
 import common
 from extras.alpaca_eval import alpaca_eval_metrics, length_controlled
 from extras.small_world import write_base_model
-from support import chat, models
+from support import chat, models, runs
 
 WORDS = ["".join(letters) for letters in itertools.product(string.ascii_lowercase, repeat=3)][:9000]
 PARTS = {"imports": "(Python and its packages)", "00": "00_inputs.py, JSON Lines", "02": "02_generate.py",
@@ -98,9 +97,8 @@ def work(part, folder, size):
         run_stage("03_judge.py", **model, init_model=folder / "model", input=folder / "02", output=folder / "03",
                   length_penalty="auto")
     elif part == "04":
-        stage = runpy.run_path(str(ROOT / "04_refined_dpo.py"))
         args = Namespace(model=folder / "model", input=[folder / "03"], max_prompt_length=1024, max_length=2048)
-        common.cut_pairs(stage["read_pairs"](args, chat.load_tokenizer(args.model)), args)
+        chat.read_pairs(args, chat.load_tokenizer(args.model), runs.PREFERENCES)
     elif part == "05":
         fit_win_rates(size)
 

@@ -33,9 +33,8 @@ def resident():
 
 def be_a_process(stage, folder, output, fsdp):
     """A stage as it is, except that it prints at its last step what it holds."""
-    import common
-    from support import models
-    real_load, real_log, before = models.load_reference, common.log_step, []
+    from support import models, runs
+    real_load, real_log, before = models.load_reference, runs.log_step, []
 
     def load_reference(*args):
         before.append(resident())
@@ -46,7 +45,7 @@ def be_a_process(stage, folder, output, fsdp):
         if step == STEPS - 1:
             print("held", resident() - before[0], flush=True)
 
-    models.load_reference, common.log_step = load_reference, log_step
+    models.load_reference, runs.log_step = load_reference, log_step
     os.chdir(folder)
     run_stage(stage, model="model", output=output, batch_size=PAIRS, micro_batch_size=1, epochs=1, **STAGES[stage][1],
               **{"fsdp": True} if fsdp else {})

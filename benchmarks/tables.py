@@ -160,7 +160,8 @@ GOLD_LENGTH = "0.03"  # a word: the longer of two writers' answers is the better
 # data: which world; labels: of the seed stage, epochs: its epochs; from the iteration after `after` on (default: all),
 # judge: of 03_judge.py, flip: the share of its labels that is turned round; everything else is an option of 04
 VARIANTS = {
-    "spa": {}, "spa_none": NONE, "spa_self": dict(refine="self"), "worst_case": dict(refine="worst-case"),
+    "spa": {}, "spa_none": NONE, "spa_self": dict(refine="self"),
+    "worst_case": dict(refine="worst-case", epsilon="0.01"),
     "epochs_10": dict(epochs="10"), "epochs_30": dict(epochs="30"),
     "all_gold": dict(labels="all_gold.jsonl", epochs="1"), "all_gold_3": dict(labels="all_gold.jsonl", epochs="3"),
     "random": NONE | dict(flip=0.5), "gold": NONE | dict(judge="gold"),
@@ -281,17 +282,25 @@ class Plan:
         if t == 0 and variant == "no_seed":
             return self.sft("pi_instruct", self.pi_init(), self.data() / "sft_kind.jsonl", epochs="1")
         if t == 0:
-            seed_stage = "04_refined_dpo.py" if "seed_options" in own else "01_seed_dpo.py"
-            options = {key: own[key] for key in ("epochs",) if key in own} | own.get("seed_options", {})
+            options = self.of["01_seed_dpo.py"][0] | {key: own[key] for key in ("epochs",) if key in own}
+            seed_stage = "01_seed_dpo.py"
+            if "seed_options" in own:
+                seed_stage, options = self.update(options | own["seed_options"])
             return self.run(f"pi_0_{variant}", seed_stage, model=self.pi_init(variant),
-                            input=self.data(variant) / own.get("labels", "seed.jsonl"),
-                            **self.of["01_seed_dpo.py"][0] | options)
+                            input=self.data(variant) / own.get("labels", "seed.jsonl"), **options)
         if t <= own.get("after", 0):
             return self.spa("spa_none", t)
         options = {key: own[key] for key in ("refine", "alpha", "k_percent", "epsilon") if key in own}
-        return self.run(f"{variant}/pi_{t}", "04_refined_dpo.py", model=self.spa(variant, t - 1),
-                        input=self.preferences(variant, t),
-                        **dict(refine="decoupled") | self.of["04_refined_dpo.py"][t - 1] | options)
+        stage, options = self.update(dict(refine="decoupled") | self.of["04_refined_dpo.py"][t - 1] | options)
+        return self.run(f"{variant}/pi_{t}", stage, model=self.spa(variant, t - 1),
+                        input=self.preferences(variant, t), **options)
+
+    def update(self, options):
+        """(the script that trains so, its options). options: 04's, of which refine may be worst-case"""
+        if options["refine"] != "worst-case":
+            return "04_refined_dpo.py", options
+        return "extras/worst_case_dpo.py", {key: value for key, value in options.items()
+                                            if key not in ("refine", "alpha", "k_percent", "lam")}
 
     def preferences(self, variant, t):
         """D_t of a variant of SPA."""

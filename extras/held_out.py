@@ -7,8 +7,6 @@
     likelihood under pi_init would give, D_t teaches nothing.
 """
 
-import math
-
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -59,7 +57,7 @@ def distance(args, sampler, init, prompts, responses, partial):
         batch = common.collate([(row["prompt_ids"], [y["ids"] for y in row["responses"]]) for row in rows],
                                sampler.ranks.device)
         kl, logp_init = token_divergence(model, init, batch)
-        improbable = (logp_init < math.log(1e-4)).float()
+        improbable = (logp_init < common.IMPROBABLE).float()
         return torch.stack([common.response_logps(values, batch.lengths) for values in (kl, improbable)], 1).tolist()
 
     rows = [{"prompt_ids": prompt, "responses": [{"ids": ids}]} for prompt, ids in zip(prompts, responses)]
@@ -80,17 +78,16 @@ def evaluate(args, sampler, rows, prompts, responses, partial):
     labelled, pairs = [], []
     for row in rows:
         if runs.is_text(row.get("chosen")) and runs.is_text(row.get("rejected")):
-            pair = chat.tokenize_pair(args.input, row, sampler.tokenizer, sampler.eos)
-            if common.row_length(pair) - min(len(pair["chosen"]), len(pair["rejected"])) <= models.count_positions(
-                    sampler.model):
+            prompt, *answers = chat.tokenize_pair(args.input, row, sampler.tokenizer, sampler.eos)
+            if len(prompt) + max(map(len, answers)) <= models.count_positions(sampler.model):
                 labelled.append(row)
-                pairs.append(pair)
+                pairs.append({"prompt_ids": prompt, "responses": [{"ids": ids} for ids in answers]})
     if not pairs:
         return metrics
 
     def log_ratio(model, label):  # log pi(y_w | x) - log pi(y_l | x), (n,)
-        logps = common.pair_logps(common.ResponseLogps(model), pairs, args, partial, sampler.ranks, label)
-        return np.array(logps) @ [1, -1]
+        scores = common.score(common.ResponseLogps(model), pairs, args.micro_batch_size, partial, sampler.ranks, label)
+        return np.array([logps for logps, _ in scores]) @ [1, -1]
 
     ours = log_ratio(sampler.model, "scoring held-out labels")
     theirs = log_ratio(init, "scoring with pi_init")

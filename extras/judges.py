@@ -1,7 +1,17 @@
 """What the paper compares SPA's direct preference judgment with: --judge and --length-penalty auto of 03_judge.py.
 
-Each judge is a function of (rows, args, partial, ranks) that returns (rewards, extra): for each row the reward of each
-response, and the fields to store with its label.
+    --judge previous    Eq. 7 with pi_{t-2}, the model that pi_{t-1} was trained from, as reference (Table 7)
+            none        no reference: the reward is beta log pi_{t-1}(y | x) (Table 7)
+            pairrm      PairRM (Tables 2 and 7; extras/pairrm.py)
+            reward      a reward model, which scores each response by itself
+            llm         LLM-as-judge (Table 2, App. B.2), asked in both orders of a pair, so that position bias cancels;
+                        with --llm-order first in one, as App. B.2 does
+            gold        labels from outside, for the 100 % rows
+
+    python 03_judge.py --judge llm --judge-model judge --input responses_1.jsonl --output preferences_1.jsonl
+
+Each judge is a function of (rows, args, work, ranks) that returns (rewards, extra): for each row the reward of each
+response, and the fields to store with its label ("scores", or "options" of llm, or "logits" of pairrm).
 """
 
 import itertools
@@ -16,7 +26,44 @@ from extras.small_world import gold_score, read_gold
 from support import chat, models, runs
 
 
-def judge_reward(rows, args, partial, ranks):
+# the options that each judge requires; those of the others are refused
+NEEDS = {"init": ["--model", "--init-model"], "previous": ["--model", "--ref-model"], "none": ["--model"],
+         "pairrm": ["--reward-model"], "reward": ["--reward-model"], "llm": ["--judge-model"], "gold": ["--gold"]}
+
+
+def parse_args(parser):
+    """03's arguments, its parser given, with the options of these judges."""
+    add = parser.add_argument
+    add("--ref-model", help="--judge previous: pi_{t-2}, at t = 1 pi_init")
+    add("--reward-model", help="--judge pairrm: llm-blender/PairRM-hf, or its folder; --judge reward: a sequence "
+        "classifier with one label")
+    add("--judge-model", help="--judge llm: what 00_sft.py trained on judge_sft.jsonl of 00_inputs.py")
+    add("--llm-order", choices=("both", "first"), default="both",
+        help="--judge llm: both orders of a pair, or the order of sampling alone")
+    add("--gold", help="--judge gold: gold.json of the small world, or JSON Lines (.jsonl) of id, label: "
+        "1 or 2, the better response")
+    args = parser.parse_args()
+    if args.judge not in NEEDS:
+        parser.error(f"--judge {args.judge} is none of {', '.join(NEEDS)}")
+    options = {option for of_judge in NEEDS.values() for option in of_judge}
+    given = {"--" + name.replace("_", "-") for name, value in vars(args).items() if value is not None} & options
+    if given != set(NEEDS[args.judge]):
+        parser.error(f"--judge {args.judge} takes {' and '.join(NEEDS[args.judge])}; given: "
+                     f"{' and '.join(sorted(given)) or 'none'}")
+    return args
+
+
+def judge(judge_by_likelihood, rows, args, work, ranks):
+    """(rewards, extra) by the judge --judge. judge_by_likelihood: 03's function, of which two judges are cases"""
+    if args.judge in ("previous", "none"):
+        return judge_by_likelihood(args.ref_model, rows, args, work, ranks)
+    if args.judge == "pairrm":
+        from extras.pairrm import judge_pairrm
+        return judge_pairrm(rows, args, work, ranks)
+    return {"reward": judge_reward, "llm": judge_llm, "gold": judge_gold}[args.judge](rows, args, work, ranks)
+
+
+def judge_reward(rows, args, work, ranks):
     """An external reward model: its one output for (x, y), each response by itself."""
     model, tokenizer = load_reward_model(args.reward_model, ranks.device)
     limit = min(getattr(model.config, "max_position_embeddings", math.inf), tokenizer.model_max_length)
@@ -33,7 +80,7 @@ def judge_reward(rows, args, partial, ranks):
         scores = iter(reward_scores(model, encoded))
         return [[next(scores) for _ in row["responses"]] for row in batch_rows]
 
-    scores = common.map_rows(compute, rows, args.micro_batch_size, partial, ranks, "scoring with the reward model")
+    scores = common.map_rows(compute, rows, args.micro_batch_size, work, ranks, "scoring with the reward model")
     return scores, [{"scores": of_row} for of_row in scores]
 
 
@@ -108,7 +155,7 @@ def judging_examples(seed, orders):
                    "response": letter}
 
 
-def judge_llm(rows, args, partial, ranks):
+def judge_llm(rows, args, work, ranks):
     """LLM-as-judge (App. B.2): the log-prob of the letter of each response as the answer to Listing 1.
 
     A response's reward is the mean over both orders of the pair, so that position bias cancels, or, with --llm-order
@@ -135,7 +182,7 @@ def judge_llm(rows, args, partial, ranks):
         options = iter(logps(batch).view(-1, 2).tolist())  # (questions, 2): each letter is one token
         return [[[one, two, *next(options)] for one, two in pairs(row)] for row in batch_rows]
 
-    options = common.map_rows(compute, rows, args.micro_batch_size, partial, ranks, "asking the judge")
+    options = common.map_rows(compute, rows, args.micro_batch_size, work, ranks, "asking the judge")
     rewards = [llm_rewards(len(row["responses"]), of_row) for row, of_row in zip(rows, options, strict=True)]
     return rewards, [{"options": of_row} for of_row in options]
 
@@ -168,7 +215,7 @@ def is_label(value):
     return value in (1, 2) and type(value) is int
 
 
-def judge_gold(rows, args, partial, ranks):
+def judge_gold(rows, args, work, ranks):
     """The small world's gold judge, or a file of labels: 1 for the better response, 0 for the other."""
     if args.gold.endswith(".jsonl"):
         labels = {row["id"]: row["label"] for row in runs.read_jsonl(args.gold, {"id": runs.is_id, "label": is_label})}

@@ -4,7 +4,7 @@
     prompt_ids        a prompt, a list of messages, as token ids; short_prompts: those within the limit
     response_ids      a response after its prompt, with one EOS; response_text: the way back, for judges and benchmarks
     eos_ids           what ends a response
-    tokenize_pair     a row of the seed
+    read_pairs        what 01 and 04 train on: texts, or the ids that were sampled
 
 A text is only text: a special token that it spells gets no special token. A template's faults are errors in one line.
 """
@@ -20,7 +20,12 @@ from pathlib import Path
 from transformers import AutoTokenizer, GenerationConfig
 
 from support import models
-from support.runs import InputError, begun
+from support.runs import InputError, begun, read_jsonl
+
+
+def add_options(add):
+    add("--tokenizer", help="tokenizer folder or Hub name (default: --model's)")
+    add("--chat-template", help="Jinja chat template file (default: the tokenizer's)")
 
 
 def load_tokenizer(model, tokenizer=None, chat_template=None):
@@ -201,8 +206,38 @@ def eos_ids(name, tokenizer):
     return sorted(eos, key=lambda i: (i != first, i))
 
 
+def read_pairs(args, tokenizer, *kinds):
+    """({"id", "prompt", "chosen", "rejected"} with token ids of each pair of --input, counts of what was read).
+
+    kinds: runs.SEED, texts, which are tokenised; runs.PREFERENCES, ids that were sampled and judged, taken as they are.
+    Responses are cut to fit --max-length; pairs with a longer prompt than --max-prompt-length, or equal after cutting,
+    are dropped and counted. Raises InputError where two files have the same id, or no pair is left.
+    """
+    pairs, ids, counts = [], set(), {"pairs read": 0, "dropped as too long": 0, "dropped as equal after cutting": 0}
+    eos, paths = eos_ids(args.model, tokenizer), " ".join(args.input)
+    for path, row in ((path, row) for path in args.input for row in read_jsonl(path, [*kinds])):
+        if row["id"] in ids:
+            raise InputError(f"{paths}: two files have the id {row['id']}: ids must differ")
+        ids.add(row["id"])
+        counts["pairs read"] += 1
+        if "prompt_ids" in row:
+            prompt, chosen, rejected = row["prompt_ids"], row["chosen"]["ids"], row["rejected"]["ids"]
+        else:
+            prompt, chosen, rejected = tokenize_pair(path, row, tokenizer, eos)
+        room = args.max_length - len(prompt)  # arrays: 4 bytes a token
+        prompt, chosen, rejected = array("i", prompt), array("i", chosen[:room]), array("i", rejected[:room])
+        if len(prompt) > args.max_prompt_length or room < 1:
+            counts["dropped as too long"] += 1
+        elif chosen == rejected:
+            counts["dropped as equal after cutting"] += 1
+        else:
+            pairs.append({"id": row["id"], "prompt": prompt, "chosen": chosen, "rejected": rejected})
+    if not pairs:
+        raise InputError(f"{paths}: no pair is left ({counts}): raise --max-prompt-length or --max-length")
+    return pairs, counts
+
+
 def tokenize_pair(path, row, tokenizer, eos):
-    """A row of the seed, {"id", "prompt", "chosen", "rejected"}, with token ids in place of the texts."""
+    """(token ids of the prompt, of the chosen response, of the rejected one) of a labelled row of texts."""
     prompt = prompt_ids(tokenizer, row["prompt"], f"{path}, id {row['id']}")
-    chosen, rejected = (response_ids(tokenizer, row["prompt"], prompt, row[key], eos) for key in ("chosen", "rejected"))
-    return {"id": row["id"], "prompt": prompt, "chosen": chosen, "rejected": rejected}
+    return prompt, *(response_ids(tokenizer, row["prompt"], prompt, row[key], eos) for key in ("chosen", "rejected"))

@@ -20,7 +20,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
-from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import common
@@ -80,56 +79,67 @@ def load_model(name, device, dtype=torch.float32):
     return model
 
 
-@torch.no_grad()
 def try_model(name, model):
     """Do on a few tokens what the stages do with a model, and set model.max_shared_length. Raises InputError where it
-    fails: what a model can do is not told by its architecture's name.
+    fails: what a model can do cannot be inferred from its architecture's name.
 
     max_shared_length: the longest prompt + response for which one pass over the prompt is exact for all its responses;
     0 where the model ignores custom masks or positions. At most its sliding window or attention chunk, which a custom
     mask would override.
     """
-    exact, near = (1e-4, 1e-3) if model.dtype == torch.float32 else (0.5, 0.1)  # float32, or bf16
-    config = model.config.get_text_config()
-
-    def logps(rows, max_shared=0):
-        return common.ResponseLogps(model)(common.collate(rows, model.device, max_shared))
-
-    def differ(one, two):
-        return not torch.allclose(one, two, rtol=1e-3, atol=exact)
-
+    exact = 1e-4 if model.dtype == torch.float32 else 0.5  # float32, or bf16
     try:
-        u = np.random.default_rng(0).random((2, 4, 4))  # two prompts, four responses to each, of at most four tokens
-        sampled = common.sample_responses(model, [[1], [2, 0]], u, 2.0, 4, list(range(0, config.vocab_size, 4)))
-        rows = [(x, [y for y, _ in ys]) for x, ys in zip([[1], [2, 0]], sampled)]
-        batch, alone = common.collate(rows, model.device), logps(rows)
-        logits = model(input_ids=batch.ids, use_cache=False).logits.flatten(0, 1)[batch.logit_positions].float()
-        model.train()
-        trained = torch.stack([logps(rows), logps(rows)])
-        model.eval()
+        found = find_fault(model, exact)
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
         raise InputError(f"{name}: not supported: a pass over a few tokens fails ({type(error).__name__}: "
                          f"{str(error)[:100]}): give another model")
-    # where sample_token has found each token: below the cumulative probability and not below that of the one before
-    p = (logits / 2.0).softmax(-1).double()
-    p, end = (values.gather(1, batch.labels[:, None])[:, 0].cpu().numpy() for values in (p, p.cumsum(-1)))
-    drawn = np.concatenate([u[b, k, :len(y)] for b, (_, ys) in enumerate(rows) for k, y in enumerate(ys)])
-    found = ("its logits are not lm_head(hidden), e.g. soft-capped or scaled"
-             if differ(alone, -F.cross_entropy(logits, batch.labels, reduction="none")) else
-             "in train mode it computes something else, e.g. a random routing" if differ(trained, alone) else
-             "with its cache and padding on the left it predicts other tokens"
-             if max(*(drawn - end), *(end - p - drawn)) > near else None)
     if found:
         raise InputError(f"{name}: not supported: {found}: give another model")
 
     rows = [(x, [[3, 4], [4, 3]]) for x in ([1], [2, 0])]  # no longer than the shortest window
+    config = model.config.get_text_config()
     limits = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size")]
     model.max_shared_length = 0
     with contextlib.suppress(Exception):  # a model that takes no such mask
-        if torch.allclose(logps(rows, max_shared=4), logps(rows), rtol=0, atol=min(exact, 0.1)):
+        if torch.allclose(logps(model, rows, 4), logps(model, rows), rtol=0, atol=min(exact, 0.1)):
             model.max_shared_length = min((limit for limit in limits if limit), default=math.inf)
+
+
+@torch.no_grad()
+def logps(model, rows, max_shared=0):
+    return common.ResponseLogps(model)(common.collate(rows, model.device, max_shared))
+
+
+@torch.no_grad()
+def find_fault(model, exact):
+    """What the model computes otherwise than the stages assume, in words; None where nothing was found.
+
+    Two prompts are sampled from, four responses of at most four tokens to each; then these are scored.
+    """
+    def differ(one, two):
+        return not torch.allclose(one, two, rtol=1e-3, atol=exact)
+
+    u = np.random.default_rng(0).random((2, 4, 4))
+    eos = list(range(0, model.config.get_text_config().vocab_size, 4))
+    sampled = common.sample_responses(model, [[1], [2, 0]], u, 2.0, 4, eos)
+    rows = [(x, [y for y, _ in ys]) for x, ys in zip([[1], [2, 0]], sampled)]
+    batch, alone = common.collate(rows, model.device), logps(model, rows)
+    logits = model(input_ids=batch.ids, use_cache=False).logits.flatten(0, 1)[batch.logit_positions].float()
+    model.train()
+    trained = torch.stack([logps(model, rows), logps(model, rows)])
+    model.eval()
+    # where sample_token has found each token: below the cumulative probability and not below that of the one before
+    p = (logits / 2.0).softmax(-1).double()
+    p, end = (values.gather(1, batch.labels[:, None])[:, 0].cpu().numpy() for values in (p, p.cumsum(-1)))
+    drawn = np.concatenate([u[b, k, :len(y)] for b, (_, ys) in enumerate(rows) for k, y in enumerate(ys)])
+    if differ(alone, -F.cross_entropy(logits, batch.labels, reduction="none")):
+        return "its logits are not lm_head(hidden), e.g. soft-capped or scaled"
+    if differ(trained, alone):
+        return "in train mode it computes something else, e.g. a random routing"
+    if max(*(drawn - end), *(end - p - drawn)) > (1e-3 if model.dtype == torch.float32 else 0.1):
+        return "with its cache and padding on the left it predicts other tokens"
 
 
 def count_positions(model):
@@ -167,19 +177,10 @@ def check_same_vocabulary(name, other):
 
 
 def load_policy(args, ranks):
-    """(the model of --model in train mode, its dropout 0; what the loop calls: the model under DDP or FSDP)"""
-    device = torch.device("cpu") if common.is_sharded(args, ranks) else ranks.device  # unsharded it may not fit on a GPU
-    model = load_model(args.model, device)
-    model.train()
-    if args.activation_checkpointing:
-        enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
-        enable({"use_reentrant": False})
-    policy = common.ResponseLogps(model)
-    if common.is_sharded(args, ranks):
-        policy = common.shard(policy, ranks)
-    elif ranks.world > 1:
-        policy = nn.parallel.DistributedDataParallel(policy, gradient_as_bucket_view=True)
-    return model, policy
+    """(the model of --model in train mode, its dropout 0; what the training loop calls, see `common.make_policy`)"""
+    # unsharded it may not fit on a GPU
+    model = load_model(args.model, torch.device("cpu") if common.is_sharded(args, ranks) else ranks.device)
+    return model, common.make_policy(model, args, ranks)
 
 
 def load_reference(name, pairs, args, ranks):
@@ -207,7 +208,7 @@ def save_model(model, tokenizer, folder, weights=None):
         file.chmod((folder / "config.json").stat().st_mode)
 
 
-def save_trained(args, partial, ranks, model, tokenizer, counts):
+def save_trained(args, work, ranks, model, tokenizer, counts):
     """The trained model, with the metrics of its steps, as the output."""
     weights = model.state_dict()
     if common.is_sharded(args, ranks):
@@ -217,10 +218,10 @@ def save_trained(args, partial, ranks, model, tokenizer, counts):
     def write():
         if not all(torch.isfinite(weight).all() for weight in weights.values()):
             raise InputError("the last step left weights that are not finite: lower --lr; what was saved before is "
-                             f"kept in {partial}")
-        shutil.rmtree(partial / "model", ignore_errors=True)  # a kill may have left half of it
-        save_model(model, tokenizer, partial / "model", weights)
-        shutil.copyfile(partial / "metrics.jsonl", partial / "model" / "metrics.jsonl")
-        close_output(args, partial, partial / "model", counts)
+                             f"kept in {work}")
+        shutil.rmtree(work / "model", ignore_errors=True)  # a kill may have left half of it
+        save_model(model, tokenizer, work / "model", weights)
+        shutil.copyfile(work / "metrics.jsonl", work / "model" / "metrics.jsonl")
+        close_output(args, work, work / "model", counts)
 
     ranks.on_first(write)

@@ -1,11 +1,11 @@
 """What makes a run safe. Every stage uses it; SPA can be understood without reading it. It knows nothing of models.
 
     errors     InputError, run: one line on stderr and an exit status, on Ctrl-C and SIGTERM too
-    options    Parser, number, positive, natural, nonnegative, share
+    options    Parser, number, positive, natural, nonnegative, share, add_training_options
     records    PROMPTS, EXAMPLES, SEED, RESPONSES, PREFERENCES, read_jsonl, write_jsonl
     outputs    open_output, close_output: made in OUTPUT.partial, renamed when complete, args.json beside them
-    progress   a bar on a terminal, lines in a log
-    resuming   journal, read_journal (finished batches); load_state, save_due, save_state (training)
+    progress   a bar on a terminal, lines in a log; log_step: metrics.jsonl
+    resuming   journal, read_journal (finished batches); load_state, save_if_due (training)
 """
 
 import argparse
@@ -52,7 +52,6 @@ class ThisRun:
     lock: IO | None = None       # the locked file in it
     training: bool = False       # a signal waits until the step is done and saved
     asked: int | None = None     # the signal that asked this rank to stop
-    agreed: int | None = None    # the signal on which all ranks have agreed to stop
 
 
 this_run = ThisRun()
@@ -174,6 +173,17 @@ def number(kind, low, high=float("inf")):
 
 positive, natural = number(int, 1, 2**63 - 1), number(int, 0, 2**63 - 1)
 nonnegative, share = number(float, 0), number(float, 0, 1)
+
+
+def add_training_options(add, rows, micro_batch_size):
+    """The options of 00_sft, 01 and 04 on lengths, memory and safety. rows: what they train on, for help"""
+    add("--max-prompt-length", type=positive, default=1024, help=f"{rows} with a longer prompt are dropped")
+    add("--max-length", type=number(int, 2), default=2048, help="prompt + response; responses are cut to fit")
+    add("--micro-batch-size", type=positive, default=micro_batch_size, help=f"most {rows} per forward pass on a rank")
+    add("--micro-batch-tokens", type=positive, help="maximum padded tokens per forward pass (one row may exceed it)")
+    add("--gradient-checkpointing", action="store_true", help="less memory for more compute")
+    add("--fsdp", action="store_true", help="shard weights, gradients and optimizer over the ranks, for less memory")
+    add("--save-every", type=positive, default=100, help="save a state to resume from every N steps")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -516,6 +526,15 @@ def progress(steps, label, ranks):
     return tqdm(steps, desc=label, disable=ranks.rank != 0, leave=False, miniters=1, delay=2, **options)
 
 
+def log_step(work, bar, step, rows, **more):
+    """A line of metrics.jsonl: the means over the step's rows, and `more`, the step's other values."""
+    mean = {name: sum(row[name] for row in rows) / len(rows) for name in rows[0] if name != "id"}
+    with open(work / "metrics.jsonl", "a") as file:
+        file.write(json.dumps({"step": step + 1, **mean, **more}) + "\n")
+    shown = {"loss": "loss", "rewards/accuracies": "accuracy"}
+    bar.set_postfix({shown[name]: f"{mean[name]:.3f}" for name in shown if name in mean}, refresh=False)
+
+
 # ---------------------------------------------------------------------------------------------
 # Resuming: finished batches
 
@@ -587,26 +606,22 @@ def saved_states(partial):
     return sorted((int(path.stem.removeprefix("state-")), path) for path in partial.glob("state-*.pt"))
 
 
-def save_due(step, steps, every, ranks):
-    """Whether to save after this step: every `every` steps, or where a rank was asked to stop; not after the last."""
-    asked = [number for number in ranks.gather([this_run.asked]) if number]
-    this_run.agreed = asked[0] if asked else None
-    return step < steps and bool(asked or step % every == 0)
+def save_if_due(every, steps, work, ranks, step, model, optimizer, scheduler, **state):
+    """Every `every` steps, and where a rank was asked to stop, save what `load_state` needs to resume after `step`.
 
-
-def save_state(partial, ranks, step, model, optimizer, scheduler, **state):
-    """Save what `load_state` needs to resume after `step` steps; state: further fields that it returns.
-
-    No RNG state is saved: dropout is 0, and the order of the rows follows from --seed. Raises Stopped where a signal
-    was the reason to save.
+    Not after the last of `steps`. state: further fields that `load_state` returns. No RNG state is saved: dropout is 0,
+    and the order of the rows follows from --seed. Every rank calls this. Raises Stopped where one was asked to stop.
     """
+    asked = [number for number in ranks.gather([this_run.asked]) if number]
+    if step == steps or not asked and step % every:
+        return
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict  # slow to import
     whole = StateDictOptions(full_state_dict=True, cpu_offload=True)  # on the CPU of rank 0
     weights, moments = get_state_dict(model, optimizer, options=whole)
     state |= {"step": step, "model": weights, "optimizer": moments, "scheduler": scheduler.state_dict()}
-    ranks.on_first(lambda: write_state(partial, state))
-    if this_run.agreed:
-        raise Stopped(this_run.agreed)
+    ranks.on_first(lambda: write_state(work, state))
+    if asked:
+        raise Stopped(asked[0])
 
 
 def write_state(partial, state):

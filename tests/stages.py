@@ -23,7 +23,6 @@ sys.path.insert(0, str(ROOT))
 
 import torch.distributed as dist
 
-import common
 from support import runs
 
 Ran = namedtuple("Ran", "status out err")
@@ -33,8 +32,8 @@ NO_RANKS = {key: value for key, value in os.environ.items()
 
 @functools.cache
 def load(name):
-    """The module of a stage: "01_seed_dpo" is no name that `import` takes."""
-    spec = importlib.util.spec_from_file_location("stage_" + name, ROOT / f"{name}.py")
+    """The module of a stage or of "extras/SCRIPT": "01_seed_dpo" is no name that `import` takes."""
+    spec = importlib.util.spec_from_file_location("stage_" + Path(name).name, ROOT / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -171,15 +170,15 @@ def run_ranks(folder, *jobs):
 
 @contextlib.contextmanager
 def stopped_after(steps):
-    real = common.log_step
+    real = runs.log_step
 
     def log_step(partial, progress, step, *rest, **more):
         real(partial, progress, step, *rest, **more)
         if step + 1 == steps:
             os.kill(os.getpid(), signal.SIGTERM)
-    common.log_step = log_step
+    runs.log_step = log_step
     yield
-    common.log_step = real
+    runs.log_step = real
 
 
 def gloo_threads():

@@ -1,4 +1,4 @@
-"""--refine worst-case of 04: the worst distribution against the dual problem, its loss, and the training."""
+"""extras/worst_case_dpo.py: the worst distribution against the dual problem, its loss, and the training."""
 
 import math
 
@@ -7,11 +7,11 @@ import pytest
 import torch
 
 import stages
-from extras import worst_case
 from stages import attempt, farthest, metrics, run
 
-refined_dpo = stages.load("04_refined_dpo")
-WORST = dict(lr=1e-3, beta=0.3, batch_size=8, epochs=3, refine="worst-case", epsilon=0.05)
+SCRIPT = "extras/worst_case_dpo"
+worst_case = stages.load(SCRIPT)
+WORST = dict(lr=1e-3, beta=0.3, batch_size=8, epochs=3, epsilon=0.05)
 
 
 def value(xi, pieces):
@@ -105,18 +105,18 @@ def test_the_loss_is_finite_wherever_theta_goes():
 
 
 def test_training_with_epsilon_0_is_plain_dpo(pi_0, preferences, tmp_path):
-    options = dict(WORST, model=pi_0, input=preferences, epsilon=0)
-    one, two = (run("04_refined_dpo", **options | {"refine": refine}, output=tmp_path / refine)
-                for refine in ("worst-case", "none"))
-    assert farthest(one, two) == 0
+    options = dict(WORST, model=pi_0, input=preferences)
+    one = run(SCRIPT, **options | {"epsilon": 0}, output=tmp_path / "one")
+    del options["epsilon"]
+    assert farthest(one, run("04_refined_dpo", **options, refine="none", output=tmp_path / "two")) == 0
 
 
 def test_the_atoms_follow_the_model(pi_0, preferences, tmp_path):
     """18 steps, refinement from step ceil(3.6) on: solved before the fifth step, then at the epochs, or as asked."""
-    lines = [metrics(run("04_refined_dpo", **WORST, **more, model=pi_0, input=preferences, output=tmp_path / str(k)))
+    lines = [metrics(run(SCRIPT, **WORST, **more, model=pi_0, input=preferences, output=tmp_path / str(k)))
              for k, more in enumerate(({}, {"resolve_steps": 5}, {"resolve_steps": 100}))]
     for of_run in lines:
-        assert all(line["flagged"] == 0 for line in of_run[:4]) and all(line["tau"] == 0 for line in of_run)
+        assert all(line["flagged"] == 0 for line in of_run[:4])
         assert any(line["flagged"] > 0 for line in of_run[4:6])
     epochs, asked, once = ([line["loss"] for line in of_run] for of_run in lines)
     assert epochs[:6] == once[:6] and epochs[6] != once[6]
@@ -125,15 +125,15 @@ def test_the_atoms_follow_the_model(pi_0, preferences, tmp_path):
 
 def test_every_pair_s_atoms_are_those_of_its_own_confidence(pi_0, pi_init, preferences, tmp_path):
     options = dict(WORST, model=pi_0, ref_model=pi_init, input=preferences, refine_after=0)
-    alone = metrics(run("04_refined_dpo", **options | dict(refine="none", lr=1e-12, batch_size=1, epochs=1),
+    alone = metrics(run(SCRIPT, **options | dict(epsilon=0, lr=1e-12, batch_size=1, epochs=1),
                         output=tmp_path / "alone"))
-    margin = np.array([line["margin"] for line in alone])
+    margin = np.array([line["rewards/margins"] for line in alone])
     xi = 1 / (1 + np.exp(-margin))
     assert len(xi) == 41 and xi.std() > 0.1
     moved, shift = worst_case.worst_distribution(xi, 0.05, 10, 0.05)
     loss = worst_case.worst_case_loss(*map(torch.tensor, (margin, moved, shift)), 0.05)
     for size in (1, 4, 50):  # in one step over all pairs, before any update
-        line = metrics(run("04_refined_dpo", **options | dict(batch_size=50), micro_batch_size=size,
+        line = metrics(run(SCRIPT, **options | dict(batch_size=50), micro_batch_size=size,
                            output=tmp_path / f"all {size}"))[0]
         assert line["loss"] == pytest.approx(loss.mean().item(), rel=1e-4)
         assert line["flagged"] == pytest.approx(moved.mean(), rel=1e-4)
@@ -141,7 +141,7 @@ def test_every_pair_s_atoms_are_those_of_its_own_confidence(pi_0, pi_init, prefe
 
 def test_it_resumes_with_the_atoms_that_it_had(pi_0, preferences, tmp_path, monkeypatch):
     options = dict(WORST, model=pi_0, input=preferences, save_every=2)
-    whole, calls = run("04_refined_dpo", **options, output=tmp_path / "whole"), []
+    whole, calls = run(SCRIPT, **options, output=tmp_path / "whole"), []
 
     def clip(*args, real=torch.nn.utils.clip_grad_norm_):
         calls.append(1)
@@ -150,7 +150,7 @@ def test_it_resumes_with_the_atoms_that_it_had(pi_0, preferences, tmp_path, monk
         return real(*args)
     with monkeypatch.context() as patch, pytest.raises(MemoryError):
         patch.setattr(torch.nn.utils, "clip_grad_norm_", clip)
-        run("04_refined_dpo", **options, output=tmp_path / "stopped")
-    again = attempt("04_refined_dpo", **options, output=tmp_path / "stopped")
+        run(SCRIPT, **options, output=tmp_path / "stopped")
+    again = attempt(SCRIPT, **options, output=tmp_path / "stopped")
     assert again.status == 0 and "after step 8\n" in again.out
     assert farthest(tmp_path / "stopped", whole) == 0 and metrics(tmp_path / "stopped") == metrics(whole)

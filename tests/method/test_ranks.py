@@ -17,20 +17,21 @@ def jobs(world, pi_init, pi_0, preferences, tmp_path_factory):
     responses = run("02_generate", **sampling, input=world / "prompts_1.jsonl",
                     output=tmp_path_factory.mktemp("in") / "responses.jsonl")
     training = dict(model=pi_init, lr=1e-3, micro_batch_size=4)
-    sft = dict(training, input=world / "sft.jsonl", batch_size=9, activation_checkpointing=True)
+    sft = dict(training, input=world / "sft.jsonl", batch_size=9, gradient_checkpointing=True)
     # with another reference: else rounding decides the sign of the first step's margins, and so its accuracy
     seed = dict(training, input=world / "seed.jsonl", ref_model=pi_0, batch_size=8)
     refined = dict(training, input=preferences, ref_model=pi_0, batch_size=8, epochs=2, window=16, k_percent=25,
                    alpha=0.3, beta=0.3)
+    worst = dict(training, input=preferences, ref_model=pi_0, batch_size=8, epochs=2, beta=0.3, epsilon=0.05)
     return {
         "03": ("03_judge", dict(model=pi_0, init_model=pi_init, input=responses, micro_batch_size=5)),
         "02": ("02_generate", dict(sampling, input=world / "prompts_1.jsonl", micro_batch_size=5)),
         "sft": ("00_sft", sft), "sft fsdp": ("00_sft", dict(sft, fsdp=True)),
         "01": ("01_seed_dpo", seed), "01 fsdp": ("01_seed_dpo", dict(seed, fsdp=True)),
         "04": ("04_refined_dpo", refined), "04 fsdp": ("04_refined_dpo", dict(refined, fsdp=True)),
-        "04 odd": ("04_refined_dpo", dict(refined, batch_size=20, lr=1e-4, activation_checkpointing=True)),
-        "04 worst": ("04_refined_dpo", dict(refined, epsilon=0.05, refine="worst-case")),
-        "04 worst fsdp": ("04_refined_dpo", dict(refined, epsilon=0.05, refine="worst-case", fsdp=True)),
+        "04 odd": ("04_refined_dpo", dict(refined, batch_size=20, lr=1e-4, gradient_checkpointing=True)),
+        "worst case": ("extras/worst_case_dpo", worst),
+        "worst case fsdp": ("extras/worst_case_dpo", dict(worst, fsdp=True)),
         "05": ("05_eval", "sample", dict(sampling, input=world / "eval.jsonl", gold=world / "gold.json",
                                          micro_batch_size=5))}
 
@@ -55,8 +56,8 @@ def test_two_processes_write_the_same_bytes(outputs, name, files):
     assert one.is_file() or {path.name for path in one.iterdir()} == {path.name for path in two.iterdir()}
 
 
-@pytest.mark.parametrize("name", ["sft", "sft fsdp", "01", "01 fsdp", "04", "04 fsdp", "04 odd", "04 worst",
-                                  "04 worst fsdp"])
+@pytest.mark.parametrize("name", ["sft", "sft fsdp", "01", "01 fsdp", "04", "04 fsdp", "04 odd", "worst case",
+                                  "worst case fsdp"])
 def test_two_processes_train_the_same_weights(outputs, jobs, name):
     one, two = outputs[name]
     assert farthest(one, two) < 2e-5 < farthest(one, jobs[name][-1]["model"])
@@ -82,7 +83,7 @@ import os, sys, types; sys.path.insert(0, {str(stages.ROOT)!r})
 import common
 from support import models
 from torch.distributed.tensor import DTensor
-args = types.SimpleNamespace(model={str(pi_init)!r}, activation_checkpointing=False, fsdp=True)
+args = types.SimpleNamespace(model={str(pi_init)!r}, gradient_checkpointing=False, fsdp=True)
 weights = list(models.load_policy(args, common.start_ranks())[0].parameters())
 part = sum(p.to_local().numel() for p in weights if isinstance(p, DTensor))
 os.write(1, b"%d of %d\\n" % (part, sum(p.numel() for p in weights)))  # at once: two processes share it

@@ -95,7 +95,7 @@ def train_plainly(pi, pi_ref, pairs, options, lam=0.0, refine=True):
         optimizer.step()
         logged.append({"step": step + 1, "loss": loss.item(), "tau": tau, "flagged": flagged / len(batch),
                        "confidence": np.mean(known[-len(batch):]), "grad_norm": norm,
-                       "lr": rate(step, len(steps), options["lr"])})
+                       "learning_rate": rate(step, len(steps), options["lr"])})
     return logged, model.state_dict()
 
 
@@ -190,9 +190,9 @@ def test_04_merges_d_t_with_the_labelled_texts_of_the_seed(pi_0, preferences, to
     assert f"{preferences} {preferences}: " in line and "id p0" in line
 
 
-def test_04_takes_the_worst_case_on_the_seed_alone(pi_init, world, tmp_path):
+def test_the_worst_case_of_the_seed_alone(pi_init, world, tmp_path):
     options = dict(model=pi_init, input=world / "seed.jsonl", beta=0.3, lr=1e-2, epochs=2, batch_size=8)
-    worst = run("04_refined_dpo", refine="worst-case", epsilon=0.1, **options, output=tmp_path / "worst")
+    worst = run("extras/worst_case_dpo", epsilon=0.1, **options, output=tmp_path / "worst")
     plain = run("01_seed_dpo", **options, output=tmp_path / "plain")
     assert sum(row["flagged"] for row in metrics(worst)) > 0 and moved(worst, plain)
 
@@ -240,11 +240,11 @@ def stage(request, world, pi_init, preferences, tmp_path):
 
 @pytest.mark.parametrize("stage", ["01_seed_dpo", "04_refined_dpo"], indirect=True)
 def test_on_the_first_step_policy_and_reference_agree_exactly(stage, tokenizer, tmp_path):
-    # also with a model that has dropout, in train mode under activation checkpointing
+    # also with a model that has dropout, in train mode under gradient checkpointing
     model = save_tiny(tmp_path / "model", tokenizer, attention_dropout=0.5)
-    first = metrics(stage("out", model=model, activation_checkpointing=True))[0]
+    first = metrics(stage("out", model=model, gradient_checkpointing=True))[0]
     # 04 computes both in one batch, 01 has stored those of pi_ref, whose batches were others
-    assert abs(first["margin"]) <= (1e-6 if stage.name == "01_seed_dpo" else 0)
+    assert abs(first["rewards/margins"]) <= (1e-6 if stage.name == "01_seed_dpo" else 0)
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-6)
     if "confidence" in first:
         assert first["confidence"] == pytest.approx(0.5, abs=1e-6)
@@ -261,15 +261,15 @@ def test_micro_batches_equal_one_large_batch(stage, pi_0):
             assert one == pytest.approx(two, rel=1e-3, abs=1e-5)
 
 
-def test_activation_checkpointing_changes_nothing(stage):
-    on, off = stage("on", activation_checkpointing=True), stage("off")
+def test_gradient_checkpointing_changes_nothing(stage):
+    on, off = stage("on", gradient_checkpointing=True), stage("off")
     assert farthest(on, off) < 1e-6
     assert [line["loss"] for line in metrics(on)] == pytest.approx([line["loss"] for line in metrics(off)], abs=1e-6)
 
 
 @pytest.mark.parametrize("on", [False, True])
-def test_activation_checkpointing_computes_each_layer_twice(pi_init, on):
-    args, calls = types.SimpleNamespace(model=str(pi_init), activation_checkpointing=on, fsdp=False), []
+def test_gradient_checkpointing_computes_each_layer_twice(pi_init, on):
+    args, calls = types.SimpleNamespace(model=str(pi_init), gradient_checkpointing=on, fsdp=False), []
     model, policy = models.load_policy(args, common.Ranks(0, 1, torch.device("cpu")))
     model.base_model.layers[0].mlp.register_forward_pre_hook(lambda *_: calls.append(1))
     policy(common.collate([([5, 6], [[7, 8]])], "cpu")).sum().backward()
@@ -278,7 +278,7 @@ def test_activation_checkpointing_computes_each_layer_twice(pi_init, on):
 
 def test_the_learning_rate_rises_over_a_tenth_of_the_steps_and_falls_as_a_cosine(stage):
     logged = metrics(stage("out", batch_size=2))
-    n, lr = len(logged), [line["lr"] for line in logged]
+    n, lr = len(logged), [line["learning_rate"] for line in logged]
     assert lr == pytest.approx([rate(step, n, 1e-3) for step in range(n)], rel=1e-6)
     warm_up = math.ceil(n / 10)
     assert lr[0] == 0 and lr[warm_up] == 1e-3 == max(lr)  # the first step, the first after the warm-up
@@ -417,7 +417,7 @@ def test_01_cuts_responses_and_drops_long_prompts_and_then_equal_pairs(world, pi
     assert [found[f"dropped as {name}"] for name in ("too long", "equal after cutting")] == [long, equal]
     assert found["pairs read"] == len(pairs)
     assert (long > 0, equal > 0) == ("max_prompt_length" in cut, "max_length" in cut)
-    for k, name in enumerate(("logp_chosen", "logp_rejected")):
+    for k, name in enumerate(("logps/chosen", "logps/rejected")):
         expected = np.mean([plain_logp(model, prompt, pair[k]) for prompt, pair in kept])
         assert metrics(output)[0][name] == pytest.approx(expected, rel=1e-5)
 
@@ -431,8 +431,8 @@ def test_04_trains_on_the_sampled_ids_as_they_are(pi_init, tmp_path, max_length,
     line = metrics(run("04_refined_dpo", model=pi_init, input=path, epochs=2, max_length=max_length,
                        output=tmp_path / "out"))[0]
     model = AutoModelForCausalLM.from_pretrained(pi_init)
-    assert line["logp_chosen"] == pytest.approx(plain_logp(model, [9, 8], chosen), rel=1e-5)
-    assert line["logp_rejected"] == pytest.approx(plain_logp(model, [9, 8], [10]), rel=1e-5)
+    assert line["logps/chosen"] == pytest.approx(plain_logp(model, [9, 8], chosen), rel=1e-5)
+    assert line["logps/rejected"] == pytest.approx(plain_logp(model, [9, 8], [10]), rel=1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -451,7 +451,7 @@ def test_04_computes_the_log_probs_of_its_reference(labelled, pi_0, tmp_path, re
     one, two = (run("04_refined_dpo", model=pi_0, input=path, refine=refine, batch_size=5, output=tmp_path / name)
                 for name, path in (("one", labelled), ("two", stages.write_rows(tmp_path / "wrong.jsonl", wrong))))
     assert digest(one / "model.safetensors") == digest(two / "model.safetensors")
-    assert metrics(one)[0]["margin"] == pytest.approx(0, abs=1e-5)  # pi_ref is pi_theta before the first step
+    assert metrics(one)[0]["rewards/margins"] == pytest.approx(0, abs=1e-5)  # pi_ref is pi_theta before the first step
 
 
 @pytest.mark.parametrize("stage, file", [("00_sft", "sft"), ("01_seed_dpo", "seed")])
@@ -478,6 +478,7 @@ def test_micro_batches_give_every_rank_its_share(world, size, shares):
     rows = [{"prompt": [0] * k} for k in range(16)]
     ranks = [common.Ranks(rank, world, torch.device("cpu")) for rank in range(world)]
     taken = [common.micro_batches(rows, args, rank) for rank in ranks]
-    assert [[weight * len(micro) for micro, weight in mine] for mine in taken] == shares
-    trained = [row for mine in taken for micro, weight in mine for row in weight * micro]
+    assert {weight for mine in taken for _, weight in mine} <= {0, world}
+    assert [[(weight > 0) * len(micro) for micro, weight in mine] for mine in taken] == shares
+    trained = [row for mine in taken for micro, weight in mine if weight for row in micro]
     assert sorted(trained, key=common.row_length) == rows

@@ -164,12 +164,11 @@ def to_judge(folder, **changes):
     return mt_bench.prepare_judgments(args, read_rows(args.questions, mt_bench.QUESTIONS, "question_id"), "model")
 
 
-def reader(name, function, model, *more):
-    """A stage's own function that reads --input; 01 and 04 take several files."""
+def reader(function, model, *more, several=False):
+    """A function that reads --input; 01 and 04 take several files."""
     def read(path):
-        args = Namespace(input=[str(path)] if function == "read_pairs" else str(path), model=str(model),
-                         max_prompt_length=64, max_length=128, all_turns=True)
-        list(getattr(stages.load(name), function)(args, *more))  # some yield their rows
+        function(Namespace(input=[str(path)] if several else str(path), model=str(model), max_prompt_length=64,
+                           max_length=128, all_turns=True), *more)
     return read
 
 
@@ -192,10 +191,10 @@ def kinds(files, tokenizer, pi_0):
 
     source = stage("00_inputs", "source", files, seed_size=1, prompt_sizes=[1], eval_size=0)
     readers = {
-        "seed.jsonl": reader("01_seed_dpo", "read_pairs", pi_0, tokenizer),
-        "sft.jsonl": reader("00_sft", "read_examples", pi_0, tokenizer),
-        "prompts_1.jsonl": reader("02_generate", "read_prompts", pi_0, tokenizer),
-        "preferences.jsonl": reader("04_refined_dpo", "read_pairs", pi_0, tokenizer),
+        "seed.jsonl": reader(chat.read_pairs, pi_0, tokenizer, runs.SEED, several=True),
+        "sft.jsonl": reader(stages.load("00_sft").read_examples, pi_0, tokenizer),
+        "prompts_1.jsonl": reader(stages.load("02_generate").read_prompts, pi_0, tokenizer),
+        "preferences.jsonl": reader(chat.read_pairs, pi_0, tokenizer, runs.PREFERENCES, runs.SEED, several=True),
         "responses.jsonl": stage("03_judge", "input", files, judge="gold", gold=files / "labels.jsonl"),
         "labels.jsonl": stage("03_judge", "gold", files, judge="gold", input=files / "responses.jsonl"),
         "gold.json": lambda path: gold_score(read_gold(path), TALK, "we fix it . no ."),

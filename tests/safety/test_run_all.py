@@ -60,15 +60,17 @@ def test_every_stage_of_the_small_world_leaves_its_output_and_metrics(little):
     made = ("data/seed", "data/prompts_1", "responses_1", "preferences_1")
     *sizes, pairs = [len(rows(folder / f"{name}.jsonl")) for name in made]
     assert sizes == [20, 24, 24] and 0 < pairs <= 24
-    wanted = {"step", "loss", "margin", "accuracy", "logp_chosen", "logp_rejected", "grad_norm", "lr"}
-    for model, keys in (("pi_init", {"step", "loss", "grad_norm", "lr"}), ("pi_0", wanted), ("dpo_all_gold", wanted),
+    every = {"step", "loss", "grad_norm", "learning_rate"}
+    wanted = every | {f"{kind}/{y}" for kind in ("rewards", "logps") for y in ("chosen", "rejected")} | {
+        "rewards/margins", "rewards/accuracies"}
+    for model, keys in (("pi_init", every), ("pi_0", wanted), ("dpo_all_gold", wanted),
                         ("pi_1", wanted | {"tau", "flagged"})):
         assert all(keys <= set(line) for line in rows(folder / model / "metrics.jsonl")), model
         assert (folder / model / "model.safetensors").is_file() and (folder / model / "tokenizer.json").is_file()
     accuracy = json.loads((folder / "eval" / "spa_1" / "metrics.json").read_text())["judge_accuracy"]
     assert accuracy is None or 0 <= accuracy <= 100  # None: gold may find all the pairs of so small a model equal
     # pi_1 was trained from pi_0, with pi_0 as the reference: at the first step they agree
-    assert rows(folder / "pi_1" / "metrics.jsonl")[0]["margin"] == pytest.approx(0, abs=1e-3)
+    assert rows(folder / "pi_1" / "metrics.jsonl")[0]["rewards/margins"] == pytest.approx(0, abs=1e-3)
     assert stages.moved(folder / "pi_init", folder / "pi_0") and stages.farthest(folder / "pi_0", folder / "pi_1") > 0
 
 
@@ -273,7 +275,7 @@ def test_the_table_says_the_share_of_gold_labels(setting, environment, share):
 def test_the_paper_s_models_are_trained_in_shards(setting):
     trained = [args for stage, args in commands(setting, JUDGE="llm") if hasattr(args, "fsdp")]
     assert len(trained) >= 5 and {args.save_every for args in trained} == {100}
-    assert {(args.fsdp, args.activation_checkpointing) for args in trained} == {(setting != "world",) * 2}
+    assert {(args.fsdp, args.gradient_checkpointing) for args in trained} == {(setting != "world",) * 2}
 
 
 def test_several_gpus_share_the_stages_that_have_work_to_share():
@@ -404,9 +406,14 @@ def test_the_seed_joins_each_round_and_has_its_own_refinement():
     merged = [options.input for stage, options in commands("mistral-7b", MERGE_SEED="1") if stage == "04_refined_dpo"]
     seed = plain[0][0].replace("preferences_1", "data/seed")
     assert len(plain) == 3 and merged == [[*paths, seed] for paths in plain]
-    (_, _), (stage, first), *_ = commands("mistral-7b", SEED_REFINE="worst-case", K_PERCENT="30")
-    assert stage == "04_refined_dpo" and (first.refine, first.input, first.epochs) == ("worst-case", [seed], 3)
-    assert first.k_percent == 30
+    (_, _), (stage, first), *_ = commands("mistral-7b", SEED_REFINE="self", K_PERCENT="30")
+    assert stage == "04_refined_dpo" and (first.refine, first.k_percent, first.input, first.epochs) == (
+        "self", 30, [seed], 3)
+    worst = commands("mistral-7b", SEED_REFINE="worst-case", REFINE="worst-case", EPSILON="0.3", RESOLVE_STEPS="7")
+    worst = [options for stage, options in worst if stage == "extras/worst_case_dpo"]
+    assert [(options.epsilon, options.resolve_steps, options.epochs) for options in worst] == [(0.3, 7, 3)] + [
+        (0.3, 7, 1)] * 3
+    assert [options.input for options in worst] == [[seed], *plain]
     assert bash("--dry-run", SEED_REFINE="none").returncode == 2
 
 
