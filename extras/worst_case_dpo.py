@@ -68,8 +68,10 @@ def worst_case_loss(margin, moved, shift, xi_min):
     tangent at xi_min, finite, and still raising the pair's confidence.
     """
     atom = torch.sigmoid(margin) - shift
-    lowest = -torch.log(atom.clamp(min=xi_min)) + (xi_min - atom).clamp(min=0) / xi_min
-    return -(1 - moved) * F.logsigmoid(margin) + moved * lowest
+    inside, tangent = -torch.log(atom.clamp(min=xi_min)), -math.log(xi_min) + (xi_min - atom) / xi_min
+    # of the two exactly one has a gradient: where they meet, at xi_min, both clamps of a sum of two would let it pass
+    of_atom = torch.where(atom > xi_min, inside, tangent)
+    return -(1 - moved) * F.logsigmoid(margin) + moved * of_atom
 
 
 def parse_args():

@@ -90,6 +90,15 @@ def test_the_loss_and_its_gradient_by_hand():
     assert margin.grad.tolist() == pytest.approx([-0.5, -1.25, -0.6875, -5])
 
 
+def test_the_gradient_where_the_loss_becomes_its_tangent():
+    # at xi_min itself, where every atom is when it has just been placed: ln 4, and -(1/4) / (1/4) = -1 on both sides
+    margin = torch.zeros(1, requires_grad=True)
+    loss = worst_case.worst_case_loss(margin, torch.ones(1), torch.tensor([0.25]), 0.25)
+    assert loss.item() == pytest.approx(math.log(4))
+    loss.backward()
+    assert margin.grad.item() == pytest.approx(-1)
+
+
 def test_the_loss_is_finite_wherever_theta_goes():
     xi = np.random.default_rng(0).random(101)
     moved, shift = (torch.tensor(x).float() for x in worst_case.worst_distribution(xi, 0.2, 10, 0.05))
