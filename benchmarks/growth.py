@@ -63,14 +63,17 @@ def replace_models():
         model.get_input_embeddings, model.max_shared_length, model.number = lambda: model, 0, next(numbers)
         return model
 
-    def logps(model, batch):
-        seed = 1_000_000 * model.number + sum(batch.lengths)
-        return -torch.rand(len(batch.labels), generator=torch.Generator().manual_seed(seed))
+    class ResponseLogps:
+        def __init__(self, model):
+            self.model = model
+
+        def __call__(self, batch):
+            seed = 1_000_000 * self.model.number + sum(batch.lengths)
+            return -torch.rand(len(batch.labels), generator=torch.Generator().manual_seed(seed))
 
     numbers = itertools.count()
-    models.load_model, common.sample_responses = load_model, sample_responses
-    models.check_limits = lambda *args: None
-    common.ResponseLogps = lambda model: lambda batch: logps(model, batch)
+    models.load_model, models.check_limits = load_model, lambda *args: None
+    common.sample_responses, common.ResponseLogps = sample_responses, ResponseLogps
 
 
 def fit_win_rates(size):
