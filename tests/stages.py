@@ -33,8 +33,8 @@ NO_RANKS = {key: value for key, value in os.environ.items()
 
 @functools.cache
 def load(name):
-    """The module of a stage: "01_seed_dpo" is no name that `import` takes."""
-    spec = importlib.util.spec_from_file_location("stage_" + name, ROOT / f"{name}.py")
+    """The module of a stage, or of a script such as "extras/generate_at_url"; `import` takes neither name."""
+    spec = importlib.util.spec_from_file_location("stage_" + Path(name).name, ROOT / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

@@ -194,7 +194,7 @@ def kinds(files, tokenizer, pi_0):
     readers = {
         "seed.jsonl": reader("01_seed_dpo", "read_pairs", pi_0, tokenizer),
         "sft.jsonl": reader("00_sft", "read_examples", pi_0, tokenizer),
-        "prompts_1.jsonl": reader("02_generate", "read_prompts", pi_0, tokenizer),
+        "prompts_1.jsonl": lambda path: chat.read_prompts(path, tokenizer, 64),
         "preferences.jsonl": reader("04_refined_dpo", "read_pairs", pi_0, tokenizer),
         "responses.jsonl": stage("03_judge", "input", files, judge="gold", gold=files / "labels.jsonl"),
         "labels.jsonl": stage("03_judge", "gold", files, judge="gold", input=files / "responses.jsonl"),
