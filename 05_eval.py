@@ -20,13 +20,13 @@ Departs from the paper: see extras/alpaca_eval.py.
 """
 
 import os
-import re
 import sys
 
 import numpy as np
 
 from extras import alpaca_eval, held_out, mt_bench, report
 from extras.answers import Sampler
+from extras.endpoint import check_url
 from extras.small_world import gold_score, gold_values, read_gold
 from support import chat, runs
 
@@ -37,7 +37,7 @@ def sample(args):
     gold = read_gold(args.gold) if args.gold else None
     rows = runs.read_jsonl(args.input, runs.PROMPTS | ({"reference": runs.is_text} if gold else {}))
     sampler = Sampler(args, args.model)
-    kept, counts = chat.short_prompts(rows, sampler.tokenizer, args)
+    kept, counts = chat.short_prompts(args.input, rows, sampler.tokenizer, args.max_prompt_length)
     rows, prompts = zip(*kept)
     answers = sampler.generate_answers(partial, prompts, [row["id"] for row in rows])
     beside_init = {}
@@ -139,11 +139,8 @@ def parse_args(words=None):
     args = parser.parse_args(words)
     if not args.command.endswith("sample") and int(os.environ.get("WORLD_SIZE", 1)) > 1:
         raise runs.InputError(f"{args.command}: runs in one process: start it without torchrun")
-    url = getattr(args, "judge_url", None)
-    azure = r"(\?api-version=(\d{4}-\d\d-\d\d(-preview)?|preview))?"
-    if url and not re.fullmatch(r"https?://[^\s@?#]+" + azure, url):  # it may have a key in it, which nobody must see
-        raise runs.InputError("--judge-url: must look like https://host/v1, for Azure https://host/openai/deployments/"
-                              "NAME?api-version=2024-10-21; the key belongs in OPENAI_API_KEY")
+    if getattr(args, "judge_url", None):
+        check_url("--judge-url", args.judge_url, azure=True)
     return args
 
 

@@ -100,7 +100,7 @@ def work(part, folder, size):
         run_stage("03_judge.py", **model, init_model=folder / "model", input=folder / "02", output=folder / "03",
                   length_penalty="auto")
     elif part == "04":
-        args = Namespace(model=folder / "model", input=[folder / "03"], max_prompt_length=1024, max_length=2048)
+        args = Namespace(model=folder / "model", input=[str(folder / "03")], max_prompt_length=1024, max_length=2048)
         chat.read_pairs(args, chat.load_tokenizer(args.model), runs.PREFERENCES)
     elif part == "05":
         fit_win_rates(size)

@@ -1,4 +1,9 @@
-"""Who is asked: an OpenAI-compatible endpoint, to judge (or a model on this machine), or to sample responses."""
+"""Asking an OpenAI-compatible endpoint, so that no answer is lost, made up or paid for twice, and no key is shown.
+
+    check_url   whether an option's URL looks like an endpoint's
+    ask_all     many requests at a time, recorded as they are answered; Endpoint: one request
+    ask_judge   asks an endpoint to judge, or a model on this machine (generate_at_url.py asks one to sample)
+"""
 
 import argparse
 import os
@@ -10,7 +15,7 @@ import huggingface_hub
 
 import common
 from extras.answers import Sampler
-from support import models, runs
+from support import runs
 
 FREE = ("output", "judge_requests", "judge_timeout", "judge_retries", "max_requests")  # options that change no answer
 TOP_LOGPROBS = 5  # as many as AlpacaEval 2.0 asks for
@@ -19,8 +24,20 @@ LIMITS = ("max_tokens", "max_completion_tokens")  # its name, and its name for O
 RETRIED = {408, 409, 425, 429, *range(500, 600)}  # HTTP statuses that may be temporary
 REFUSED = {400, 413, 422}  # those that may be about one request; any other is about all
 PROBES = 5  # requests without an answer before the first that has one: then the rest is not sent
-TIMEOUT, RETRIES = 600.0, 5  # seconds until a request for a response has failed, and how often it is sent again
 PAUSE = 1.0  # seconds before the first retry, doubled for each further one; Retry-After takes precedence
+
+
+def check_url(option, url, azure=False):
+    """Raises InputError where the URL given with `option` does not look like an endpoint's.
+
+    The error does not show the URL, which may have a key in it. azure: it may end with Azure's ?api-version=.
+    """
+    example, query = "http://host:8000/v1", ""
+    if azure:
+        example = "https://host/v1, for Azure https://host/openai/deployments/NAME?api-version=2024-10-21"
+        query = r"(\?api-version=(\d{4}-\d\d-\d\d(-preview)?|preview))?"
+    if not re.fullmatch(r"https?://[^\s@?#]+" + query, url):
+        raise runs.InputError(f"{option}: must look like {example}; the key belongs in OPENAI_API_KEY")
 
 
 def ask_judge(args, partial, jobs, logprobs):
@@ -31,20 +48,6 @@ def ask_judge(args, partial, jobs, logprobs):
     if not args.judge_url:
         return ask_local_model(args, partial, jobs, logprobs)
     return ask_all(JudgeEndpoint(args, logprobs), jobs, args.judge_requests, partial, "judged")
-
-
-def sample_at_url(args, partial, rows, eos, counts):
-    """The rows, and for each [(token ids, "eos" or "length") of each sample], as the server at --url samples them.
-
-    A row of which it refuses a sample for ever is left out, and counted; see `ask_all`.
-    """
-    jobs = [(row["prompt_ids"], int(2 ** 31 * common.uniforms(args.seed, row["id"], k, 1)[0]))
-            for k in range(args.samples) for row in rows]  # so the first requests are about different prompts
-    answers = ask_all(SamplingEndpoint(args, eos), dict(enumerate(jobs)), args.url_requests, partial, "sampled")
-    sampled = [[answers[k] for k in range(i, len(jobs), len(rows))] for i in range(len(rows))]
-    kept = [i for i, samples in enumerate(sampled) if None not in samples]
-    counts["prompts refused by the server"] = len(rows) - len(kept)
-    return [rows[i] for i in kept], [sampled[i] for i in kept]
 
 
 def ask_all(endpoint, jobs, requests, partial, label):
@@ -215,54 +218,3 @@ class JudgeEndpoint(Endpoint):
         if not all(logp < 0.1 for _, logp in answer):  # NaN too; 0.1 for an endpoint that rounds
             raise ValueError("the endpoint gave log-probs that are not log-probs")
         return "answered", answer
-
-
-class SamplingEndpoint(Endpoint):
-    """Asked for a response's token ids, given the prompt's: vLLM from 0.10.2 on, or SGLang, which has its fields too.
-
-    Raises InputError where the server does not list the model --url-model.
-    """
-
-    def __init__(self, args, eos):
-        super().__init__("--url, --url-model", args.url, "/completions", TIMEOUT, RETRIES)
-        self.eos, self.vocabulary = eos, models.load_config(args.model).get_text_config().vocab_size
-        # what is left open is the server's to decide: vLLM takes it from the model's generation config
-        self.fixed = {"model": args.url_model, "max_tokens": args.max_new_tokens, "temperature": args.temperature,
-                      "top_p": 1, "top_k": -1, "min_p": 0, "repetition_penalty": 1, "presence_penalty": 0,
-                      "frequency_penalty": 0, "stop_token_ids": eos, "return_token_ids": True}
-        try:
-            response = self.send("GET", self.url.removesuffix("/completions") + "/models")
-            names = [model["id"] for model in response.raise_for_status().json()["data"]]
-        except Exception as error:  # as in `ask`
-            raise runs.InputError(f"--url: cannot list its models ({type(error).__name__}: {self.shown(str(error))}): "
-                                  "give the address of a running server, .../v1")
-        if args.url_model not in names:  # SGLang answers to any name
-            raise runs.InputError(f"--url: serves {self.shown(str(names))}, not {args.url_model}: serve --model there, "
-                                  "or give its name there with --url-model")
-
-    def body(self, job):
-        prompt, seed = job
-        return self.fixed | {"prompt": list(prompt), "seed": seed}
-
-    def read_choice(self, choice, body):
-        """The answer is [token ids, "eos" or "length"], as `common.sample_responses` has it: with the EOS."""
-        ids, finish = choice.get("token_ids"), choice.get("finish_reason")
-        if not isinstance(ids, list) or not all(type(i) is int for i in ids):
-            return "failed" if self.works else "fault", ("no token_ids: it takes a server that knows return_token_ids, "
-                                                         "vLLM from 0.10.2 on or a recent SGLang")
-        if choice.get("prompt_token_ids") not in (None, body["prompt"]):
-            return "fault", "the server has put another prompt in place of the one sent"
-        if foreign := [i for i in ids if not 0 <= i < self.vocabulary]:
-            return "fault", f"token id {foreign[0]} is not in the vocabulary of --model, {self.vocabulary}"
-        if finish not in ("stop", "length"):
-            return "failed", f"finish_reason {finish}"
-        stop = choice.get("stop_reason", choice.get("matched_stop"))  # vLLM's name, SGLang's
-        if finish == "stop" and stop in self.eos:  # a server may keep it to itself; these two do not
-            ids = [*ids, stop]
-        if end := next((k for k, i in enumerate(ids, 1) if i in self.eos), None):
-            return "answered", [ids[:end], "eos"]
-        if finish == "stop":
-            return "fault", f"the server stops at token {ids[-1:]}, which is no EOS of --model, {self.eos}"
-        if len(ids) != body["max_tokens"]:
-            return "refused", f"{len(ids)} tokens, not --max-new-tokens: the server's context is too short"
-        return "answered", [ids, "length"]

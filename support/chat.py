@@ -2,6 +2,7 @@
 
     load_tokenizer    with a chat template
     prompt_ids        a prompt, a list of messages, as token ids; short_prompts: those within the limit
+    read_prompts      a file of prompts, as they are sampled from; make_records: with what was sampled
     response_ids      a response after its prompt, with one EOS; response_text: the way back, for judges and benchmarks
     eos_ids           what ends a response
     read_pairs        what 01 and 04 train on: texts, or the ids that were sampled
@@ -20,7 +21,7 @@ from pathlib import Path
 from transformers import AutoTokenizer, GenerationConfig
 
 from support import models
-from support.runs import InputError, begun, read_jsonl
+from support.runs import PROMPTS, InputError, begun, read_jsonl
 
 
 def add_options(add):
@@ -120,14 +121,35 @@ def chat_ids(tokenizer, messages, where="", **options):
     return bos + ids if tokenizer("").input_ids[:1] == bos and ids[:1] != bos else ids
 
 
-def short_prompts(rows, tokenizer, args):
-    """([(row, its prompt's token ids)] up to --max-prompt-length, counts of what was read and dropped)"""
-    prompts = [array("i", prompt_ids(tokenizer, row["prompt"], f"{args.input}, id {row['id']}")) for row in rows]
-    kept = [(row, ids) for row, ids in zip(rows, prompts) if len(ids) <= args.max_prompt_length]
+def short_prompts(path, rows, tokenizer, max_prompt_length):
+    """([(row, its prompt's token ids)] up to that many, counts of what was read and dropped). path: for errors"""
+    prompts = [array("i", prompt_ids(tokenizer, row["prompt"], f"{path}, id {row['id']}")) for row in rows]
+    kept = [(row, ids) for row, ids in zip(rows, prompts) if len(ids) <= max_prompt_length]
     if not kept:
-        raise InputError(f"{args.input}: all {len(rows)} prompts are longer than --max-prompt-length "
-                         f"{args.max_prompt_length}: raise it")
+        raise InputError(f"{path}: all {len(rows)} prompts are longer than --max-prompt-length "
+                         f"{max_prompt_length}: raise it")
     return kept, {"prompts read": len(rows), "dropped as too long": len(rows) - len(kept)}
+
+
+def read_prompts(path, tokenizer, max_prompt_length):
+    """([{"id", "prompt", "prompt_ids"}] up to that many tokens, counts of what was read and dropped)"""
+    kept, counts = short_prompts(path, read_jsonl(path, PROMPTS), tokenizer, max_prompt_length)
+    return [{"id": row["id"], "prompt": row["prompt"], "prompt_ids": ids} for row, ids in kept], counts
+
+
+def make_records(path, rows, responses, tokenizer, max_new_tokens, counts):
+    """The rows of `read_prompts` that have at least two responses, with their "responses"; `counts` gets their number.
+
+    responses: [[(token ids, "eos" or "length") of each response] of each row]. Raises InputError where no row has two.
+    """
+    records = [row | {"responses": [{"text": response_text(tokenizer, ids), "ids": ids, "finish": finish}
+                                    for ids, finish in of_prompt]}
+               for row, of_prompt in zip(rows, responses, strict=True) if len(of_prompt) >= 2]
+    counts |= {"prompts dropped for them": len(rows) - len(records), "prompts kept": len(records)}
+    if not records:
+        raise InputError(f"{path}: no prompt has two responses that end within {max_new_tokens} tokens: "
+                         "raise --max-new-tokens or choose another --on-length-limit")
+    return records
 
 
 def prompt_ids(tokenizer, messages, where):

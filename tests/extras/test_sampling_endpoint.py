@@ -1,20 +1,23 @@
-"""02_generate.py --url: a server samples, by its token ids; nothing is lost, made up, or asked for twice."""
+"""extras/generate_at_url.py: a server samples, by its token ids; nothing is lost, made up, or asked for twice."""
 
 import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 
 import huggingface_hub
 import numpy as np
 import pytest
 
+import common
 from chat_server import KEY, serving
 from extras import endpoint
 from support import chat, runs
-from stages import attempt, digest, refused, rows, run
+from stages import NO_RANKS, ROOT, attempt, command_line, digest, parsed, refused, rows, run
 
-LIMIT = 12
+AT_URL, LIMIT = "extras/generate_at_url", 12
 
 
 @pytest.fixture(autouse=True)
@@ -58,7 +61,7 @@ def asked(server):
 
 def test_requests_and_records(tmp_path, options, sampler, tokenizer, eos):
     with serving(sampler, [options["model"]]) as server:
-        output = run("02_generate", **options, url=server.url, on_length_limit="open", seed=3, output=tmp_path / "out")
+        output = run(AT_URL, **options, url=server.url, on_length_limit="open", seed=3, output=tmp_path / "out")
     records, prompts = rows(output), rows(options["input"])
     assert [(row["id"], row["prompt"]) for row in records] == [(str(row["id"]), row["prompt"]) for row in prompts]
     assert len(server.requests) == 2 * len(prompts) and set(server.paths) == {"/v1/completions"}
@@ -84,7 +87,7 @@ def test_requests_and_records(tmp_path, options, sampler, tokenizer, eos):
 
 def test_the_responses_follow_the_seed_and_not_the_requests_at_a_time(tmp_path, options, sampler):
     with serving(sampler, ["other name"]) as server:
-        one, same, other = (digest(run("02_generate", **options, url=server.url + end, url_model="other name",
+        one, same, other = (digest(run(AT_URL, **options, url=server.url + end, url_model="other name",
                                        url_requests=n, seed=seed, output=tmp_path / f"{n}"))
                             for n, seed, end in ((1, 0, ""), (8, 0, "/"), (9, 1, "/completions")))
     assert one == same != other
@@ -104,7 +107,7 @@ def test_how_a_response_ends(tmp_path, options, eos, kind):
     (ids, finish, more), recorded = json.loads(json.dumps(KINDS[kind]).replace("-1", str(eos)))
     choice = {"token_ids": ids, "finish_reason": finish} | more
     with serving(lambda request, before: choice, [options["model"]]) as server:
-        records = rows(run("02_generate", **options, url=server.url, output=tmp_path / "out"))
+        records = rows(run(AT_URL, **options, url=server.url, output=tmp_path / "out"))
     assert all([y["ids"], y["finish"]] == recorded for row in records for y in row["responses"])
 
 
@@ -117,7 +120,7 @@ def test_what_may_pass_is_asked_again(tmp_path, options, sampler):
     outputs = []
     for respond in (sampler, troubled):
         with serving(respond, [options["model"]]) as server:
-            outputs.append(run("02_generate", **options, url=server.url, output=tmp_path / f"{len(outputs)}"))
+            outputs.append(run(AT_URL, **options, url=server.url, output=tmp_path / f"{len(outputs)}"))
     assert digest(outputs[0]) == digest(outputs[1])
     assert len(server.requests) == (1 + len(trouble)) * 2 * len(rows(outputs[0]))
 
@@ -135,7 +138,7 @@ def test_a_prompt_that_is_refused_for_ever_is_dropped_and_counted(tmp_path, opti
     ids = chat.prompt_ids(tokenizer, prompts.pop(k)["prompt"], "")
     with serving(lambda request, before: refused if request["prompt"] == ids else sampler(request, before),
                  [options["model"]]) as server:
-        ran = attempt("02_generate", **options, url=server.url, samples=6, output=tmp_path / "out")
+        ran = attempt(AT_URL, **options, url=server.url, samples=6, output=tmp_path / "out")
     assert ran.status == 0 and "prompts refused by the server 1," in ran.out, ran
     assert [row["id"] for row in rows(tmp_path / "out")] == [str(row["id"]) for row in prompts]
 
@@ -153,7 +156,7 @@ FAULTS = {"no ids": ({"token_ids": None}, "return_token_ids"), "texts for ids": 
 def test_a_server_that_cannot_be_used_is_asked_once(tmp_path, options, fault):
     change, said = FAULTS[fault]
     with serving(lambda request, before: stops(request, **change), [options["model"]]) as server:
-        error = refused("02_generate", **options, url=server.url, output=tmp_path / "out")
+        error = refused(AT_URL, **options, url=server.url, output=tmp_path / "out")
     assert said in error and "--url" in error and len(server.requests) == 1
 
 
@@ -161,7 +164,7 @@ def test_a_fault_that_shows_later_stops_and_drops_nothing(tmp_path, options, sam
     def respond(request, before):
         return stops(request, token_ids=[10 ** 6]) if len(server.requests) == 9 else sampler(request, before)
     with serving(respond, [options["model"]]) as server:
-        assert "1000000" in refused("02_generate", **options, url=server.url, url_requests=1, output=tmp_path / "out")
+        assert "1000000" in refused(AT_URL, **options, url=server.url, url_requests=1, output=tmp_path / "out")
     journal = runs.read_journal(tmp_path / "out.partial", "sampled")
     assert len(journal) == 8 and all(answer for _, answer in journal)
 
@@ -172,35 +175,84 @@ def test_a_killed_run_asks_only_for_what_is_missing_also_at_another_address(tmp_
             os.kill(os.getpid(), signal.SIGINT)
         return sampler(request, before)
     with serving(sampler, [options["model"]]) as server:
-        whole = run("02_generate", **options, url=server.url, output=tmp_path / "whole")
+        whole = run(AT_URL, **options, url=server.url, output=tmp_path / "whole")
         everything = asked(server)
     with serving(killed, [options["model"]]) as server:
         command = dict(options, url_requests=2, output=tmp_path / "out")
-        assert attempt("02_generate", **command, url=server.url).status == 130
+        assert attempt(AT_URL, **command, url=server.url).status == 130
         before = asked(server)
     with serving(sampler, [options["model"]]) as server:
-        assert digest(run("02_generate", **command, url=server.url)) == digest(whole)
+        assert digest(run(AT_URL, **command, url=server.url)) == digest(whole)
         assert sorted(before + asked(server)) == everything and 9 <= len(before) < len(everything)
-        assert "nothing to do" in attempt("02_generate", **command, url=server.url).out
+        assert "nothing to do" in attempt(AT_URL, **command, url=server.url).out
 
 
 def test_our_own_responses_are_not_taken_for_a_servers(tmp_path, options, pi_0, sampler):
     options["model"] = pi_0
-    output = run("02_generate", **options, output=tmp_path / "out")
-    assert not [name for name in json.loads(runs.args_path(output).read_text())["made_from"]["args"] if "url" in name]
+    ours = run("02_generate", **options, output=tmp_path / "ours")
     with serving(sampler, [pi_0]) as server:
-        assert "--url-model" in refused("02_generate", **options, url=server.url, output=output)
-    assert not server.requests
+        assert "02_generate.py" in refused(AT_URL, **options, url=server.url, output=ours)
+        assert not server.requests
+        theirs = run(AT_URL, **options, url=server.url, output=tmp_path / "theirs")
+    assert "generate_at_url.py" in refused("02_generate", **options, output=theirs)
+
+
+def test_responses_asked_for_by_another_name_are_not_taken_for_these(tmp_path, options, sampler):
+    with serving(sampler, [options["model"], "other name"]) as server:
+        output = run(AT_URL, **options, url=server.url, output=tmp_path / "out")
+        asked_before = len(server.requests)
+        error = refused(AT_URL, **options, url=server.url, url_model="other name", output=output)
+        assert "--url-model" in error and len(server.requests) == asked_before
+
+
+def test_the_options_are_those_of_02_and_have_its_defaults():
+    words = ["--model", "m", "--input", "i", "--output", "o"]
+    ours, theirs = vars(parsed("02_generate", words)), vars(parsed(AT_URL, [*words, "--url", "http://host/v1"]))
+    assert theirs == {name: ours[name] for name in ours.keys() - {"micro_batch_size"}} | {
+        "url": "http://host/v1", "url_model": "m", "url_requests": 64}
+
+
+@pytest.mark.parametrize("on_length_limit", ["eos", "open", "drop"])
+def test_the_same_responses_make_the_same_file_as_in_02(tmp_path, options, pi_0, tokenizer, eos, on_length_limit):
+    model = shutil.copytree(pi_0, tmp_path / "pi_with_weights")
+    (model / "generation_config.json").write_text(json.dumps({"eos_token_id": [eos, *range(40, 60)]}))
+    prompts = [chat.prompt_ids(tokenizer, row["prompt"], "") for row in rows(options["input"])]
+    options |= dict(model=model, max_prompt_length=int(np.median([len(ids) for ids in prompts])))
+    ours = run("02_generate", **options, on_length_limit=on_length_limit, output=tmp_path / "ours")
+    sampled = rows(run("02_generate", **options, on_length_limit="open", output=tmp_path / "open"))
+    answers = {(*row["prompt_ids"], int(2 ** 31 * common.uniforms(0, row["id"], k, 1)[0])): response
+               for row in sampled for k, response in enumerate(row["responses"])}
+
+    def respond(request, before):
+        response = answers[(*request["prompt"], request["seed"])]
+        return {"token_ids": response["ids"], "finish_reason": response["finish"].replace("eos", "stop")}
+    with serving(respond, [model]) as server:
+        theirs = run(AT_URL, **options, on_length_limit=on_length_limit, url=server.url, output=tmp_path / "theirs")
+    assert digest(ours) == digest(theirs)
+    counts, others = (json.loads(runs.args_path(output).read_text())["counts"] for output in (ours, theirs))
+    assert others == counts | {"prompts refused by the server": 0}
+    assert counts["dropped as too long"] > 0 and 0 < counts["responses at the length limit"] < counts["responses"]
+
+
+def test_it_starts_in_any_folder(tmp_path, options, sampler):
+    (tmp_path / "elsewhere").mkdir()
+    with serving(sampler, [options["model"]]) as server:
+        here = run(AT_URL, **options, url=server.url, output=tmp_path / "here")
+        words = command_line(options | {"url": server.url, "output": tmp_path / "there"})
+        done = subprocess.run([sys.executable, ROOT / f"{AT_URL}.py", *words], cwd=tmp_path / "elsewhere",
+                              env=NO_RANKS | {"HF_HUB_OFFLINE": "0"}, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    assert digest(tmp_path / "there") == digest(here)
 
 
 @pytest.mark.parametrize("case", ["another model", "no server", "a key", "no URL", "torchrun", "offline"])
 def test_bad_options_are_one_line_and_nothing_is_asked(tmp_path, options, sampler, case, monkeypatch):
-    said = {"another model": "pi_7", "no URL": "--url", "torchrun": "torchrun", "offline": "HF_HUB_OFFLINE"}
+    said = {"another model": "pi_7", "a key": "OPENAI_API_KEY", "torchrun": "torchrun", "offline": "HF_HUB_OFFLINE"}
     if case == "torchrun":
         monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", case == "offline")
     with serving(sampler, ["pi_7"]) as server:
         url = {"no server": "http://127.0.0.1:9/v1", "a key": f"http://user:{KEY}@host/v1"}.get(case, server.url)
         words = dict(options, url_model="pi_8") if case == "no URL" else dict(options, url=url)
-        error = refused("02_generate", **words, output=tmp_path / "out")
+        error = refused(AT_URL, **words, output=tmp_path / "out")
     assert said.get(case, "--url") in error and KEY not in error and not server.requests

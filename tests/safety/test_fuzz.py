@@ -193,7 +193,7 @@ def kinds(files, tokenizer, pi_0):
     readers = {
         "seed.jsonl": reader(chat.read_pairs, pi_0, tokenizer, runs.SEED, several=True),
         "sft.jsonl": reader(stages.load("00_sft").read_examples, pi_0, tokenizer),
-        "prompts_1.jsonl": reader(stages.load("02_generate").read_prompts, pi_0, tokenizer),
+        "prompts_1.jsonl": lambda path: chat.read_prompts(path, tokenizer, 64),
         "preferences.jsonl": reader(chat.read_pairs, pi_0, tokenizer, runs.PREFERENCES, runs.SEED, several=True),
         "responses.jsonl": stage("03_judge", "input", files, judge="gold", gold=files / "labels.jsonl"),
         "labels.jsonl": stage("03_judge", "gold", files, judge="gold", input=files / "responses.jsonl"),
