@@ -15,7 +15,7 @@ import math
 import re
 from pathlib import Path
 
-from extras.answers import is_string, read_text
+from extras.answers import is_string
 from extras.mt_bench import category_order
 from support import runs
 
@@ -38,11 +38,10 @@ def report(args):
     for metrics, _ in evaluated:
         # the same name and other metrics: AlpacaEval's and MT-Bench's of one model
         row = next((row for row in rows if row["name"] == metrics["name"]
-                    and row.keys() & metrics.keys() <= {"name", "gold_labels"}), None)
-        if row is None:
-            rows.append(metrics)
-        else:
-            row |= metrics
+                    and row.keys() & metrics.keys() <= {"name", "gold_labels"}), {})
+        if not row:
+            rows.append(row)
+        row |= metrics
     texts = {"table.md": tables(rows)}
     if any(responses for _, responses in evaluated):
         texts["samples.md"] = samples([(metrics, responses) for metrics, responses in evaluated if responses])
@@ -57,8 +56,8 @@ def report(args):
 def read_metrics(path):
     """(metrics, responses or None) of a folder that the command sample wrote, or of a metrics file."""
     file = Path(path) / "metrics.json" if Path(path).is_dir() else Path(path)
-    metrics = runs.parse_json(read_text(file, "what 05_eval.py wrote"), file)
-    try:  # what can be shown alone can be shown beside others
+    metrics = runs.parse_json(runs.read_text(file, "what 05_eval.py wrote"), file)
+    try:  # a file that can be shown by itself can be shown beside others
         figure([metrics])
         tables([metrics])
     except (AttributeError, KeyError, TypeError, ValueError, OverflowError, IndexError):
@@ -144,7 +143,7 @@ def samples(with_responses, count=3):
 
 
 def figure(metrics):
-    """Figure 3 and what explains it, as SVG: PANELS, two in a row, as far as there are metrics."""
+    """Figure 3 and the panels that explain it, as SVG: PANELS, two in a row, as far as there are metrics."""
     metrics = [row for row in metrics if any(row.get(key) is not None for key, _ in PANELS)]
     names = dict.fromkeys(iteration_of(row["name"])[0] for row in metrics)
     colors, parts, count = dict(zip(names, itertools.cycle(COLORS))), [], 0

@@ -1,17 +1,13 @@
-"""What makes a run safe. Every stage uses it; SPA can be understood without reading it. It knows nothing of models.
+"""What makes a run safe: errors in one line, checks of options and records, outputs that are whole or absent, resuming.
 
-    errors     InputError, run: one line on stderr and an exit status, on Ctrl-C and SIGTERM too
-    options    Parser, number, positive, natural, nonnegative, share
-    records    PROMPTS, EXAMPLES, SEED, RESPONSES, PREFERENCES, read_jsonl, write_jsonl
-    outputs    open_output, close_output: made in OUTPUT.partial, renamed when complete, args.json beside them
-    progress   a bar on a terminal, lines in a log
-    resuming   journal, read_journal (finished batches); load_state, save_due, save_state (training)
+Every stage uses it; SPA can be understood without reading it. It knows nothing of models.
 """
 
 import argparse
 import contextlib
 import fcntl
 import glob
+import gzip
 import hashlib
 import json
 import os
@@ -37,10 +33,6 @@ from tqdm import tqdm
 
 class InputError(Exception):
     """Something that the user has to fix. Its text is the one line they see: where, what was found, what to do."""
-
-
-class Stopped(KeyboardInterrupt):
-    """Ctrl-C or SIGTERM; args[0] is the signal. A KeyboardInterrupt, so that `except Exception` cannot swallow it."""
 
 
 @dataclass
@@ -102,7 +94,7 @@ def run(main):
 def on_signal(number, frame):
     """Stop at once. In training: after the step is done and saved, unless it is the second Ctrl-C."""
     if not this_run.training or this_run.asked and number == signal.SIGINT:
-        raise Stopped(number)
+        raise KeyboardInterrupt(number)  # for SIGTERM too: `except Exception` must not swallow it
     this_run.asked = number
     if number == signal.SIGINT and first_rank():
         os.write(2, b"\nstopping after this step is done and saved; press Ctrl-C again to stop at once\n")
@@ -227,6 +219,7 @@ EXAMPLES = {**PROMPTS, "response": is_text}
 SEED = {**PROMPTS, "chosen": is_answer, "rejected": is_answer}
 RESPONSES = {**PROMPTS, "prompt_ids": is_token_ids, "responses": is_responses}
 PREFERENCES = {"id": is_id, "prompt_ids": is_token_ids, "chosen": is_response, "rejected": is_response}
+EMPTY_SYSTEM = {"role": "system", "content": ""}  # the message that Zephyr's recipe puts before every conversation
 
 
 def as_messages(prompt):
@@ -260,7 +253,7 @@ def parse_json(text, where, nan=False):
         json.dumps(value, ensure_ascii=False, allow_nan=nan).encode()
         return pack(value)
     except (ValueError, RecursionError):
-        raise InputError(f"{where}: cannot be read as JSON: {text[:60]!r}: write one object a line")
+        raise InputError(f"{where}: cannot be read as JSON: {text[:60]!r}: write one object a line, in UTF-8")
 
 
 def pack(value):
@@ -274,6 +267,24 @@ def pack(value):
     return [pack(item) for item in value]
 
 
+def json_rows(path, expected, nan=False):
+    """Yields (number, where, row) of each row of a JSON Lines file or a JSON list, plain or gzip.
+
+    number: of the line, or in a list of the row, from 0; where: the file and the number; expected: as for `open_text`
+    """
+    with open_text(path, expected, errors="surrogateescape") as file:  # parse_json names the line that is not in UTF-8
+        is_list = file.read(1000).lstrip().startswith("[")
+        file.seek(0)
+        if is_list:
+            for number, row in enumerate(parse_json(file.read(), path, nan)):
+                yield number, f"{path}, row {number}", row
+        else:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    where = f"{path}:{number}"
+                    yield number, where, parse_json(line.rstrip("\n"), where, nan)
+
+
 def read_jsonl(path, fields):
     """The rows of a JSON Lines file: a list of objects with the fields {name: check} and ids that differ.
 
@@ -282,37 +293,41 @@ def read_jsonl(path, fields):
     file and line.
     """
     rows, line_of = [], {}
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            for line_number, line in enumerate(file, 1):
-                if not line.strip():
-                    continue
-                where = f"{path}:{line_number}"
-                row = parse_json(line.rstrip("\n"), where)
-                if isinstance(fields, list):
-                    fields = next((each for each in fields if isinstance(row, dict) and each.keys() <= row.keys()),
-                                  fields[-1])
-                check_row(row, fields, where)
-                row["id"] = str(row["id"])
-                if line_of.setdefault(row["id"], line_number) != line_number:
-                    raise InputError(f'{where}: duplicate id "{row["id"]}" (first on line {line_of[row["id"]]}): '
-                                     "ids must differ")
-                if "prompt" in row:
-                    row["prompt"] = as_messages(row["prompt"])
-                for name in ("chosen", "rejected"):
-                    if isinstance(row.get(name), list) and is_answer(row[name]):
-                        row[name] = row[name][0]["content"]
-                rows.append(row)
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read ({reason(error)}): give a JSON Lines file in UTF-8")
+    for line_number, where, row in json_rows(path, "a JSON Lines file in UTF-8"):
+        if isinstance(fields, list):
+            fields = next((each for each in fields if isinstance(row, dict) and each.keys() <= row.keys()), fields[-1])
+        check_row(row, fields, where)
+        row["id"] = str(row["id"])
+        if line_of.setdefault(row["id"], line_number) != line_number:
+            raise InputError(f'{where}: duplicate id "{row["id"]}" (first on line {line_of[row["id"]]}): '
+                             "ids must differ")
+        if "prompt" in row:
+            row["prompt"] = as_messages(row["prompt"])
+        for name in ("chosen", "rejected"):
+            if isinstance(row.get(name), list) and is_answer(row[name]):
+                row[name] = row[name][0]["content"]
+        rows.append(row)
     if not rows:
         raise InputError(f"{path}: has no rows")
     return rows
 
 
-def reason(error):
-    """The system's message without the path, else the exception's class."""
-    return getattr(error, "strerror", None) or type(error).__name__
+@contextlib.contextmanager
+def open_text(path, expected, errors="strict"):
+    """A text file in UTF-8, plain or gzip, opened for reading. expected: what the user should give, for errors"""
+    try:
+        with open(path, "rb") as file:
+            opened = gzip.open if file.read(2) == b"\x1f\x8b" else open
+        with opened(path, "rt", encoding="utf-8-sig", errors=errors) as file:
+            yield file
+    except (OSError, EOFError, zlib.error, ValueError) as error:
+        cause = getattr(error, "strerror", None) or type(error).__name__  # the system's message is without the path
+        raise InputError(f"{path}: cannot be read ({cause}): give {expected}")
+
+
+def read_text(path, expected):
+    with open_text(path, expected) as file:
+        return file.read()
 
 
 def write_jsonl(path, rows):
@@ -394,8 +409,8 @@ def begun():
 def open_output(args, *inputs, free=("output", "save_every")):
     """The folder to work in, OUTPUT.partial. inputs: names of the options that are files or models to read.
 
-    Exits with status 0 where the output is complete, made with these arguments from these inputs. Raises InputError
-    where it, or the partial one, was made with others, or another run is making it. Options in `free` do not change
+    Exits with status 0 where the output is complete. Raises InputError where the output, or what there is of it, was
+    made with other arguments or from other inputs, or where another run is making it. Options in `free` do not change
     the output.
     """
     global this_run
@@ -415,7 +430,7 @@ def open_output(args, *inputs, free=("output", "save_every")):
         lock(output, partial)
         exit_if_complete(output, partial, made_from)  # the run that held the lock until now may have completed it
     if has_work(partial):
-        check_made_from(partial, partial / "args.json", made_from)
+        check_made_from(partial, made_from)
         if first_rank():
             print(f"{output}: resuming", flush=True)
     if first_rank():
@@ -427,23 +442,22 @@ def exit_if_complete(output, partial, made_from):
     """Exit with status 0 where the output exists. Raises InputError where it was made from something else."""
     if not output.exists():
         return
-    check_made_from(output, args_path(output), made_from)
+    check_made_from(output, made_from)
     if first_rank():
         shutil.rmtree(partial, ignore_errors=True)  # left by a kill just after the rename
         print(f"{output}: already complete (same arguments); nothing to do")
     sys.exit(0)
 
 
-def check_made_from(path, record, made_from):
-    """Raises InputError unless the record, an args.json, says that `path` was made from the same."""
+def check_made_from(path, made_from):
+    """Raises InputError unless the args.json of `path` says that it was made from the same."""
     try:
-        old = json.loads(record.read_text())["made_from"]
-        if not isinstance(old, dict) or not all(isinstance(old.get(key), dict) for key in ("args", "inputs")):
-            raise ValueError
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        old = json.loads(args_path(path).read_text())["made_from"]
+        changed = differences(old, made_from)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise InputError(f"{path}: exists and does not say how it was made: move it or choose another --output")
     if old != made_from:
-        raise InputError(f"{path}: was made with {differences(old, made_from)}: delete it or choose another --output")
+        raise InputError(f"{path}: was made with {changed}: delete it or choose another --output")
 
 
 def differences(old, new):
@@ -502,9 +516,6 @@ class LogWriter:
     def write(self, text):
         if text.strip():
             sys.stderr.write(text.strip() + "\n")
-
-    def flush(self):
-        sys.stderr.flush()
 
 
 def progress(steps, label, ranks):
@@ -597,8 +608,8 @@ def save_due(step, steps, every, ranks):
 def save_state(partial, ranks, step, model, optimizer, scheduler, **state):
     """Save what `load_state` needs to resume after `step` steps; state: further fields that it returns.
 
-    No RNG state is saved: dropout is 0, and the order of the rows follows from --seed. Raises Stopped where a signal
-    was the reason to save.
+    No RNG state is saved: dropout is 0, and the order of the rows follows from --seed. Raises KeyboardInterrupt where a
+    signal was the reason to save.
     """
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict  # slow to import
     whole = StateDictOptions(full_state_dict=True, cpu_offload=True)  # on the CPU of rank 0
@@ -606,7 +617,7 @@ def save_state(partial, ranks, step, model, optimizer, scheduler, **state):
     state |= {"step": step, "model": weights, "optimizer": moments, "scheduler": scheduler.state_dict()}
     ranks.on_first(lambda: write_state(partial, state))
     if this_run.agreed:
-        raise Stopped(this_run.agreed)
+        raise KeyboardInterrupt(this_run.agreed)
 
 
 def write_state(partial, state):
