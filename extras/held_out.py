@@ -14,14 +14,13 @@ import torch
 import torch.nn.functional as F
 
 import common
+from extras.alpaca_eval import sigmoid, win_rate
 from support import chat, models, runs
 
 
 def agreement(margin):
     """(percent of pairs with a positive margin, a zero counting half; its standard error, None for one pair). (n,)"""
-    right = (np.sign(margin) + 1) / 2
-    error = 100 * float(right.std(ddof=1)) / len(right) ** 0.5 if len(right) > 1 else None
-    return 100 * float(right.mean()), error
+    return win_rate((np.sign(margin) + 1) / 2)
 
 
 def calibration(p, bins=10):
@@ -37,7 +36,7 @@ def calibration(p, bins=10):
 
 @torch.no_grad()
 def token_divergence(model, init, batch):
-    """[(KL in nats of each token, log pi_init of it), (N,) each] for the N response tokens of a batch.
+    """(2, N), of the N response tokens of a batch: the KL in nats; 1 where pi_init gives the token less than 1e-4.
 
     model, init: each a ResponseLogps
     """
@@ -47,7 +46,8 @@ def token_divergence(model, init, batch):
         logp = F.linear(states, *head).float().log_softmax(-1)  # (n, V)
         logp_init = F.linear(states_init, *head_init).float().log_softmax(-1)
         kl = F.kl_div(logp_init, logp, log_target=True, reduction="none").sum(-1)
-        parts.append(torch.stack([kl, logp_init.gather(1, labels[:, None])[:, 0]]))
+        improbable = logp_init.gather(1, labels[:, None])[:, 0] < math.log(1e-4)
+        parts.append(torch.stack([kl, improbable.float()]))
     return torch.cat(parts, 1)
 
 
@@ -58,9 +58,8 @@ def distance(args, sampler, init, prompts, responses, partial):
     def compute(rows):
         batch = common.collate([(row["prompt_ids"], [y["ids"] for y in row["responses"]]) for row in rows],
                                sampler.ranks.device)
-        kl, logp_init = token_divergence(model, init, batch)
-        improbable = (logp_init < math.log(1e-4)).float()
-        return torch.stack([common.response_logps(values, batch.lengths) for values in (kl, improbable)], 1).tolist()
+        sums = [common.response_logps(values, batch.lengths) for values in token_divergence(model, init, batch)]
+        return torch.stack(sums, 1).tolist()
 
     rows = [{"prompt_ids": prompt, "responses": [{"ids": ids}]} for prompt, ids in zip(prompts, responses)]
     kl, improbable = np.sum(common.map_rows(compute, rows, args.micro_batch_size, partial, sampler.ranks,
@@ -71,20 +70,19 @@ def distance(args, sampler, init, prompts, responses, partial):
 def evaluate(args, sampler, rows, prompts, responses, partial):
     """The metrics of --model beside --init-model.
 
-    rows: of --input; of those with labels, those that fit into the model's positions; prompts, responses: of each row,
-    lists of token ids
+    rows: those of --input; labels that do not fit into the model's positions are left out; prompts, responses: of each
+    row, lists of token ids
     """
     models.check_same_vocabulary(args.model, args.init_model)
     init = models.load_model(args.init_model, sampler.ranks.device, common.scoring_dtype(sampler.ranks.device))
     metrics = distance(args, sampler, init, prompts, responses, partial)
-    labelled, pairs = [], []
+    pairs, longer, positions = [], [], models.count_positions(sampler.model)
     for row in rows:
         if runs.is_text(row.get("chosen")) and runs.is_text(row.get("rejected")):
             pair = chat.tokenize_pair(args.input, row, sampler.tokenizer, sampler.eos)
-            if common.row_length(pair) - min(len(pair["chosen"]), len(pair["rejected"])) <= models.count_positions(
-                    sampler.model):
-                labelled.append(row)
+            if len(pair["prompt"]) + max(len(pair["chosen"]), len(pair["rejected"])) <= positions:
                 pairs.append(pair)
+                longer.append(len(row["chosen"]) - len(row["rejected"]))
     if not pairs:
         return metrics
 
@@ -94,12 +92,10 @@ def evaluate(args, sampler, rows, prompts, responses, partial):
 
     ours = log_ratio(sampler.model, "scoring held-out labels")
     theirs = log_ratio(init, "scoring with pi_init")
-    longer = np.array([len(row["chosen"]) - len(row["rejected"]) for row in labelled])
     metrics |= {"agreement_n": len(pairs), "longer_agreement": agreement(longer)[0],
                 "init_agreement": agreement(theirs)[0]}
     margin = args.beta * (ours - theirs)
     if margin.any():  # else it is pi_init itself
-        rate, error = agreement(margin)
-        metrics |= {"agreement": rate, "agreement_error": error,
-                    "calibration": calibration(1 / (1 + np.exp(-margin.clip(-500, 500))))}
+        metrics["agreement"], metrics["agreement_error"] = agreement(margin)
+        metrics["calibration"] = calibration(sigmoid(margin))
     return metrics
