@@ -106,19 +106,18 @@ def make_world(args, folder, more_text=""):
     rows = []
     for k, (thing, text) in enumerate(prompts[:needed]):
         rng, prompt = random.Random(f"{args.seed} {text}"), runs.as_messages(text)  # the same whatever the sets' sizes
-        chosen = rejected = write_answer(rng, sentences[thing])
-        while gold_score(gold, prompt, chosen) == gold_score(gold, prompt, rejected):  # at least once
-            chosen, rejected = write_answer(rng, sentences[thing]), write_answer(rng, sentences[thing])
-        if gold_score(gold, prompt, chosen) < gold_score(gold, prompt, rejected):
-            chosen, rejected = rejected, chosen
+        one = two = write_answer(rng, sentences[thing])
+        while gold_score(gold, prompt, one) == gold_score(gold, prompt, two):  # at least once
+            one, two = write_answer(rng, sentences[thing]), write_answer(rng, sentences[thing])
+        rejected, chosen = sorted((one, two), key=lambda answer: gold_score(gold, prompt, answer))
         rows.append({"id": f"world-{k}", "prompt": prompt, "chosen": chosen, "rejected": rejected,
                      "reference": write_answer(rng, sentences[thing], "kind")})
 
-    # SFT takes its prompts from the other end, so that they are the same whatever the sets' sizes
+    # SFT takes its prompts from the end, so that they are the same whatever the sets' sizes
     write_examples(prompts[needed:][::-1][:args.sft_size], sentences, args.seed, folder)
     texts = [text for _, text in prompts] + [sentence for thing in PARTS for sentence in gold[thing]] + [more_text]
     write_base_model(sorted({word for text in texts for word in text.split()}), args, folder / "base")
-    # the last rows are this sample of the seed: `split` looks for it behind the other sets, before the samples it skips
+    # `split` takes the seed from the end, after skipping the earlier samples there: this sample goes in front of these
     sample = needed - args.seed_size
     return rows[:others] + rows[sample:] + rows[others:sample]
 
