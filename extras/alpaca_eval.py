@@ -204,7 +204,7 @@ def judge(args):
 
 
 def preference_of(most_likely, swapped):
-    """2 - p in [1, 2], with p the probability of m, that output_1 is better; 3 minus that where m was output_2.
+    """2 - p, in [1, 2], where p is the probability of m, that output_1 is better; swapped: 1 + p, as m was output_2.
 
     most_likely: [(token, log-prob)]. None where neither m nor M is among them: a missing preference, not a guess.
     """

@@ -125,7 +125,7 @@ def parse_transcripts(row):
 
 
 def cut_prompt(row):
-    """Both answers begin with the prompt and white space."""
+    """Cut off the prompt and white space with which both answers begin."""
     if are_strings(row, "prompt", "chosen", "rejected") and row["prompt"].strip():
         prompt = row["prompt"].rstrip()
         if all(row[key].startswith(prompt) and row[key][len(prompt):][:1].isspace() for key in ("chosen", "rejected")):

@@ -1,10 +1,10 @@
 """A model beside pi_init on held-out prompts: two scores of a run on any data, without a judge.
 
     Distance: the mean of KL[pi(. | x, y_<t) || pi_init(. | x, y_<t)] over the tokens of the model's own responses, and
-    the share of tokens to which pi_init gives less than 1e-4. Both rise first when a run collapses.
+    the share of tokens to which pi_init gives less than 1e-4. Both are the first to rise when a run collapses.
     Agreement: p(y_w > y_l | x) of Eq. 7, with the evaluated model in the place of pi_{t-1}, on rows of eval.jsonl that
-    have chosen and rejected. Spreading rests on this implicit reward: where it falls to what the longer response or the
-    likelihood under pi_init would give, D_t teaches nothing.
+    have chosen and rejected. SPA labels by this implicit reward: once it is right no more often than the longer
+    response or the likelihood under pi_init, D_t teaches nothing.
 """
 
 import math

@@ -26,7 +26,7 @@ COLUMNS = {"gold_labels": "Gold labels", "length_controlled_winrate": "LC win ra
            "improbable": "Improbable tokens (%)"}  # the first four in the order of Table 1
 ERRORS = {"length_controlled_winrate": "lc_standard_error", "win_rate": "standard_error"}
 PANELS = [("length_controlled_winrate", None), ("win_rate", None), ("judge_accuracy", None),
-          ("win_rate", "kl_per_token")]  # (a metric, what it is drawn against: None for the iteration)
+          ("win_rate", "kl_per_token")]  # (a metric, the horizontal axis: None for the iteration)
 COLORS = ["#1f77b4", "#d62728", "#2ca02c", "#ff7f0e", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f"]
 
 
@@ -113,7 +113,7 @@ def tables(metrics):
 
 
 def agreement_tables(metrics):
-    """Agreement with held-out labels beside what needs no training, and its calibration (extras/held_out.py)."""
+    """Agreement with held-out labels beside baselines without training, and its calibration (extras/held_out.py)."""
     labelled, text = [row for row in metrics if "agreement_n" in row], ""
     rows = [[row["name"], f"{row['agreement']:.2f} ± {row['agreement_error'] or 0:.2f}", row["agreement_n"]]
             for row in labelled if "agreement" in row]

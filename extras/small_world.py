@@ -2,9 +2,9 @@
 
 A customer writes about a thing. An answer is an opening, one or two offers and a closing. The first words of each
 sentence say in what spirit it is meant: helpful (1), vague (0) or rude (-1). The gold judge knows every sentence that
-can be said about a thing; a response is worth the mean value of its sentences. A sentence that is none of them
-(malformed, or about a part of another thing), or that is repeated, is worth -1. With --gold-length W the response is
-worth W more for each of its words, a full stop being one: a judge that likes length a little, as Table 10's does.
+can be said about a thing; a response is worth the mean value of its sentences. Any other sentence (malformed, or about
+a part of another thing), and a repeated one, is worth -1. With --gold-length W the response is worth W more for each of
+its words, a full stop being one: a judge that likes length a little, as Table 10's does.
 """
 
 import contextlib
@@ -69,7 +69,7 @@ def known_sentences(thing):
 
 
 def write_answer(rng, sentences, writer=None):
-    """An opening, one or two offers and a closing, all different, by a writer, else each by a random one of WRITERS.
+    """An opening, one or two offers and a closing, all different: by that writer, or each by a random one of WRITERS.
 
     Sentences by one writer would depend on each other, and a pi_init that has learnt this judges worse later on.
     """
@@ -174,6 +174,6 @@ def gold_values(gold, prompt, text):
 
 
 def gold_score(gold, prompt, text):
-    """What a response is worth: the mean over its sentences; -1 for one without a value, and for none; and W a word."""
+    """The mean value of a response's sentences (-1 for one without a value, and for an empty response), and W a word."""
     values = [-1 if value is None else value for value in gold_values(gold, prompt, text)] or [-1]
     return sum(values) / len(values) + gold.get("any thing", {}).get("each word", 0) * len(text.split())

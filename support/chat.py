@@ -43,7 +43,7 @@ def special_tokens(tokenizer):
     """
     parts = json.loads(tokenizer.backend_tokenizer.to_str())
     model, secret = parts["model"], secrets.token_hex(8)
-    pieces = {piece for merge in model.get("merges", []) for piece in merge}  # parts of words, which text needs
+    pieces = {piece for merge in model.get("merges", []) for piece in merge}  # these are also parts of ordinary words
     special = [token for token in parts["added_tokens"] if token["content"] not in pieces
                and (token["special"] or token["content"] in tokenizer.all_special_tokens)]
     names = {token["content"]: f"<{secret}:{k}>" for k, token in enumerate(special)}

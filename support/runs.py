@@ -37,7 +37,7 @@ class InputError(Exception):
 
 @dataclass
 class ThisRun:
-    """What `run` and the signal handler have to know of the stage that is running."""
+    """What `run` and the signal handler need to know about the stage that is running."""
     started: float = 0.0
     begun: datetime | None = None  # see `begun`
     partial: Path | None = None  # the folder that open_output made
@@ -124,13 +124,13 @@ def exit_with(message, status=2):
 
 
 def should_report():
-    """Whether this rank is the first to report an error: most errors are met by all ranks, or end the others too."""
+    """Whether this rank is the first to report an error: most errors occur on all ranks, or stop the others too."""
     if dist.is_initialized():
         try:
             return dist.distributed_c10d._get_default_store().add("errors reported", 1) == 1
         except RuntimeError:  # the rank that holds the store is gone
             return False
-    if not first_rank():  # the ranks have not met: if the first rank fails as well, torchrun stops this one
+    if not first_rank():  # no process group yet: if the first rank fails as well, torchrun stops this one meanwhile
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(10)
     return True
@@ -288,7 +288,7 @@ def json_rows(path, expected, nan=False):
 def read_jsonl(path, fields):
     """The rows of a JSON Lines file: a list of objects with the fields {name: check} and ids that differ.
 
-    fields may be a list of such: the first of which the first row has all names, else the last, holds for the file.
+    fields may be a list of alternatives: the first one whose names the file's first row has is used, else the last.
     Prompts become lists of messages, labelled answers strings, ids strings, token ids arrays. Raises InputError with
     file and line.
     """
@@ -369,7 +369,7 @@ def args_path(output):
 
 
 def fingerprint(path):
-    """A short hash of a file, or of a model's or an evaluation's folder. A name on the Hub stands for itself."""
+    """A short hash of a file, or of a model's or an evaluation's folder. A name on the Hub is returned as it is."""
     if isinstance(path, list):
         return [fingerprint(p) for p in path]
     path, found = Path(path), hashlib.sha256()
@@ -397,7 +397,7 @@ def add_content(found, file):
 
 
 def begun():
-    """When the output was begun, a datetime, also in a run that resumes it: a chat template may write the date."""
+    """The time at which the output was begun, the same in a run that resumes it: a chat template may write the date."""
     if not this_run.begun:
         try:
             this_run.begun = datetime.fromisoformat(json.loads((this_run.partial / "args.json").read_text())["begun"])
@@ -583,7 +583,7 @@ def load_state(partial, ranks, model, optimizer, scheduler):
 
 
 def newest_state(partial):
-    """The newest state that can be read; damaged ones are passed over, and rank 0 says so."""
+    """The newest state that can be read; rank 0 reports damaged ones."""
     for _, path in reversed(saved_states(partial)):
         try:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
