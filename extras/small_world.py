@@ -174,6 +174,6 @@ def gold_values(gold, prompt, text):
 
 
 def gold_score(gold, prompt, text):
-    """The mean value of a response's sentences (-1 for one without a value, and for an empty response), and W a word."""
+    """The mean value of a response's sentences (-1 for one without a value, and for no sentence), plus W a word."""
     values = [-1 if value is None else value for value in gold_values(gold, prompt, text)] or [-1]
     return sum(values) / len(values) + gold.get("any thing", {}).get("each word", 0) * len(text.split())
