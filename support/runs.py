@@ -369,31 +369,28 @@ def args_path(output):
 
 
 def fingerprint(path):
-    """A short hash of a file, or of a model's or an evaluation's folder. A name on the Hub is returned as it is."""
+    """A short hash of a file, or of a model's or an evaluation's folder. A name on the Hub is returned as it is.
+
+    Of large weights it reads 1,024 blocks of 16 KB, spread evenly over the file.
+    """
     if isinstance(path, list):
         return [fingerprint(p) for p in path]
-    path, found = Path(path), hashlib.sha256()
+    path, found, block = Path(path), hashlib.sha256(), 2 ** 14
     if not path.exists():
         return str(path)
-    if path.is_file():
-        add_content(found, path)
-    else:
-        for file in sorted(path.iterdir()):
-            if file.suffix in (".json", ".jsonl", ".jinja", ".safetensors") and file.name != "args.json":
-                found.update(file.name.encode())
-                add_content(found, file)
+    files = {"": path}
+    if not path.is_file():
+        files = {file.name: file for file in sorted(path.iterdir())
+                 if file.suffix in (".json", ".jsonl", ".jinja", ".safetensors") and file.name != "args.json"}
+    for name, file in files.items():
+        size = file.stat().st_size
+        step = max(block, size // 1024) if file.suffix == ".safetensors" else block
+        found.update(f"{name}{size}".encode())
+        with open(file, "rb") as content:
+            for start in range(0, size, step):
+                content.seek(start)
+                found.update(content.read(block))
     return found.hexdigest()[:16]
-
-
-def add_content(found, file):
-    """Add a file's size and content to a hash; of large weights 1,024 blocks of 16 KB, spread evenly over the file."""
-    size, block = file.stat().st_size, 2 ** 14
-    step = max(block, size // 1024) if file.suffix == ".safetensors" else block
-    found.update(str(size).encode())
-    with open(file, "rb") as content:
-        for start in range(0, size, step):
-            content.seek(start)
-            found.update(content.read(block))
 
 
 def begun():
