@@ -96,38 +96,33 @@ def curves(metrics, key):
 
 
 def tables(metrics):
-    """Table 1, Figure 3 by iteration and Figure 5a by category, as far as there are metrics."""
-    text = table(["Model", *COLUMNS.values()], [[row["name"], *map(row.get, COLUMNS)] for row in metrics])
-    text += agreement_tables(metrics)
+    """Table 1, agreement, Figure 3 by iteration and Figure 5a by category, each where there are metrics for it."""
+    found = [(["Model", *COLUMNS.values()], [[row["name"], *map(row.get, COLUMNS)] for row in metrics])]
+    found += agreement_tables(metrics)
     for key in ("length_controlled_winrate", "win_rate", "mt_bench"):
         lines, iterations = curves(metrics, key)
-        if iterations:
-            text += "\n" + table([f"{COLUMNS[key]} by iteration", *map(str, iterations)], [
-                [method, *(line.get(t, {}).get(key) for t in iterations)] for method, line in lines.items()])
-    categories = sorted({name for row in metrics for name in row.get("mt_bench_categories", {})}, key=category_order)
-    if categories:
-        text += "\n" + table(["MT-Bench by category", *categories], [
-            [row["name"], *map(row["mt_bench_categories"].get, categories)]
-            for row in metrics if "mt_bench_categories" in row])
-    return text
+        rows = [[method, *(line.get(t, {}).get(key) for t in iterations)] for method, line in lines.items()]
+        found.append(([f"{COLUMNS[key]} by iteration", *map(str, iterations)], rows))
+    rated = [row for row in metrics if "mt_bench_categories" in row]
+    categories = sorted({name for row in rated for name in row["mt_bench_categories"]}, key=category_order)
+    rows = [[row["name"], *map(row["mt_bench_categories"].get, categories)] for row in rated if categories]
+    found.append((["MT-Bench by category", *categories], rows))
+    return "\n".join(table(head, rows) for head, rows in found if rows)
 
 
 def agreement_tables(metrics):
-    """Agreement with held-out labels beside baselines without training, and its calibration (extras/held_out.py)."""
-    labelled, text = [row for row in metrics if "agreement_n" in row], ""
-    rows = [[row["name"], f"{row['agreement']:.2f} ± {row['agreement_error'] or 0:.2f}", row["agreement_n"]]
-            for row in labelled if "agreement" in row]
+    """[(head, rows)] of agreement with held-out labels and of its calibration, see extras/held_out.py."""
+    labelled = [row for row in metrics if "agreement_n" in row]
+    rates = [[row["name"], f"{row['agreement']:.2f} ± {row['agreement_error'] or 0:.2f}", row["agreement_n"]]
+             for row in labelled if "agreement" in row]
     for name, key in (("the longer response", "longer_agreement"), ("likelihood under pi_init", "init_agreement")):
-        rows += dict.fromkeys((name, f"{row[key]:.2f}", row["agreement_n"]) for row in labelled)
-    if rows:
-        text += "\n" + table(["Agreement with held-out labels", "%", "Pairs"], rows)
-    calibrated = [row for row in labelled if "calibration" in row]
-    if calibrated:
-        text += "\n" + table(
-            ["Percent right (pairs) at a confidence of", *(f"{50 + 5 * k}-{55 + 5 * k} %" for k in range(10))],
-            [[row["name"], *(f"{right:.0f} at {100 * confidence:.0f} ({n})" if n else None
-                             for confidence, right, n in row["calibration"])] for row in calibrated])
-    return text
+        rates += dict.fromkeys((name, f"{row[key]:.2f}", row["agreement_n"]) for row in labelled)
+    bins = [f"{50 + 5 * k}-{55 + 5 * k} %" for k in range(10)]
+    calibrated = [[row["name"], *(f"{right:.0f} at {100 * confidence:.0f} ({n})" if n else None
+                                  for confidence, right, n in row["calibration"])]
+                  for row in labelled if "calibration" in row]
+    return [(["Agreement with held-out labels", "%", "Pairs"], rates),
+            (["Percent right (pairs) at a confidence of", *bins], calibrated)]
 
 
 def samples(with_responses, count=3):
