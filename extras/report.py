@@ -105,7 +105,7 @@ def tables(metrics):
         found.append(([f"{COLUMNS[key]} by iteration", *map(str, iterations)], rows))
     rated = [row for row in metrics if "mt_bench_categories" in row]
     categories = sorted({name for row in rated for name in row["mt_bench_categories"]}, key=category_order)
-    rows = [[row["name"], *map(row["mt_bench_categories"].get, categories)] for row in rated if categories]
+    rows = [[row["name"], *map(row["mt_bench_categories"].get, categories)] for row in rated]
     found.append((["MT-Bench by category", *categories], rows))
     return "\n".join(table(head, rows) for head, rows in found if rows)
 
