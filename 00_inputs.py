@@ -116,7 +116,7 @@ def main():
         rows, counts = read_source(args)
         for row in rows:
             if args.empty_system and row["prompt"][0]["role"] != "system":
-                row["prompt"].insert(0, {"role": "system", "content": ""})
+                row["prompt"].insert(0, runs.EMPTY_SYSTEM)
         if args.source == "ultrachat":
             runs.write_jsonl(folder / "sft.jsonl", rows)
             return runs.close_output(args, partial, folder, counts)

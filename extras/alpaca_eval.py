@@ -12,8 +12,8 @@ annotations.json  [{"dataset", "instruction", "output_1", "generator_1" (the bas
 
 alpaca_eval_clf.txt is in the alpaca_eval package. The judge is an OpenAI-compatible endpoint that gives log-probs, or a
 model on this machine (no --judge-url). The key is read from OPENAI_API_KEY and written nowhere. Answers are kept as
-they come: after a stop, failed requests or --max-requests the same command resumes. A pair that the judge refuses for
-ever (HTTP 400, no content, a content filter) has the preference null.
+they come: after a stop, failed requests or --max-requests the same command resumes. A pair that the judge would always
+refuse (HTTP 400, no content, a content filter) has the preference null.
 
 The official tool, `pip install alpaca_eval==0.6.6 "setuptools<81"`, gives these outputs to the judge by itself, and
 scores these annotations; it takes df_gamed.csv from the Hub. alpaca-score reads what it writes:
@@ -25,8 +25,8 @@ scores these annotations; it takes df_gamed.csv from the Hub. alpaca-score reads
         --name "SPA, iteration 3" --output official.json
 
 Departs from the official tool: the L1 penalty of the LC win rate is fixed at 1/10, not cross-validated (on eight models
-of the leaderboard it differs by up to 0.08 points, all else by 1e-6); the order of the two outputs is drawn otherwise;
-mean lengths are over the file's own rows, not 805.
+of the leaderboard it differs by up to 0.08 points, all else by 1e-6); the order of the two outputs comes from other
+random numbers; mean lengths are over the file's own rows, not 805.
 """
 
 import csv
@@ -36,7 +36,7 @@ import re
 import numpy as np
 
 import common
-from extras.answers import Sampler, file_name, fill, is_string, read_rows, read_text, write_output
+from extras.answers import Sampler, file_name, fill, is_string, read_rows, write_output
 from extras.endpoint import FREE, ask_judge
 from support import runs
 
@@ -90,7 +90,7 @@ def fit(features, target, weight, l1=0.1):
 def length_controlled(y, d, difficulty=None, gamed=None):
     """(LC win rate, its standard error) in percent: 100 mean_i sigmoid(w_difficulty difficulty_i + w_intercept).
 
-    The win rate, had both outputs been equally long: a logistic regression of y on the difference in length t, the
+    The win rate as if both outputs were equally long: a logistic regression of y on the difference in length t, the
     instruction's difficulty and an intercept, evaluated without its length term (Dubois et al., 2024).
     y (n,) in [0, 1], NaN where missing: not in the fit, but in the mean; d (n,) characters of output_1 minus output_2;
     difficulty (n,) of the instructions, by row position as in the official tool; gamed (m, 3) of y, t, difficulty: the
@@ -128,7 +128,7 @@ def read_gamed(path):
     """(difficulty of each instruction by position, rows (m, 3) of y, t, difficulty) of df_gamed.csv."""
     names = ("index", "preference", "std_delta_len", "instruction_difficulty")
     try:
-        table = csv.DictReader(read_text(path, "df_gamed.csv").splitlines())
+        table = csv.DictReader(runs.read_text(path, "df_gamed.csv").splitlines())
         rows = np.array([[float(row[name]) for name in names] for row in table])
         index, y, delta, level = rows.T
         level_at = dict(zip(index, level))
@@ -143,7 +143,7 @@ def read_gamed(path):
 
 def read_template(path):
     """The messages of a judging prompt: the blocks of a ChatML file, as AlpacaEval's is, else one of the user."""
-    text = read_text(path, "AlpacaEval's judging prompt")
+    text = runs.read_text(path, "AlpacaEval's judging prompt")
     for name in ("{instruction}", "{output_1}", "{output_2}"):
         if name not in text:
             raise runs.InputError(f"{path}: has no {name}: give AlpacaEval's prompt, which asks for m or M")
@@ -175,7 +175,7 @@ def sample(args):
     asked = read_rows(args.instructions, {"instruction": runs.is_text}, "instruction")
     partial = runs.open_output(args, "model", "instructions")
     sampler = Sampler(args, args.model)
-    start = [{"role": "system", "content": ""}] if args.empty_system else []
+    start = [runs.EMPTY_SYSTEM] if args.empty_system else []
     prompts = sampler.prompt_ids([start + runs.as_messages(row["instruction"]) for row in asked], args.instructions)
     answers = sampler.generate_answers(partial, prompts, [row["instruction"] for row in asked])
     rows = [{"dataset": row.get("dataset", ""), "instruction": row["instruction"], "output": text,
@@ -193,7 +193,7 @@ def judge(args):
     rows, jobs = [], {}
     for k, (base, ours) in enumerate(pairs):
         rows.append(annotation(base, ours, args.judge_model, preference=1.5))
-        if base["output"] != ours["output"]:  # otherwise a tie, which need not be asked for
+        if base["output"] != ours["output"]:  # equal outputs are a tie: the judge is not asked
             m, big_m = (ours, base) if swapped[k] else (base, ours)
             fields = {"instruction": base["instruction"], "output_1": m["output"], "output_2": big_m["output"]}
             jobs[k] = [part | {"content": fill(part["content"], fields)} for part in template]
@@ -204,7 +204,7 @@ def judge(args):
 
 
 def preference_of(most_likely, swapped):
-    """2 - p in [1, 2], with p the probability of m, that output_1 is better; 3 minus that where m was output_2.
+    """2 - p, in [1, 2], where p is the probability of m, that output_1 is better; swapped: 1 + p, as m was output_2.
 
     most_likely: [(token, log-prob)]. None where neither m nor M is among them: a missing preference, not a guess.
     """

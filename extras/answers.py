@@ -1,8 +1,6 @@
 """A model's answers to a benchmark, and the readers that AlpacaEval 2.0 and MT-Bench share."""
 
-import gzip
 import re
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -59,9 +57,10 @@ class Sampler:
 
         @torch.no_grad()
         def compute(rows):
-            batch = common.collate([(row["prompt_ids"], [[0]]) for row in rows], self.model.device)  # [0]: any token
+            # one token, any, as the response: it is predicted by the prompt's last hidden state
+            batch = common.collate([(row["prompt_ids"], [[0]]) for row in rows], self.model.device)
             hidden, *head = common.ResponseLogps(self.model).hidden(batch)
-            logps, tokens = F.linear(hidden, *head).float().log_softmax(-1).topk(count)  # after the prompt, (B, count)
+            logps, tokens = F.linear(hidden, *head).float().log_softmax(-1).topk(count)  # (B, count)
             return [[(self.tokenizer.decode([i]), logp) for i, logp in zip(*row)]
                     for row in zip(tokens.tolist(), logps.tolist())]
 
@@ -74,31 +73,18 @@ def is_string(value):
     return isinstance(value, str)
 
 
-def read_text(path, expected):
-    """A text file in UTF-8, plain or gzip. expected: what the user should give, for errors"""
-    try:
-        data = Path(path).read_bytes()
-        return (gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data).decode("utf-8-sig")
-    except (OSError, EOFError, zlib.error, ValueError) as error:
-        raise runs.InputError(f"{path}: cannot be read ({runs.reason(error)}): give {expected}")
-
-
 def read_rows(path, fields, *key):
     """The rows of a JSON list or JSON Lines file, plain or gzip, each with fields {name: check}.
 
     No two rows may have the same `key` (names of fields). Raises InputError with the row's number.
     """
-    text = read_text(path, "a JSON list or JSON Lines")
-    if text.lstrip()[:1] == "[":
-        rows = runs.parse_json(text, path, nan=True)  # the official tool writes NaN for a missing preference
-    else:
-        rows = [runs.parse_json(line, f"{path}:{line_number}", nan=True)
-                for line_number, line in enumerate(text.split("\n"), 1) if line.strip()]
-    first = {}
-    for k, row in enumerate(rows, 1):
+    rows, first = [], {}
+    # the official tool writes NaN for a missing preference
+    for k, (*_, row) in enumerate(runs.json_rows(path, "a JSON list or JSON Lines", nan=True), 1):
         runs.check_row(row, fields, f"{path}, row {k}")
         if key and first.setdefault(tuple(row[name] for name in key), k) != k:
             raise runs.InputError(f"{path}, row {k}: duplicate {key[0]} {str(row[key[0]])[:60]!r}: they must differ")
+        rows.append(row)
     if not rows:
         raise runs.InputError(f"{path}: has no rows")
     return rows
@@ -116,5 +102,5 @@ def fill(text, fields):
 
 
 def file_name(name):
-    """A model's name, without what cannot be part of a file name."""
+    """A model's name as a file name."""
     return re.sub(r"[^\w.-]+", "_", Path(name).name)

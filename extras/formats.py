@@ -1,6 +1,6 @@
 """Other people's data, as 00_inputs.py uses it: --source ultrafeedback, ultrachat, org/name or a file.
 
-The format of preferences is decided once for a source, by what more than half of its (labelled) rows are:
+The format of preferences is decided once for a source: it is the one that more than half of its (labelled) rows have.
 
     Format                          prompt               chosen, rejected
     TRL, standard                   string               strings
@@ -14,29 +14,29 @@ The format of preferences is decided once for a source, by what more than half o
 
 UltraChat, for SFT, has "messages" that end with the response.
 
-Messages are [{"role": "user", "content": ...}, ...]. Rows may have "id" (else it is their number) and, before their
-prompt, "system", a string, and "history", messages or [[user, assistant], ...]. Rows that cannot be used are dropped
-and counted; more than one in twenty is an error. The stages with a tokenizer drop prompts that are too long.
+Messages are [{"role": "user", "content": ...}, ...]. A row may have "id" (default: its number), and what comes before
+its prompt: "system", a string, and "history", messages or [[user, assistant], ...]. Rows that cannot be used are
+dropped and counted; more than one in twenty is an error. The stages with a tokenizer drop prompts that are too long.
 """
 
-import gzip
 import os
 import re
-from pathlib import Path
 
 from support import runs
 
 HUB = {"ultrafeedback": ("argilla/ultrafeedback-binarized-preferences-cleaned", "train"),  # name, split
        "ultrachat": ("HuggingFaceH4/ultrachat_200k", "train_sft")}
 HUB_NAME = re.compile(r"\w[\w.-]*/[\w.-]+(?<!\.json)(?<!\.jsonl)(?<!\.gz)(?<!\.parquet)")
+SOURCES = ("ultrafeedback, ultrachat or org/name (from the Hub: go online), world, or a JSON, JSON Lines or Parquet "
+           "file (--source)")
 
 
 class Unusable(Exception):
-    """A row that is dropped. Its text is the cause."""
+    """Raised for a row that is dropped; its text says why."""
 
 
 def read_source(args):
-    """(the rows that can be used, with "id" and what `as_preference` finds, or of UltraChat `as_example`; counts).
+    """(the rows that can be used, with "id" and what `read_row` finds; counts of what was read and dropped).
 
     Raises InputError where an id repeats, too many rows cannot be used, or there are no labels for the seed.
     """
@@ -49,7 +49,7 @@ def read_source(args):
         try:
             if not runs.is_id(row_id):
                 raise Unusable(f'"id" is not {runs.is_id.__doc__}')
-            rows.append({"id": str(row_id), **(as_example(row) if chats else as_preference(row, name))})
+            rows.append({"id": str(row_id), **read_row(row, name)})
         except Unusable as cause:
             dropped.setdefault(str(cause), []).append(where)
         else:
@@ -69,7 +69,7 @@ def read_source(args):
     labelled = sum(map(is_labelled, rows))
     if args.seed_size and not labelled and not chats:
         raise runs.InputError(f"{args.source}: no row is labelled, for --seed-size {args.seed_size}: {columns}")
-    if FORMATS.get(name) is cut_prompt:
+    if name == "strings that repeat the prompt":
         counts["prompts cut off both answers"] = labelled
     return rows, {"rows read": len(table), "format": name, **counts}
 
@@ -77,39 +77,25 @@ def read_source(args):
 def read_table(args):
     """[(where, row)] of a file or of a data set on the Hub, rows as they are. where: names the row in messages"""
     source = args.source
-
-    def numbered(rows):
-        return [(f"{source}, row {k}", row) for k, row in enumerate(rows)]
-
-    try:
-        if source in HUB or HUB_NAME.fullmatch(source) and not Path(source).exists():
-            from datasets import load_dataset  # slow to import
+    on_hub = source in HUB or HUB_NAME.fullmatch(source) and not os.path.exists(source)
+    if not on_hub and not source.endswith(".parquet"):
+        table = [(where, row) for _, where, row in runs.json_rows(source, SOURCES)]
+    else:
+        try:
+            from datasets import Dataset, load_dataset  # slow to import
             name, split = HUB.get(source, (source, "train"))
-            return numbered(load_dataset(name, split=args.split or split))
-        if source.endswith(".parquet"):
-            from datasets import Dataset
-            return numbered(Dataset.from_parquet(source))
-        content = Path(source).read_bytes()
-        text = (gzip.decompress(content) if content.startswith(b"\x1f\x8b") else content).decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        line_number = error.object.count(b"\n", 0, error.start) + 1
-        raise runs.InputError(f"{source}:{line_number}: is not in UTF-8: give a JSON, JSON Lines or Parquet file")
-    except Exception as error:  # datasets raises many kinds
-        reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {str(error)[:200]}"
-        raise runs.InputError(f"{source}: cannot be read ({reason}): --source is ultrafeedback, ultrachat or org/name "
-                              "(from the Hub: go online), world, or a JSON, JSON Lines or Parquet file")
-    if text.lstrip().startswith("["):  # one JSON array, not lines
-        table = numbered(runs.parse_json(text, source))
-    else:  # not splitlines(): JSON strings may contain U+2028 and others that it takes for the end of a line
-        lines = ((f"{source}:{number}", line.strip()) for number, line in enumerate(text.split("\n"), 1))
-        table = [(where, runs.parse_json(line, where)) for where, line in lines if line]
+            rows = load_dataset(name, split=args.split or split) if on_hub else Dataset.from_parquet(source)
+            table = [(f"{source}, row {k}", row) for k, row in enumerate(rows)]
+        except Exception as error:  # datasets raises many kinds
+            reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {str(error)[:200]}"
+            raise runs.InputError(f"{source}: cannot be read ({reason}): give {SOURCES}")
     for where, row in table:
         runs.check_row(row, {}, where)
     return table
 
 
 # ---------------------------------------------------------------------------------------------
-# Formats: functions that make a row one of strings or messages. None: the row is not of that format
+# Formats: a function turns a row into one of strings or messages, or returns None where it has another format
 
 
 def is_labelled(row):
@@ -139,7 +125,7 @@ def parse_transcripts(row):
 
 
 def cut_prompt(row):
-    """Both answers begin with the prompt and white space."""
+    """Cut off the prompt and white space with which both answers begin."""
     if are_strings(row, "prompt", "chosen", "rejected") and row["prompt"].strip():
         prompt = row["prompt"].rstrip()
         if all(row[key].startswith(prompt) and row[key][len(prompt):][:1].isspace() for key in ("chosen", "rejected")):
@@ -147,7 +133,7 @@ def cut_prompt(row):
 
 
 def share_prompt(row):
-    """What both answers begin with, to the end of a word (TRL's `extract_prompt` also cuts words), is the prompt."""
+    """The prompt is what both answers begin with, to the end of a word (TRL's `extract_prompt` also cuts words)."""
     if "prompt" not in row and are_strings(row, "chosen", "rejected"):
         answers = [row[key].rstrip() for key in ("chosen", "rejected")]
         prompt = re.match(r"(.*\s)?", os.path.commonprefix(answers), re.DOTALL)[0]
@@ -166,11 +152,14 @@ def choose_format(rows):
     return next(names, "strings or messages")
 
 
-def as_preference(row, name):
-    """{"prompt": messages} and, if labelled, "chosen", "rejected" and "reference" as strings, of a row of that format.
+def read_row(row, name):
+    """{"prompt": messages}, if labelled with "chosen", "rejected", "reference", of chats with "response", all strings.
 
-    Raises Unusable.
+    name: the source's format. Raises Unusable.
     """
+    if name == "chats":
+        prompt, response = split_answer(row, "messages")
+        return {"prompt": prompt, "response": response}
     read = FORMATS[name](row)
     if read is None and is_labelled(row):
         raise Unusable(f"not {name}, as most rows are")
@@ -185,12 +174,6 @@ def as_preference(row, name):
     return {"prompt": prompt_1, "chosen": chosen, "rejected": rejected, "reference": chosen}
 
 
-def as_example(row):
-    """{"prompt": messages, "response": string} of a row of UltraChat. Raises Unusable."""
-    prompt, response = split_answer(row, "messages")
-    return {"prompt": prompt, "response": response}
-
-
 def split_answer(row, key):
     """(messages before the answer, the answer as a string)"""
     before, answer = [], row.get(key)
@@ -203,7 +186,7 @@ def split_answer(row, key):
 
 
 def find_prompt(row, before):
-    """The messages that are answered. before: those in front of the answer in its own list"""
+    """The messages that the answer replies to. before: those in front of the answer in its own list"""
     prompt = clean(runs.as_messages(row.get("prompt") or []))
     if before and before[0]["role"] == "assistant":
         prompt = prompt + before

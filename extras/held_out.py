@@ -1,10 +1,11 @@
 """A model beside pi_init on held-out prompts: two scores of a run on any data, without a judge.
 
     Distance: the mean of KL[pi(. | x, y_<t) || pi_init(. | x, y_<t)] over the tokens of the model's own responses, and
-    the share of tokens to which pi_init gives less than 1e-4. Both rise first when a run collapses.
+    the share of tokens to which pi_init gives less than 1e-4. Far from pi_init, its log-probs say little about a text,
+    and so does Eq. 7, which compares with them.
     Agreement: p(y_w > y_l | x) of Eq. 7, with the evaluated model in the place of pi_{t-1}, on rows of eval.jsonl that
-    have chosen and rejected. Spreading rests on this implicit reward: where it falls to what the longer response or the
-    likelihood under pi_init would give, D_t teaches nothing.
+    have chosen and rejected. SPA labels by this implicit reward: once it is right no more often than the longer
+    response or the likelihood under pi_init, D_t teaches nothing.
 """
 
 import numpy as np
@@ -12,14 +13,13 @@ import torch
 import torch.nn.functional as F
 
 import common
+from extras.alpaca_eval import sigmoid, win_rate
 from support import chat, models, runs
 
 
 def agreement(margin):
     """(percent of pairs with a positive margin, a zero counting half; its standard error, None for one pair). (n,)"""
-    right = (np.sign(margin) + 1) / 2
-    error = 100 * float(right.std(ddof=1)) / len(right) ** 0.5 if len(right) > 1 else None
-    return 100 * float(right.mean()), error
+    return win_rate((np.sign(margin) + 1) / 2)
 
 
 def calibration(p, bins=10):
@@ -35,18 +35,20 @@ def calibration(p, bins=10):
 
 @torch.no_grad()
 def token_divergence(model, init, batch):
-    """[(KL in nats of each token, log pi_init of it), (N,) each] for the N response tokens of a batch.
+    """(2, N), of the N response tokens of a batch: the KL in nats; 1 where pi_init gives the token less than 1e-4.
 
     model, init: each a ResponseLogps
     """
     (hidden, *head), (hidden_init, *head_init) = model.hidden(batch), init.hidden(batch)
-    parts, size = [], common.chunk_rows(head[0])
-    for states, states_init, labels in zip(*(values.split(size) for values in (hidden, hidden_init, batch.labels))):
-        logp = F.linear(states, *head).float().log_softmax(-1)  # (n, V)
-        logp_init = F.linear(states_init, *head_init).float().log_softmax(-1)
+
+    def divergence(hidden, hidden_init, labels):  # (n, d), (n, d), (n,) -> (2, n)
+        logp = F.linear(hidden, *head).float().log_softmax(-1)  # (n, V)
+        logp_init = F.linear(hidden_init, *head_init).float().log_softmax(-1)
         kl = F.kl_div(logp_init, logp, log_target=True, reduction="none").sum(-1)
-        parts.append(torch.stack([kl, logp_init.gather(1, labels[:, None])[:, 0]]))
-    return torch.cat(parts, 1)
+        improbable = logp_init.gather(1, labels[:, None])[:, 0] < common.IMPROBABLE
+        return torch.stack([kl, improbable.float()])
+
+    return common.in_chunks(divergence, common.chunk_rows(head[0]), hidden, hidden_init, batch.labels)
 
 
 def distance(args, sampler, init, prompts, responses, partial):
@@ -56,9 +58,8 @@ def distance(args, sampler, init, prompts, responses, partial):
     def compute(rows):
         batch = common.collate([(row["prompt_ids"], [y["ids"] for y in row["responses"]]) for row in rows],
                                sampler.ranks.device)
-        kl, logp_init = token_divergence(model, init, batch)
-        improbable = (logp_init < common.IMPROBABLE).float()
-        return torch.stack([common.response_logps(values, batch.lengths) for values in (kl, improbable)], 1).tolist()
+        sums = [common.response_logps(values, batch.lengths) for values in token_divergence(model, init, batch)]
+        return torch.stack(sums, 1).tolist()
 
     rows = [{"prompt_ids": prompt, "responses": [{"ids": ids}]} for prompt, ids in zip(prompts, responses)]
     kl, improbable = np.sum(common.map_rows(compute, rows, args.micro_batch_size, partial, sampler.ranks,
@@ -69,19 +70,19 @@ def distance(args, sampler, init, prompts, responses, partial):
 def evaluate(args, sampler, rows, prompts, responses, partial):
     """The metrics of --model beside --init-model.
 
-    rows: of --input; of those with labels, those that fit into the model's positions; prompts, responses: of each row,
-    lists of token ids
+    rows: those of --input; labels that do not fit into the model's positions are left out; prompts, responses: of each
+    row, lists of token ids
     """
     models.check_same_vocabulary(args.model, args.init_model)
     init = models.load_model(args.init_model, sampler.ranks.device, common.scoring_dtype(sampler.ranks.device))
     metrics = distance(args, sampler, init, prompts, responses, partial)
-    labelled, pairs = [], []
+    pairs, longer, positions = [], [], models.count_positions(sampler.model)
     for row in rows:
         if runs.is_text(row.get("chosen")) and runs.is_text(row.get("rejected")):
             prompt, *answers = chat.tokenize_pair(args.input, row, sampler.tokenizer, sampler.eos)
-            if len(prompt) + max(map(len, answers)) <= models.count_positions(sampler.model):
-                labelled.append(row)
+            if len(prompt) + max(map(len, answers)) <= positions:
                 pairs.append({"prompt_ids": prompt, "responses": [{"ids": ids} for ids in answers]})
+                longer.append(len(row["chosen"]) - len(row["rejected"]))
     if not pairs:
         return metrics
 
@@ -91,12 +92,10 @@ def evaluate(args, sampler, rows, prompts, responses, partial):
 
     ours = log_ratio(sampler.model, "scoring held-out labels")
     theirs = log_ratio(init, "scoring with pi_init")
-    longer = np.array([len(row["chosen"]) - len(row["rejected"]) for row in labelled])
     metrics |= {"agreement_n": len(pairs), "longer_agreement": agreement(longer)[0],
                 "init_agreement": agreement(theirs)[0]}
     margin = args.beta * (ours - theirs)
     if margin.any():  # else it is pi_init itself
-        rate, error = agreement(margin)
-        metrics |= {"agreement": rate, "agreement_error": error,
-                    "calibration": calibration(1 / (1 + np.exp(-margin.clip(-500, 500))))}
+        metrics["agreement"], metrics["agreement_error"] = agreement(margin)
+        metrics["calibration"] = calibration(sigmoid(margin))
     return metrics

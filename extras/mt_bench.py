@@ -11,8 +11,8 @@ folder mt_bench:
     model_judgment/gpt-4_single.jsonl  {"question_id", "model", "judge", "user_prompt", "judgment", "score", "turn",
                                        "tstamp"} of all models that were judged; this model's older ones are replaced
     model_score/spa_3_gpt-4.json       mean ratings, 1 to 10: of both turns, each turn, each of the eight categories
-A judgment without a rating has the score -1 and is left out of the means; so has one that the judge refuses for ever,
-"$ERROR$". The judge, its key and how mt-judge resumes are as for alpaca-judge (alpaca_eval.py).
+A judgment without a rating has the score -1 and is left out of the means. It is "$ERROR$" where the judge would always
+refuse. The judge, its key and how mt-judge resumes are as for alpaca-judge (alpaca_eval.py).
 
 FastChat, `pip install fschat==0.2.36 "openai<1" anthropic torch transformers accelerate pandas`, rates these answers
 itself, or takes these ratings and shows the same means. In its fastchat/llm_judge, with the folder mt_bench in it:
@@ -35,10 +35,9 @@ from extras.answers import Sampler, file_name, fill, is_string, read_rows, write
 from extras.endpoint import FREE, ask_judge
 from support import runs
 
-TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "extraction": 0.0, "math": 0.0, "coding": 0.0, "reasoning": 0.0,
-                "stem": 0.1, "humanities": 0.1}  # an unknown category: 0.7
+TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "reasoning": 0.0, "math": 0.0, "coding": 0.0, "extraction": 0.0,
+                "stem": 0.1, "humanities": 0.1}  # the categories in the order of Figure 5a; any other one: 0.7
 ERROR = "$ERROR$"  # FastChat's judgment where the judge gave none
-CATEGORIES = ["writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities"]
 
 
 def is_turns(value):
@@ -77,8 +76,9 @@ def mt_bench_metrics(rows, category):
 
 
 def category_order(category):
-    """A sort key: the order of Figure 5a, unknown categories last."""
-    return CATEGORIES.index(category) if category in CATEGORIES else len(CATEGORIES), category
+    """A sort key: the order of Figure 5a, unknown categories last, by name."""
+    known = list(TEMPERATURES)
+    return known.index(category) if category in known else len(known), category
 
 
 def sample(args):
@@ -89,7 +89,7 @@ def sample(args):
     partial = runs.open_output(args, "model", "questions")
     sampler = Sampler(args, args.model)
     temperatures = [TEMPERATURES.get(row["category"], 0.7) for row in questions]
-    start = [{"role": "system", "content": ""}] if args.empty_system else []
+    start = [runs.EMPTY_SYSTEM] if args.empty_system else []
     conversations, finishes = [start for _ in questions], []
     for turn in (0, 1):
         conversations = [asked + runs.as_messages(row["turns"][turn]) for asked, row in zip(conversations, questions)]

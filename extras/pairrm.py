@@ -53,7 +53,7 @@ def load_pairrm(name, device):
         raise runs.InputError(f"{name}: is not PairRM: {', '.join(PREFIXES)} of its config must be added tokens of its "
                               "tokenizer, and its vocabulary the model's: give llm-blender/PairRM-hf")
     model = models.load_weights(PairRM, name, "PairRM", config=config, dtype=torch.float32)
-    tokenizer.extra_special_tokens = [token.content for token in added.values()]  # then no text can spell one
+    tokenizer.extra_special_tokens = [token.content for token in added.values()]  # so that no text can spell one
     _, names, encoder = chat.special_tokens(tokenizer)
     source, *candidates = (names[added[getattr(config, prefix)].content] for prefix in PREFIXES)
 
@@ -89,7 +89,7 @@ def judge_pairrm(rows, args, partial, ranks):
 
 
 def rewards(count, logits):
-    """The mean logit of each response against all, itself (0) included: the rewards of two differ by their logit.
+    """The mean logit of each response against all, itself (0) included: two rewards differ by the argument of p above.
 
     logits: [[first, second, logit], ...] for both orders of every pair
     """

@@ -15,7 +15,7 @@ import math
 import re
 from pathlib import Path
 
-from extras.answers import is_string, read_text
+from extras.answers import is_string
 from extras.mt_bench import category_order
 from support import runs
 
@@ -26,7 +26,7 @@ COLUMNS = {"gold_labels": "Gold labels", "length_controlled_winrate": "LC win ra
            "improbable": "Improbable tokens (%)"}  # the first four in the order of Table 1
 ERRORS = {"length_controlled_winrate": "lc_standard_error", "win_rate": "standard_error"}
 PANELS = [("length_controlled_winrate", None), ("win_rate", None), ("judge_accuracy", None),
-          ("win_rate", "kl_per_token")]  # (a metric, what it is drawn against: None for the iteration)
+          ("win_rate", "kl_per_token")]  # (a metric, the horizontal axis: None for the iteration)
 COLORS = ["#1f77b4", "#d62728", "#2ca02c", "#ff7f0e", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f"]
 
 
@@ -38,11 +38,10 @@ def report(args):
     for metrics, _ in evaluated:
         # the same name and other metrics: AlpacaEval's and MT-Bench's of one model
         row = next((row for row in rows if row["name"] == metrics["name"]
-                    and row.keys() & metrics.keys() <= {"name", "gold_labels"}), None)
-        if row is None:
-            rows.append(metrics)
-        else:
-            row |= metrics
+                    and row.keys() & metrics.keys() <= {"name", "gold_labels"}), {})
+        if not row:
+            rows.append(row)
+        row |= metrics
     texts = {"table.md": tables(rows)}
     if any(responses for _, responses in evaluated):
         texts["samples.md"] = samples([(metrics, responses) for metrics, responses in evaluated if responses])
@@ -57,8 +56,8 @@ def report(args):
 def read_metrics(path):
     """(metrics, responses or None) of a folder that the command sample wrote, or of a metrics file."""
     file = Path(path) / "metrics.json" if Path(path).is_dir() else Path(path)
-    metrics = runs.parse_json(read_text(file, "what 05_eval.py wrote"), file)
-    try:  # what can be shown alone can be shown beside others
+    metrics = runs.parse_json(runs.read_text(file, "what 05_eval.py wrote"), file)
+    try:  # a file that can be shown by itself can be shown beside others
         figure([metrics])
         tables([metrics])
     except (AttributeError, KeyError, TypeError, ValueError, OverflowError, IndexError):
@@ -97,38 +96,33 @@ def curves(metrics, key):
 
 
 def tables(metrics):
-    """Table 1, Figure 3 by iteration and Figure 5a by category, as far as there are metrics."""
-    text = table(["Model", *COLUMNS.values()], [[row["name"], *map(row.get, COLUMNS)] for row in metrics])
-    text += agreement_tables(metrics)
+    """Table 1, agreement, Figure 3 by iteration and Figure 5a by category, each where there are metrics for it."""
+    found = [(["Model", *COLUMNS.values()], [[row["name"], *map(row.get, COLUMNS)] for row in metrics])]
+    found += agreement_tables(metrics)
     for key in ("length_controlled_winrate", "win_rate", "mt_bench"):
         lines, iterations = curves(metrics, key)
-        if iterations:
-            text += "\n" + table([f"{COLUMNS[key]} by iteration", *map(str, iterations)], [
-                [method, *(line.get(t, {}).get(key) for t in iterations)] for method, line in lines.items()])
-    categories = sorted({name for row in metrics for name in row.get("mt_bench_categories", {})}, key=category_order)
-    if categories:
-        text += "\n" + table(["MT-Bench by category", *categories], [
-            [row["name"], *map(row["mt_bench_categories"].get, categories)]
-            for row in metrics if "mt_bench_categories" in row])
-    return text
+        rows = [[method, *(line.get(t, {}).get(key) for t in iterations)] for method, line in lines.items()]
+        found.append(([f"{COLUMNS[key]} by iteration", *map(str, iterations)], rows))
+    rated = [row for row in metrics if "mt_bench_categories" in row]
+    categories = sorted({name for row in rated for name in row["mt_bench_categories"]}, key=category_order)
+    rows = [[row["name"], *map(row["mt_bench_categories"].get, categories)] for row in rated]
+    found.append((["MT-Bench by category", *categories], rows))
+    return "\n".join(table(head, rows) for head, rows in found if rows)
 
 
 def agreement_tables(metrics):
-    """Agreement with held-out labels beside what needs no training, and its calibration (extras/held_out.py)."""
-    labelled, text = [row for row in metrics if "agreement_n" in row], ""
-    rows = [[row["name"], f"{row['agreement']:.2f} ± {row['agreement_error'] or 0:.2f}", row["agreement_n"]]
-            for row in labelled if "agreement" in row]
+    """[(head, rows)] of agreement with held-out labels and of its calibration, see extras/held_out.py."""
+    labelled = [row for row in metrics if "agreement_n" in row]
+    rates = [[row["name"], f"{row['agreement']:.2f} ± {row['agreement_error'] or 0:.2f}", row["agreement_n"]]
+             for row in labelled if "agreement" in row]
     for name, key in (("the longer response", "longer_agreement"), ("likelihood under pi_init", "init_agreement")):
-        rows += dict.fromkeys((name, f"{row[key]:.2f}", row["agreement_n"]) for row in labelled)
-    if rows:
-        text += "\n" + table(["Agreement with held-out labels", "%", "Pairs"], rows)
-    calibrated = [row for row in labelled if "calibration" in row]
-    if calibrated:
-        text += "\n" + table(
-            ["Percent right (pairs) at a confidence of", *(f"{50 + 5 * k}-{55 + 5 * k} %" for k in range(10))],
-            [[row["name"], *(f"{right:.0f} at {100 * confidence:.0f} ({n})" if n else None
-                             for confidence, right, n in row["calibration"])] for row in calibrated])
-    return text
+        rates += dict.fromkeys((name, f"{row[key]:.2f}", row["agreement_n"]) for row in labelled)
+    bins = [f"{50 + 5 * k}-{55 + 5 * k} %" for k in range(10)]
+    calibrated = [[row["name"], *(f"{right:.0f} at {100 * confidence:.0f} ({n})" if n else None
+                                  for confidence, right, n in row["calibration"])]
+                  for row in labelled if "calibration" in row]
+    return [(["Agreement with held-out labels", "%", "Pairs"], rates),
+            (["Percent right (pairs) at a confidence of", *bins], calibrated)]
 
 
 def samples(with_responses, count=3):
@@ -144,7 +138,7 @@ def samples(with_responses, count=3):
 
 
 def figure(metrics):
-    """Figure 3 and what explains it, as SVG: PANELS, two in a row, as far as there are metrics."""
+    """Figure 3 and the panels that explain it, as SVG: PANELS, two in a row, as far as there are metrics."""
     metrics = [row for row in metrics if any(row.get(key) is not None for key, _ in PANELS)]
     names = dict.fromkeys(iteration_of(row["name"])[0] for row in metrics)
     colors, parts, count = dict(zip(names, itertools.cycle(COLORS))), [], 0

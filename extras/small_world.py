@@ -2,9 +2,9 @@
 
 A customer writes about a thing. An answer is an opening, one or two offers and a closing. The first words of each
 sentence say in what spirit it is meant: helpful (1), vague (0) or rude (-1). The gold judge knows every sentence that
-can be said about a thing; a response is worth the mean value of its sentences. A sentence that is none of them
-(malformed, or about a part of another thing), or that is repeated, is worth -1. With --gold-length W the response is
-worth W more for each of its words, a full stop being one: a judge that likes length a little, as Table 10's does.
+can be said about a thing; a response is worth the mean value of its sentences. Any other sentence (malformed, or about
+a part of another thing), and a repeated one, is worth -1. With --gold-length W the response is worth W more for each of
+its words, a full stop being one: a judge that likes length a little, as Table 10's does.
 """
 
 import contextlib
@@ -69,7 +69,7 @@ def known_sentences(thing):
 
 
 def write_answer(rng, sentences, writer=None):
-    """An opening, one or two offers and a closing, all different, by a writer, else each by a random one of WRITERS.
+    """An opening, one or two offers and a closing, all different: by that writer, or each by a random one of WRITERS.
 
     Sentences by one writer would depend on each other, and a pi_init that has learnt this judges worse later on.
     """
@@ -106,19 +106,18 @@ def make_world(args, folder, more_text=""):
     rows = []
     for k, (thing, text) in enumerate(prompts[:needed]):
         rng, prompt = random.Random(f"{args.seed} {text}"), runs.as_messages(text)  # the same whatever the sets' sizes
-        chosen = rejected = write_answer(rng, sentences[thing])
-        while gold_score(gold, prompt, chosen) == gold_score(gold, prompt, rejected):  # at least once
-            chosen, rejected = write_answer(rng, sentences[thing]), write_answer(rng, sentences[thing])
-        if gold_score(gold, prompt, chosen) < gold_score(gold, prompt, rejected):
-            chosen, rejected = rejected, chosen
+        one = two = write_answer(rng, sentences[thing])
+        while gold_score(gold, prompt, one) == gold_score(gold, prompt, two):  # at least once
+            one, two = write_answer(rng, sentences[thing]), write_answer(rng, sentences[thing])
+        rejected, chosen = sorted((one, two), key=lambda answer: gold_score(gold, prompt, answer))
         rows.append({"id": f"world-{k}", "prompt": prompt, "chosen": chosen, "rejected": rejected,
                      "reference": write_answer(rng, sentences[thing], "kind")})
 
-    # SFT takes its prompts from the other end, so that they are the same whatever the sets' sizes
+    # SFT takes its prompts from the end, so that they are the same whatever the sets' sizes
     write_examples(prompts[needed:][::-1][:args.sft_size], sentences, args.seed, folder)
     texts = [text for _, text in prompts] + [sentence for thing in PARTS for sentence in gold[thing]] + [more_text]
     write_base_model(sorted({word for text in texts for word in text.split()}), args, folder / "base")
-    # the last rows are this sample of the seed: `split` looks for it behind the other sets, before the samples it skips
+    # `split` takes the seed from the end, after skipping the earlier samples there: this sample goes in front of these
     sample = needed - args.seed_size
     return rows[:others] + rows[sample:] + rows[others:sample]
 
@@ -175,6 +174,6 @@ def gold_values(gold, prompt, text):
 
 
 def gold_score(gold, prompt, text):
-    """What a response is worth: the mean over its sentences; -1 for one without a value, and for none; and W a word."""
+    """The mean value of a response's sentences (-1 for one without a value, and for no sentence), plus W a word."""
     values = [-1 if value is None else value for value in gold_values(gold, prompt, text)] or [-1]
     return sum(values) / len(values) + gold.get("any thing", {}).get("each word", 0) * len(text.split())

@@ -1,13 +1,6 @@
 """Text and token ids: the model's chat template, and how a turn ends. Every stage that reads texts uses it.
 
-    load_tokenizer    with a chat template
-    prompt_ids        a prompt, a list of messages, as token ids; short_prompts: those within the limit
-    read_prompts      a file of prompts, as they are sampled from; make_records: with what was sampled
-    response_ids      a response after its prompt, with one EOS; response_text: the way back, for judges and benchmarks
-    eos_ids           what ends a response
-    read_pairs        what 01 and 04 train on: texts, or the ids that were sampled
-
-A text is only text: a special token that it spells gets no special token. A template's faults are errors in one line.
+Text that spells a special token is tokenised as plain text. A fault of a template is an error in one line.
 """
 
 import contextlib
@@ -16,12 +9,11 @@ import json
 import re
 import secrets
 from array import array
-from pathlib import Path
 
 from transformers import AutoTokenizer, GenerationConfig
 
 from support import models
-from support.runs import PROMPTS, InputError, begun, read_jsonl
+from support.runs import PROMPTS, InputError, begun, read_jsonl, read_text
 
 
 def add_options(add):
@@ -36,11 +28,7 @@ def load_tokenizer(model, tokenizer=None, chat_template=None):
     if not loaded.is_fast:
         raise InputError(f"{name}: its tokenizer is not a fast one: name one that is with --tokenizer")
     if chat_template:
-        try:
-            loaded.chat_template = Path(chat_template).read_text(encoding="utf-8-sig")
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"{chat_template}: cannot be read ({type(error).__name__}): --chat-template names a file "
-                             "with a Jinja chat template")
+        loaded.chat_template = read_text(chat_template, "a file with a Jinja chat template (--chat-template)")
     largest = max(loaded.backend_tokenizer.get_vocab(with_added_tokens=False).values(), default=0)
     size = models.load_config(model).get_text_config().vocab_size
     if largest >= size:
@@ -60,7 +48,7 @@ def special_tokens(tokenizer):
     """
     parts = json.loads(tokenizer.backend_tokenizer.to_str())
     model, secret = parts["model"], secrets.token_hex(8)
-    pieces = {piece for merge in model.get("merges", []) for piece in merge}  # parts of words, which text needs
+    pieces = {piece for merge in model.get("merges", []) for piece in merge}  # these are also parts of ordinary words
     special = [token for token in parts["added_tokens"] if token["content"] not in pieces
                and (token["special"] or token["content"] in tokenizer.all_special_tokens)]
     names = {token["content"]: f"<{secret}:{k}>" for k, token in enumerate(special)}
@@ -80,10 +68,10 @@ def special_tokens(tokenizer):
 
 
 def render(tokenizer, messages, where="", **options):
-    """A conversation as the chat template writes it, its special tokens by their secret names. `encode` tokenises it.
+    """A conversation as the chat template writes it, with special tokens under their secret names, for `encode`.
 
-    A special token that a message spells stays text: it is rendered as a stand-in that no text can contain (halves of
-    surrogate pairs), the special tokens of the rendering are then the template's, and the stand-ins become text again.
+    Where a message spells a special token, the template is given a stand-in that no text can contain (halves of
+    surrogate pairs). The special tokens of the rendering are then the template's own, and stand-ins become text again.
     Raises InputError where the template rejects the conversation, or leaves out a message.
     """
     pattern, names, _ = special_tokens(tokenizer)
@@ -92,7 +80,7 @@ def render(tokenizer, messages, where="", **options):
     hidden = [message | {"content": pattern.sub(lambda found: stand_ins[found[0]], message["content"])}
               for message in messages]
     try:
-        # a date is the same in all of an output, even if it is resumed on another day
+        # one date for the whole output, even if it is resumed on another day
         template = re.sub(r"""strftime_now\((["'])(.*?)\1\)""", lambda call: json.dumps(begun().strftime(call[2])),
                           tokenizer.get_chat_template())
         text = tokenizer.apply_chat_template(hidden, tokenize=False, chat_template=template, **options)
@@ -108,7 +96,7 @@ def render(tokenizer, messages, where="", **options):
 
 
 def encode(tokenizer, text):
-    """Token ids of what `render` returns. Special tokens that the text spells stay text."""
+    """Token ids of what `render` returns."""
     return special_tokens(tokenizer)[2].encode(text, add_special_tokens=False).ids
 
 
@@ -165,8 +153,9 @@ def response_ids(tokenizer, messages, prompt, text, eos):
     """The response as the chat template writes it after `prompt` (ids), ending with exactly one EOS.
 
     Its ids are sliced from the joint rendering, which is what the model was trained on. Where the text merges with the
-    prompt's last token, the rest of the rendering is tokenised alone, as it is sampled; where the rendering does not
-    begin with the prompt, the text is: a template may open a thought in the prompt, and leave it out afterwards.
+    prompt's last token, the rest of the rendering is tokenised alone, as it is sampled. Where the rendering does not
+    begin with the prompt (a template may open a thought in the prompt, and leave it out afterwards), the text is
+    tokenised alone.
     """
     answered = messages + [{"role": "assistant", "content": text}]
     ids = chat_ids(tokenizer, answered)
@@ -179,7 +168,7 @@ def response_ids(tokenizer, messages, prompt, text, eos):
                 text = text.strip().removeprefix("<think>\n") if "</think>" in text else f"\n</think>\n\n{text}"
             joint = before + text
         ids = encode(tokenizer, joint.removeprefix(before))
-    end = len(ids)  # where the text ends: what follows are ends of a turn and white space
+    end = len(ids)  # of the text: only ends of a turn and white space follow
     while end and (ids[end - 1] in eos or not tokenizer.decode(ids[end - 1]).strip()):
         end -= 1
     first = next((k for k in range(end, len(ids)) if ids[k] in eos), None)
@@ -194,7 +183,7 @@ def response_text(tokenizer, ids):
         if opening in tokens:  # the model has such a token
             mark = tokenizer.encode(closing, add_special_tokens=False)
             ends = [k + len(mark) for k in range(len(ids)) if ids[k:k + len(mark)] == mark]
-            if ends or tokens[opening] in ids:  # else it has not thought; without an end it has not answered
+            if ends or tokens[opening] in ids:  # a thought, which without an end has no answer after it
                 ids = ids[ends[-1]:] if ends else []
     return tokenizer.decode(ids, skip_special_tokens=True).strip()
 
@@ -203,7 +192,7 @@ def eos_ids(name, tokenizer):
     """Ids that end a response; the first is the one with which the chat template ends a turn.
 
     They are those of the tokenizer, the model's config and its generation config, and the first special token that the
-    template writes after an answer, which none of these may have (Gemma) or which others follow (Phi-4-mini).
+    template writes after an answer. The others may not have that one (Gemma), or more may follow it (Phi-4-mini).
     """
     def listed(ids):
         return ids if isinstance(ids, list) else [ids] if ids is not None else []

@@ -1,17 +1,13 @@
-"""What makes a run safe. Every stage uses it; SPA can be understood without reading it. It knows nothing of models.
+"""What makes a run safe: errors in one line, checks of options and records, outputs that are whole or absent, resuming.
 
-    errors     InputError, run: one line on stderr and an exit status, on Ctrl-C and SIGTERM too
-    options    Parser, number, positive, natural, nonnegative, share, add_training_options
-    records    PROMPTS, EXAMPLES, SEED, RESPONSES, PREFERENCES, read_jsonl, write_jsonl
-    outputs    open_output, close_output: made in OUTPUT.partial, renamed when complete, args.json beside them
-    progress   a bar on a terminal, lines in a log; log_step: metrics.jsonl
-    resuming   journal, read_journal (finished batches); load_state, save_if_due (training)
+Every stage uses it; SPA can be understood without reading it. It knows nothing of models.
 """
 
 import argparse
 import contextlib
 import fcntl
 import glob
+import gzip
 import hashlib
 import json
 import os
@@ -39,13 +35,9 @@ class InputError(Exception):
     """Something that the user has to fix. Its text is the one line they see: where, what was found, what to do."""
 
 
-class Stopped(KeyboardInterrupt):
-    """Ctrl-C or SIGTERM; args[0] is the signal. A KeyboardInterrupt, so that `except Exception` cannot swallow it."""
-
-
 @dataclass
 class ThisRun:
-    """What `run` and the signal handler have to know of the stage that is running."""
+    """What `run` and the signal handler need to know about the stage that is running."""
     started: float = 0.0
     begun: datetime | None = None  # see `begun`
     partial: Path | None = None  # the folder that open_output made
@@ -101,7 +93,7 @@ def run(main):
 def on_signal(number, frame):
     """Stop at once. In training: after the step is done and saved, unless it is the second Ctrl-C."""
     if not this_run.training or this_run.asked and number == signal.SIGINT:
-        raise Stopped(number)
+        raise KeyboardInterrupt(number)  # for SIGTERM too: `except Exception` must not swallow it
     this_run.asked = number
     if number == signal.SIGINT and first_rank():
         os.write(2, b"\nstopping after this step is done and saved; press Ctrl-C again to stop at once\n")
@@ -131,13 +123,13 @@ def exit_with(message, status=2):
 
 
 def should_report():
-    """Whether this rank is the first to report an error: most errors are met by all ranks, or end the others too."""
+    """Whether this rank is the first to report an error: most errors occur on all ranks, or stop the others too."""
     if dist.is_initialized():
         try:
             return dist.distributed_c10d._get_default_store().add("errors reported", 1) == 1
         except RuntimeError:  # the rank that holds the store is gone
             return False
-    if not first_rank():  # the ranks have not met: if the first rank fails as well, torchrun stops this one
+    if not first_rank():  # no process group yet: if the first rank fails as well, torchrun stops this one meanwhile
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         time.sleep(10)
     return True
@@ -237,6 +229,7 @@ EXAMPLES = {**PROMPTS, "response": is_text}
 SEED = {**PROMPTS, "chosen": is_answer, "rejected": is_answer}
 RESPONSES = {**PROMPTS, "prompt_ids": is_token_ids, "responses": is_responses}
 PREFERENCES = {"id": is_id, "prompt_ids": is_token_ids, "chosen": is_response, "rejected": is_response}
+EMPTY_SYSTEM = {"role": "system", "content": ""}  # the message that Zephyr's recipe puts before every conversation
 
 
 def as_messages(prompt):
@@ -270,7 +263,7 @@ def parse_json(text, where, nan=False):
         json.dumps(value, ensure_ascii=False, allow_nan=nan).encode()
         return pack(value)
     except (ValueError, RecursionError):
-        raise InputError(f"{where}: cannot be read as JSON: {text[:60]!r}: write one object a line")
+        raise InputError(f"{where}: cannot be read as JSON: {text[:60]!r}: write one object a line, in UTF-8")
 
 
 def pack(value):
@@ -284,45 +277,67 @@ def pack(value):
     return [pack(item) for item in value]
 
 
+def json_rows(path, expected, nan=False):
+    """Yields (number, where, row) of each row of a JSON Lines file or a JSON list, plain or gzip.
+
+    number: of the line, or in a list of the row, from 0; where: the file and the number; expected: as for `open_text`
+    """
+    with open_text(path, expected, errors="surrogateescape") as file:  # parse_json names the line that is not in UTF-8
+        is_list = file.read(1000).lstrip().startswith("[")
+        file.seek(0)
+        if is_list:
+            for number, row in enumerate(parse_json(file.read(), path, nan)):
+                yield number, f"{path}, row {number}", row
+        else:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    where = f"{path}:{number}"
+                    yield number, where, parse_json(line.rstrip("\n"), where, nan)
+
+
 def read_jsonl(path, fields):
     """The rows of a JSON Lines file: a list of objects with the fields {name: check} and ids that differ.
 
-    fields may be a list of such: the first of which the first row has all names, else the last, holds for the file.
+    fields may be a list of alternatives: the first one whose names the file's first row has is used, else the last.
     Prompts become lists of messages, labelled answers strings, ids strings, token ids arrays. Raises InputError with
     file and line.
     """
     rows, line_of = [], {}
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            for line_number, line in enumerate(file, 1):
-                if not line.strip():
-                    continue
-                where = f"{path}:{line_number}"
-                row = parse_json(line.rstrip("\n"), where)
-                if isinstance(fields, list):
-                    fields = next((each for each in fields if isinstance(row, dict) and each.keys() <= row.keys()),
-                                  fields[-1])
-                check_row(row, fields, where)
-                row["id"] = str(row["id"])
-                if line_of.setdefault(row["id"], line_number) != line_number:
-                    raise InputError(f'{where}: duplicate id "{row["id"]}" (first on line {line_of[row["id"]]}): '
-                                     "ids must differ")
-                if "prompt" in row:
-                    row["prompt"] = as_messages(row["prompt"])
-                for name in ("chosen", "rejected"):
-                    if isinstance(row.get(name), list) and is_answer(row[name]):
-                        row[name] = row[name][0]["content"]
-                rows.append(row)
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read ({reason(error)}): give a JSON Lines file in UTF-8")
+    for line_number, where, row in json_rows(path, "a JSON Lines file in UTF-8"):
+        if isinstance(fields, list):
+            fields = next((each for each in fields if isinstance(row, dict) and each.keys() <= row.keys()), fields[-1])
+        check_row(row, fields, where)
+        row["id"] = str(row["id"])
+        if line_of.setdefault(row["id"], line_number) != line_number:
+            raise InputError(f'{where}: duplicate id "{row["id"]}" (first on line {line_of[row["id"]]}): '
+                             "ids must differ")
+        if "prompt" in row:
+            row["prompt"] = as_messages(row["prompt"])
+        for name in ("chosen", "rejected"):
+            if isinstance(row.get(name), list) and is_answer(row[name]):
+                row[name] = row[name][0]["content"]
+        rows.append(row)
     if not rows:
         raise InputError(f"{path}: has no rows")
     return rows
 
 
-def reason(error):
-    """The system's message without the path, else the exception's class."""
-    return getattr(error, "strerror", None) or type(error).__name__
+@contextlib.contextmanager
+def open_text(path, expected, errors="strict"):
+    """A text file in UTF-8, plain or gzip, opened for reading. expected: what the user should give, for errors"""
+    try:
+        with open(path, "rb") as file:
+            opened = gzip.open if file.read(2) == b"\x1f\x8b" else open
+        with opened(path, "rt", encoding="utf-8-sig", errors=errors) as file:
+            yield file
+    except (OSError, EOFError, zlib.error, ValueError) as error:
+        cause = getattr(error, "strerror", None) or type(error).__name__  # the system's message is without the path
+        raise InputError(f"{path}: cannot be read ({cause}): give {expected}")
+
+
+def read_text(path, expected):
+    with open_text(path, expected) as file:
+        return file.read()
 
 
 def write_jsonl(path, rows):
@@ -364,35 +379,32 @@ def args_path(output):
 
 
 def fingerprint(path):
-    """A short hash of a file, or of a model's or an evaluation's folder. A name on the Hub stands for itself."""
+    """A short hash of a file, or of a model's or an evaluation's folder. A name on the Hub is returned as it is.
+
+    Of large weights it reads 1,024 blocks of 16 KB, spread evenly over the file.
+    """
     if isinstance(path, list):
         return [fingerprint(p) for p in path]
-    path, found = Path(path), hashlib.sha256()
+    path, found, block = Path(path), hashlib.sha256(), 2 ** 14
     if not path.exists():
         return str(path)
-    if path.is_file():
-        add_content(found, path)
-    else:
-        for file in sorted(path.iterdir()):
-            if file.suffix in (".json", ".jsonl", ".jinja", ".safetensors") and file.name != "args.json":
-                found.update(file.name.encode())
-                add_content(found, file)
+    files = {"": path}
+    if not path.is_file():
+        files = {file.name: file for file in sorted(path.iterdir())
+                 if file.suffix in (".json", ".jsonl", ".jinja", ".safetensors") and file.name != "args.json"}
+    for name, file in files.items():
+        size = file.stat().st_size
+        step = max(block, size // 1024) if file.suffix == ".safetensors" else block
+        found.update(f"{name}{size}".encode())
+        with open(file, "rb") as content:
+            for start in range(0, size, step):
+                content.seek(start)
+                found.update(content.read(block))
     return found.hexdigest()[:16]
 
 
-def add_content(found, file):
-    """Add a file's size and content to a hash; of large weights 1,024 blocks of 16 KB, spread evenly over the file."""
-    size, block = file.stat().st_size, 2 ** 14
-    step = max(block, size // 1024) if file.suffix == ".safetensors" else block
-    found.update(str(size).encode())
-    with open(file, "rb") as content:
-        for start in range(0, size, step):
-            content.seek(start)
-            found.update(content.read(block))
-
-
 def begun():
-    """When the output was begun, a datetime, also in a run that resumes it: a chat template may write the date."""
+    """The time at which the output was begun, the same in a run that resumes it: a chat template may write the date."""
     if not this_run.begun:
         try:
             this_run.begun = datetime.fromisoformat(json.loads((this_run.partial / "args.json").read_text())["begun"])
@@ -404,8 +416,8 @@ def begun():
 def open_output(args, *inputs, free=("output", "save_every")):
     """The folder to work in, OUTPUT.partial. inputs: names of the options that are files or models to read.
 
-    Exits with status 0 where the output is complete, made with these arguments from these inputs. Raises InputError
-    where it, or the partial one, was made with others, or another run is making it. Options in `free` do not change
+    Exits with status 0 where the output is complete. Raises InputError where the output, or what there is of it, was
+    made with other arguments or from other inputs, or where another run is making it. Options in `free` do not change
     the output.
     """
     global this_run
@@ -425,7 +437,7 @@ def open_output(args, *inputs, free=("output", "save_every")):
         lock(output, partial)
         exit_if_complete(output, partial, made_from)  # the run that held the lock until now may have completed it
     if has_work(partial):
-        check_made_from(partial, partial / "args.json", made_from)
+        check_made_from(partial, made_from)
         if first_rank():
             print(f"{output}: resuming", flush=True)
     if first_rank():
@@ -437,23 +449,22 @@ def exit_if_complete(output, partial, made_from):
     """Exit with status 0 where the output exists. Raises InputError where it was made from something else."""
     if not output.exists():
         return
-    check_made_from(output, args_path(output), made_from)
+    check_made_from(output, made_from)
     if first_rank():
         shutil.rmtree(partial, ignore_errors=True)  # left by a kill just after the rename
         print(f"{output}: already complete (same arguments); nothing to do")
     sys.exit(0)
 
 
-def check_made_from(path, record, made_from):
-    """Raises InputError unless the record, an args.json, says that `path` was made from the same."""
+def check_made_from(path, made_from):
+    """Raises InputError unless the args.json of `path` says that it was made from the same."""
     try:
-        old = json.loads(record.read_text())["made_from"]
-        if not isinstance(old, dict) or not all(isinstance(old.get(key), dict) for key in ("args", "inputs")):
-            raise ValueError
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        old = json.loads(args_path(path).read_text())["made_from"]
+        changed = differences(old, made_from)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise InputError(f"{path}: exists and does not say how it was made: move it or choose another --output")
     if old != made_from:
-        raise InputError(f"{path}: was made with {differences(old, made_from)}: delete it or choose another --output")
+        raise InputError(f"{path}: was made with {changed}: delete it or choose another --output")
 
 
 def differences(old, new):
@@ -512,9 +523,6 @@ class LogWriter:
     def write(self, text):
         if text.strip():
             sys.stderr.write(text.strip() + "\n")
-
-    def flush(self):
-        sys.stderr.flush()
 
 
 def progress(steps, label, ranks):
@@ -591,7 +599,7 @@ def load_state(partial, ranks, model, optimizer, scheduler):
 
 
 def newest_state(partial):
-    """The newest state that can be read; damaged ones are passed over, and rank 0 says so."""
+    """The newest state that can be read; rank 0 reports damaged ones."""
     for _, path in reversed(saved_states(partial)):
         try:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
@@ -610,7 +618,8 @@ def save_if_due(every, steps, work, ranks, step, model, optimizer, scheduler, **
     """Every `every` steps, and where a rank was asked to stop, save what `load_state` needs to resume after `step`.
 
     Not after the last of `steps`. state: further fields that `load_state` returns. No RNG state is saved: dropout is 0,
-    and the order of the rows follows from --seed. Every rank calls this. Raises Stopped where one was asked to stop.
+    and the order of the rows follows from --seed. Every rank calls this. Raises KeyboardInterrupt where
+    one was asked to stop.
     """
     asked = [number for number in ranks.gather([this_run.asked]) if number]
     if step == steps or not asked and step % every:
@@ -621,7 +630,7 @@ def save_if_due(every, steps, work, ranks, step, model, optimizer, scheduler, **
     state |= {"step": step, "model": weights, "optimizer": moments, "scheduler": scheduler.state_dict()}
     ranks.on_first(lambda: write_state(work, state))
     if asked:
-        raise Stopped(asked[0])
+        raise KeyboardInterrupt(asked[0])
 
 
 def write_state(partial, state):

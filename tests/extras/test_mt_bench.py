@@ -105,6 +105,8 @@ def test_an_empty_system_message_and_an_unknown_category(tmp_path, pi_init, toke
 def test_temperatures_and_rating():
     assert mt_bench.TEMPERATURES == {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1, "extraction": 0,
                                      "math": 0, "coding": 0, "reasoning": 0}
+    assert sorted(mt_bench.TEMPERATURES, key=mt_bench.category_order) == [
+        "writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities"]  # Figure 5a's order
     for text, score in [("Rating: [[5]]", 5), ("[[7.5]] then [[2]]", 7.5), ("no rating", -1), ("[[rating]]", -1),
                         ("Rating: [8]", 8), ("[1] is cited, [[3]]", 3), ("", -1)]:
         assert mt_bench.read_rating(text) == score
