@@ -60,13 +60,13 @@ def ask_all(endpoint, jobs, requests, partial, label):
     """
     answers = dict(runs.read_journal(partial, label))
     waiting, unanswered = [k for k in jobs if k not in answers], {}  # unanswered: {k: (how it ended, why)}
-    pool, output = ThreadPoolExecutor(requests), str(partial).removesuffix(".partial")
+    pool = ThreadPoolExecutor(requests)
     with runs.journal(partial, label) as record:
         def keep(k, answer):
             answers[k] = runs.pack(answer)
             record([k, answer])
 
-        def work(k):
+        def ask_one(k):
             how, found = endpoint.ask(jobs[k])
             with endpoint.lock:
                 if how == "answered":
@@ -76,10 +76,10 @@ def ask_all(endpoint, jobs, requests, partial, label):
 
         try:
             while waiting and not endpoint.works and len(unanswered) < PROBES:
-                pool.submit(work, waiting.pop(0)).result()
+                pool.submit(ask_one, waiting.pop(0)).result()
             # of a resumed run: not where none was answered yet for another reason than that it is refused
             if endpoint.works or answers and all(how == "refused" for how, _ in unanswered.values()):
-                futures = [pool.submit(work, k) for k in waiting]
+                futures = [pool.submit(ask_one, k) for k in waiting]
                 for future in runs.progress(futures, "asking", common.Ranks(0, 1, None)):
                     future.result()
         finally:  # on Ctrl-C too: what the requests that were sent have led to is still recorded
@@ -88,15 +88,21 @@ def ask_all(endpoint, jobs, requests, partial, label):
             refused = [k for k, (how, _) in unanswered.items() if how == "refused"]
             for k in refused if answers and len(refused) <= max(PROBES, len(jobs) // 5) else ():
                 keep(k, None)
+    report_unanswered(endpoint, unanswered, len(jobs), len(jobs.keys() - answers.keys()), partial)
+    return answers
+
+
+def report_unanswered(endpoint, unanswered, count, missing, partial):
+    """Raises InputError where `missing` of `count` jobs have no answer, else says how many were refused for ever."""
+    output = str(partial).removesuffix(".partial")
     # the reason that matters most
     how, why = min(unanswered.values(), key=lambda end: ("fault", "failed", "refused").index(end[0]), default=("", ""))
-    if missing := len(jobs.keys() - answers.keys()):
+    if missing:
         check = f"check {endpoint.options}, OPENAI_API_KEY; " if how != "failed" else ""
-        raise runs.InputError(f"{output}: {missing} of {len(jobs)} have no answer ({why}): {check}the others are "
+        raise runs.InputError(f"{output}: {missing} of {count} have no answer ({why}): {check}the others are "
                               f"kept in {partial}: rerun the command to ask only for the missing ones")
     if unanswered:
-        print(f"{output}: {len(unanswered)} of {len(jobs)} refused by the endpoint, so missing: {why}", flush=True)
-    return answers
+        print(f"{output}: {len(unanswered)} of {count} refused by the endpoint, so missing: {why}", flush=True)
 
 
 def ask_local_model(args, partial, jobs, logprobs):

@@ -99,10 +99,10 @@ def load_reward_model(name, device):
 def encode(tokenizer, messages, text):
     """A prompt and a response as the reward model reads them: by its chat template, else as a pair of texts."""
     if tokenizer.chat_template:
-        messages = [message for message in messages if message != EMPTY_SYSTEM]
+        messages = [message for message in messages if message != runs.EMPTY_SYSTEM]
         ids = chat.encode(tokenizer, chat.render(tokenizer, messages + [{"role": "assistant", "content": text}]))
         return {"input_ids": ids, "attention_mask": [1] * len(ids)}
-    return dict(tokenizer(as_text(messages), text, split_special_tokens=True))
+    return dict(tokenizer(chat.as_text(messages), text, split_special_tokens=True))
 
 
 def reward_scores(model, encoded):
@@ -115,25 +115,13 @@ def reward_scores(model, encoded):
     return scores
 
 
-EMPTY_SYSTEM = {"role": "system", "content": ""}
 LETTERS = ("A", "B")  # the options of LLM-as-judge, in the order of its prompt
-
-
-def as_text(messages):
-    """A conversation as plain text: one user turn is its content; of more turns each begins with its role.
-
-    An empty system message, as Zephyr's recipe has it, is none.
-    """
-    messages = [message for message in messages if message != EMPTY_SYSTEM]
-    if len(messages) == 1:
-        return messages[0]["content"]
-    return "\n\n".join(f"{message['role']}: {message['content']}" for message in messages)
 
 
 def judging_prompt(messages, one, two):
     """Listing 1, as messages. The answer is the letter of the better response."""
     return runs.as_messages("Consider the following conversation between a human and an assistant:\n"
-                            f"{as_text(messages)}\n"
+                            f"{chat.as_text(messages)}\n"
                             "Please choose the response that is the most helpful, honest, and harmless.\n"
                             f"Options:\n(A) {one}\n(B) {two}\n"
                             "The answer is:")

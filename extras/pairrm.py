@@ -17,7 +17,6 @@ from torch import nn
 from transformers import DebertaV2Model, DebertaV2PreTrainedModel, PreTrainedTokenizerFast
 
 import common
-from extras.judges import as_text
 from support import chat, models, runs
 
 PREFIXES = ("source_prefix_id", "cand1_prefix_id", "cand2_prefix_id")  # fields of its config
@@ -75,7 +74,7 @@ def judge_pairrm(rows, args, partial, ranks):
 
     @torch.no_grad()
     def compute(batch_rows):
-        asked = [read(as_text(row["prompt"]), *(row["responses"][k]["text"] for k in pair))
+        asked = [read(chat.as_text(row["prompt"]), *(row["responses"][k]["text"] for k in pair))
                  for row in batch_rows for pair in pairs(row)]
         logits = torch.empty(len(asked))
         for batch in common.length_batches([len(ids) for ids in asked], len(asked), 2**13):  # attention holds (B, T, T)

@@ -13,7 +13,7 @@ from array import array
 from transformers import AutoTokenizer, GenerationConfig
 
 from support import models
-from support.runs import PROMPTS, InputError, begun, read_jsonl, read_text
+from support.runs import EMPTY_SYSTEM, PROMPTS, InputError, begun, read_jsonl, read_text
 
 
 def add_options(add):
@@ -186,6 +186,17 @@ def response_text(tokenizer, ids):
             if ends or tokens[opening] in ids:  # a thought, which without an end has no answer after it
                 ids = ids[ends[-1]:] if ends else []
     return tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+
+def as_text(messages):
+    """A conversation as plain text: one user turn is its content; of more turns each begins with its role.
+
+    An empty system message, as Zephyr's recipe has it, is none.
+    """
+    messages = [message for message in messages if message != EMPTY_SYSTEM]
+    if len(messages) == 1:
+        return messages[0]["content"]
+    return "\n\n".join(f"{message['role']}: {message['content']}" for message in messages)
 
 
 def eos_ids(name, tokenizer):

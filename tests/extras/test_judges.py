@@ -217,7 +217,7 @@ def test_each_of_several_turns_begins_with_its_role():
     assert "\nuser: one\n\nassistant: two\n\nuser: three\nPlease" in message["content"]
     empty = {"role": "system", "content": ""}  # that of Zephyr's recipe is no turn
     assert judges.judging_prompt([empty, *turns], "x", "y") == [message]
-    assert judges.as_text([empty, turns[0]]) == "one"
+    assert chat.as_text([empty, turns[0]]) == "one"
 
 
 def test_a_judge_learns_from_the_seed(world, pi_init, tmp_path):
