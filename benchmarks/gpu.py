@@ -126,7 +126,7 @@ class Clock:
 
 def random_weights(loader, name, what, config, dtype):
     """In the place of models.load_weights: a model made on the GPU. Those of "model" are the same each time."""
-    torch.manual_seed(0)
+    torch.manual_seed(Path(name).name == "init")
     with torch.device(common.start_ranks().device):
         return loader.from_config(config, dtype=dtype)
 
@@ -171,6 +171,7 @@ def peak(bench):
 
 
 def train(stage, bench, **options):
+    """Two epochs of a stage, with as many layers as fit."""
     script, file, passes, bytes_a_weight = {"01": ("01_seed_dpo.py", "seed.jsonl", 6, 18),
                                             "04": ("04_refined_dpo.py", "rows.jsonl", 8, 22)}[stage]
     free = torch.cuda.mem_get_info()[0] if bench.device.type == "cuda" else 1e12
