@@ -1,4 +1,4 @@
-"""00_sft, 01 and 04 on small models: against a plain loop written here, against each other, and on odd input."""
+"""00_sft, 01 and 04 on small models: against extras/plain_spa.py, against each other, and on odd input."""
 
 import json
 import math
@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, get_cosine_schedule_with_warmup
 
 import common
+from extras import plain_spa
 from support import chat, models, runs
 import stages
 from conftest import save_tiny
@@ -22,89 +23,28 @@ REFINED = dict(lr=1e-3, beta=0.3, batch_size=8, epochs=3, window=16, k_percent=2
 
 
 # ---------------------------------------------------------------------------------------------
-# The oracle: one pair at a time, whole logits, everything spelt out
+# The oracle: extras/plain_spa.py, one pair at a time with whole logits
 
-
-def rate(step, steps, lr):
-    """Linear over the first tenth of the steps, from 0, then a cosine to 0."""
-    warm_up = math.ceil(0.1 * steps)
-    if step < warm_up:
-        return lr * step / warm_up
-    return lr * 0.5 * (1 + math.cos(math.pi * (step - warm_up) / (steps - warm_up)))
-
-
-def response_logits(model, prompt, response):
-    return model(input_ids=torch.tensor([prompt + response])).logits[0, len(prompt) - 1:-1]
-
-
-def logp(logits, response):
-    return -F.cross_entropy(logits, torch.tensor(response), reduction="sum")
-
-
-@torch.no_grad()
-def plain_logp(model, prompt, response):
-    return logp(response_logits(model, prompt, response), response).item()
-
-
-def counts(output):
-    return json.loads((output / "args.json").read_text())["counts"]
-
-
-def percentile(values, k_percent):
-    """The k-th smallest of n values, k = K % of n + 1, between two of them in proportion."""
-    position = k_percent / 100 * (len(values) + 1)
-    below, part = int(position), position % 1
-    values = sorted(values)
-    return values[below - 1] + part * (values[below] - values[below - 1])
-
-
-def train_plainly(pi, pi_ref, pairs, options, lam=0.0, refine=True):
-    """Eq. 5 and 9 to 12 as in the paper -> the metrics that 04 logs, and the weights."""
+def train_plainly(pi, pi_ref, pairs, refine, lam=0.0):
+    """What the page's `train` logs, and the weights."""
     model, ref = (AutoModelForCausalLM.from_pretrained(name) for name in (pi, pi_ref))
-    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0)
-    steps = common.epoch_batches(len(pairs), options["batch_size"], options["epochs"], 0)
-    known, logged = [], []  # p_theta~ of every pair so far
-    for step, batch in enumerate(steps):
-        ready = refine and step >= 0.2 * len(steps) and len(known) >= options["window"]
-        tau = percentile(known[-options["window"]:], options["k_percent"]) if ready else 0.0
-        losses, flagged = [], 0
-        for i in batch:
-            theta, extrapolated, reference = {}, {}, {}
-            for y in ("chosen", "rejected"):
-                ids = pairs[i][y]["ids"]
-                with torch.no_grad():
-                    h_ref = response_logits(ref, pairs[i]["prompt_ids"], ids)
-                h = response_logits(model, pairs[i]["prompt_ids"], ids)
-                theta[y], reference[y] = logp(h, ids), logp(h_ref, ids)
-                extrapolated[y] = logp((1 + lam) * h.detach() - lam * h_ref, ids)
-
-            def p(policy):  # Eq. 5
-                ratio = {y: policy[y] - reference[y] for y in policy}
-                return torch.sigmoid(options["beta"] * (ratio["chosen"] - ratio["rejected"]))
-
-            z = float(p(extrapolated) < tau)
-            alpha = options["alpha"]
-            losses.append(-((1 - alpha * z) * p(theta).log() + alpha * z * (1 - p(theta)).log()))
-            known.append(p(extrapolated).item())
-            flagged += z
-        optimizer.zero_grad()
-        loss = sum(losses) / len(batch)
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
-        optimizer.param_groups[0]["lr"] = rate(step, len(steps), options["lr"])
-        optimizer.step()
-        logged.append({"step": step + 1, "loss": loss.item(), "tau": tau, "flagged": flagged / len(batch),
-                       "confidence": np.mean(known[-len(batch):]), "grad_norm": norm,
-                       "learning_rate": rate(step, len(steps), options["lr"])})
+    triples = [(row["prompt_ids"], row["chosen"]["ids"], row["rejected"]["ids"]) for row in pairs]
+    logged = []
+    plain_spa.train(model, ref, triples, refine, lam=lam, **REFINED, log=logged.append)
     return logged, model.state_dict()
 
 
 def check_equal(output, logged, state):
     for ours, theirs in zip(metrics(output), logged, strict=True):
         for key in theirs:
-            assert ours[key] == pytest.approx(theirs[key], rel=1e-3, abs=1e-4), f"{key} of step {theirs['step']}"
+            value = ours[key]
+            assert value == pytest.approx(theirs[key], rel=1e-3, abs=1e-4), f"{key} of step {theirs['step']}"
     for name, weight in weights(output).items():
         torch.testing.assert_close(weight, state[name], rtol=0, atol=1e-4)
+
+
+def counts(output):
+    return json.loads((output / "args.json").read_text())["counts"]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -113,7 +53,7 @@ def check_equal(output, logged, state):
 
 @pytest.fixture(scope="module")
 def decoupled(pi_0, pi_init, preferences):
-    return train_plainly(pi_0, pi_init, rows(preferences), REFINED, lam=0.5)
+    return train_plainly(pi_0, pi_init, rows(preferences), refine=True, lam=0.5)
 
 
 @pytest.fixture(scope="module")
@@ -132,7 +72,7 @@ def test_04_is_equations_10_to_12_at_any_micro_batch_size(decoupled, train_04, m
 
 @pytest.mark.parametrize("refine", ["self", "none"])
 def test_04_is_equation_9_with_self_and_equation_6_with_none(pi_0, pi_init, preferences, train_04, refine):
-    expected = train_plainly(pi_0, pi_init, rows(preferences), REFINED, refine=refine == "self")
+    expected = train_plainly(pi_0, pi_init, rows(preferences), refine=refine == "self")
     check_equal(train_04(refine=refine, lam=0.5), *expected)
 
 
@@ -279,8 +219,9 @@ def test_gradient_checkpointing_computes_each_layer_twice(pi_init, on):
 def test_the_learning_rate_rises_over_a_tenth_of_the_steps_and_falls_as_a_cosine(stage):
     logged = metrics(stage("out", batch_size=2))
     n, lr = len(logged), [line["learning_rate"] for line in logged]
-    assert lr == pytest.approx([rate(step, n, 1e-3) for step in range(n)], rel=1e-6)
     warm_up = math.ceil(n / 10)
+    falling = [5e-4 * (1 + math.cos(math.pi * (step - warm_up) / (n - warm_up))) for step in range(warm_up, n)]
+    assert lr == pytest.approx([1e-3 * step / warm_up for step in range(warm_up)] + falling, rel=1e-6)
     assert lr[0] == 0 and lr[warm_up] == 1e-3 == max(lr)  # the first step, the first after the warm-up
     assert 0 < lr[-1] < 1e-3 * (math.pi / (n - warm_up)) ** 2 / 4 * 1.01  # the last: cos x = 1 - x^2 / 2
 
@@ -327,7 +268,7 @@ def test_00_sft_is_the_cross_entropy_on_response_tokens_only(world, pi_init, tok
     kept, model = [*filter(None, examples)], AutoModelForCausalLM.from_pretrained(pi_init)
     for line, batch in zip(metrics(output), common.epoch_batches(len(kept), 20, 1, 0), strict=True):
         tokens = sum(len(kept[i][1][0]) for i in batch)
-        loss = -sum(logp(response_logits(model, kept[i][0], kept[i][1][0]), kept[i][1][0]) for i in batch) / tokens
+        loss = -sum(plain_spa.log_prob(model, kept[i][0], kept[i][1][0]) for i in batch) / tokens
         model.zero_grad()
         loss.backward()
         assert line["loss"] == pytest.approx(loss.item(), rel=1e-5)
@@ -371,7 +312,8 @@ def test_00_sft_trains_on_the_last_turn_or_on_all_turns(talks, pi_init, tokenize
         if trained.index(True) <= cut.get("max_prompt_length", 999) and any(trained[:cut.get("max_length")]):
             kept.append((ids[:cut.get("max_length")], trained[:cut.get("max_length")]))
     model, logged, steps = AutoModelForCausalLM.from_pretrained(pi_init), [], common.epoch_batches(len(kept), 7, 2, 0)
-    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=options["lr"], weight_decay=0.0)
+    scheduler = get_cosine_schedule_with_warmup(optimizer, math.ceil(len(steps) / 10), len(steps))
     for step, batch in enumerate(steps):
         loss = tokens = 0
         for ids, trained in (kept[i] for i in batch):
@@ -382,8 +324,8 @@ def test_00_sft_trains_on_the_last_turn_or_on_all_turns(talks, pi_init, tokenize
         optimizer.zero_grad()
         (loss / tokens).backward()
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0).item()
-        optimizer.param_groups[0]["lr"] = rate(step, len(steps), 1e-3)
         optimizer.step()
+        scheduler.step()
         logged.append({"loss": (loss / tokens).item(), "step": step + 1, "grad_norm": norm})
     check_equal(output, logged, model.state_dict())
     assert counts(output)["dropped as too long"] == 20 - len(kept) and (len(kept) == 20) == (not cut or all_turns)
@@ -418,7 +360,7 @@ def test_01_cuts_responses_and_drops_long_prompts_and_then_equal_pairs(world, pi
     assert found["pairs read"] == len(pairs)
     assert (long > 0, equal > 0) == ("max_prompt_length" in cut, "max_length" in cut)
     for k, name in enumerate(("logps/chosen", "logps/rejected")):
-        expected = np.mean([plain_logp(model, prompt, pair[k]) for prompt, pair in kept])
+        expected = np.mean([plain_spa.log_prob(model, prompt, pair[k]).item() for prompt, pair in kept])
         assert metrics(output)[0][name] == pytest.approx(expected, rel=1e-5)
 
 
@@ -431,8 +373,8 @@ def test_04_trains_on_the_sampled_ids_as_they_are(pi_init, tmp_path, max_length,
     line = metrics(run("04_refined_dpo", model=pi_init, input=path, epochs=2, max_length=max_length,
                        output=tmp_path / "out"))[0]
     model = AutoModelForCausalLM.from_pretrained(pi_init)
-    assert line["logps/chosen"] == pytest.approx(plain_logp(model, [9, 8], chosen), rel=1e-5)
-    assert line["logps/rejected"] == pytest.approx(plain_logp(model, [9, 8], [10]), rel=1e-5)
+    assert line["logps/chosen"] == pytest.approx(plain_spa.log_prob(model, [9, 8], chosen).item(), rel=1e-5)
+    assert line["logps/rejected"] == pytest.approx(plain_spa.log_prob(model, [9, 8], [10]).item(), rel=1e-5)
 
 
 @pytest.fixture(scope="module")
