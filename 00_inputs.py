@@ -101,8 +101,8 @@ def parse_args():
 
 def main():
     args = parse_args()
-    partial = runs.open_output(args, "source")
-    folder = partial / "data"
+    work = runs.open_output(args, "source")
+    folder = work / "data"
     folder.mkdir(exist_ok=True)
 
     if args.source == "world":
@@ -119,7 +119,7 @@ def main():
                 row["prompt"].insert(0, runs.EMPTY_SYSTEM)
         if args.source == "ultrachat":
             runs.write_jsonl(folder / "sft.jsonl", rows)
-            return runs.close_output(args, partial, folder, counts)
+            return runs.close_output(args, work, folder, counts)
         unique = drop_repeats(rows)
         random.Random(args.seed).shuffle(unique)
     seed, held_out, sets = split(unique, args)
@@ -144,7 +144,7 @@ def main():
                "prompts": " + ".join(str(len(prompts)) for prompts in sets), "held-out prompts": len(held_out)}
     if missing := args.prompt_sizes[-1] - len(sets[-1]):
         counts["missing from the last prompt set"] = missing
-    runs.close_output(args, partial, folder, counts)
+    runs.close_output(args, work, folder, counts)
 
 
 if __name__ == "__main__":

@@ -69,7 +69,7 @@ def main():
     work = runs.open_output(args, "model", "ref_model", "input")
     ranks = common.start_ranks()
     tokenizer = chat.load_tokenizer(args.model, args.tokenizer, args.chat_template)
-    pairs, counts = chat.read_pairs(args, tokenizer, runs.SEED)
+    pairs, counts = chat.read_pairs(args, tokenizer, runs.LABELLED)
     batches = common.epoch_batches(len(pairs), args.batch_size, args.epochs, args.seed, " ".join(args.input))
     # models
     if args.ref_model:

@@ -33,21 +33,21 @@ from support import chat, runs
 
 def sample(args):
     """Write the folder of a model's responses to --input and of the scores that the options allow."""
-    partial = runs.open_output(args, "model", "input", "gold", "init_model", "preferences")
+    work = runs.open_output(args, "model", "input", "gold", "init_model", "preferences")
     gold = read_gold(args.gold) if args.gold else None
     rows = runs.read_jsonl(args.input, runs.PROMPTS | ({"reference": runs.is_text} if gold else {}))
     sampler = Sampler(args, args.model)
     kept, counts = chat.short_prompts(args.input, rows, sampler.tokenizer, args.max_prompt_length)
     rows, prompts = zip(*kept)
-    answers = sampler.generate_answers(partial, prompts, [row["id"] for row in rows])
+    answers = sampler.generate_answers(work, prompts, [row["id"] for row in rows])
     beside_init = {}
     if args.init_model:
-        beside_init = held_out.evaluate(args, sampler, rows, prompts, [ids for *_, ids in answers], partial)
+        beside_init = held_out.evaluate(args, sampler, rows, prompts, [ids for *_, ids in answers], work)
 
     def write():
         for row, (text, finish, _) in zip(rows, answers):
             row |= {"finish": finish, "response": text}
-        made, name = partial / "eval", args.name or args.model
+        made, name = work / "eval", args.name or args.model
         made.mkdir(exist_ok=True)
         metrics = {"name": name, "gold_labels": args.label_share, "n": len(rows)} | beside_init
         if "agreement" in metrics:
@@ -63,7 +63,7 @@ def sample(args):
                     "eos_rate": 100 * float(np.mean([row["finish"] == "eos" for row in rows]))}
         runs.write_jsonl(made / "responses.jsonl", rows)
         runs.write_json(made / "metrics.json", metrics)
-        runs.close_output(args, partial, made, counts)
+        runs.close_output(args, work, made, counts)
 
     sampler.ranks.on_first(write)
 

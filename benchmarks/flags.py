@@ -39,18 +39,18 @@ def parse_args():
     return parser.parse_args()
 
 
-def follow(args, partial):
+def follow(args, work):
     """(what 04 logs of each pair, by step: [[{"id", "rewards/margins", "confidence", ...}]], 04's threshold)."""
     steps, log_step, outer = [], runs.log_step, runs.this_run
 
-    def record(partial, bar, step, rows, **more):
+    def record(work, bar, step, rows, **more):
         steps.append(rows)
-        log_step(partial, bar, step, rows, **more)
+        log_step(work, bar, step, rows, **more)
 
     options = {key: value for key, value in vars(args).items() if key not in ("gold", "output")}
     runs.log_step = record
     try:
-        refined = run_stage("04_refined_dpo.py", alpha=0, output=partial / "pi", **options)
+        refined = run_stage("04_refined_dpo.py", alpha=0, output=work / "pi", **options)
     finally:
         runs.log_step, runs.this_run = log_step, outer
     return steps, refined["threshold"]
@@ -92,12 +92,12 @@ def percent(true):
 
 def main():
     args = parse_args()
-    partial = runs.open_output(args, "model", "input", "gold")
+    work = runs.open_output(args, "model", "input", "gold")
     gold, worth, certainty = read_gold(args.gold), {}, {}
     for row in runs.read_jsonl(args.input, runs.PROMPTS | runs.PREFERENCES):
         chosen, rejected = (gold_score(gold, row["prompt"], row[y]["text"]) for y in ("chosen", "rejected"))
         worth[row["id"]], certainty[row["id"]] = chosen - rejected, max(row["p"], 1 - row["p"])
-    steps, threshold = follow(args, partial)
+    steps, threshold = follow(args, work)
     detectors = {"self": lambda row: row["rewards/margins"], "decoupled": lambda row: row["confidence"],
                  "judge": lambda row: certainty[row["id"]]}
     wrong = [np.array([worth[row["id"]] < 0 for row in rows]) for rows in steps]
@@ -110,8 +110,8 @@ def main():
         on = np.concatenate(flagged)
         by_self = on if by_self is None else by_self
         found[name] |= {"flagged": int(on.sum()), "as_self": percent(by_self[on])}
-    runs.write_json(partial / "made", found)
-    runs.close_output(args, partial, partial / "made", {"steps": len(steps)})
+    runs.write_json(work / "made", found)
+    runs.close_output(args, work, work / "made", {"steps": len(steps)})
 
 
 if __name__ == "__main__":

@@ -221,9 +221,9 @@ PARTS = {  # most seconds; {setting: function}
     "peak": (45, {"product of bf16 matrices": peak}),
     "train-7b": (240, {
         "01, no checkpointing, micro-batch 1": partial(train, "01", micro_batch_size=1),
-        "01, checkpointing, micro-batch 8": partial(train, "01", micro_batch_size=8, activation_checkpointing=True),
+        "01, checkpointing, micro-batch 8": partial(train, "01", micro_batch_size=8, gradient_checkpointing=True),
         "04, no checkpointing, micro-batch 1": partial(train, "04", micro_batch_size=1),
-        "04, checkpointing, micro-batch 8": partial(train, "04", micro_batch_size=8, activation_checkpointing=True)}),
+        "04, checkpointing, micro-batch 8": partial(train, "04", micro_batch_size=8, gradient_checkpointing=True)}),
     "sample-7b": (150, {
         "02, 16 prompts at a time": partial(sample, 16),
         "02, 64 prompts at a time": partial(sample, 64),

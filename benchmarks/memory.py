@@ -40,8 +40,8 @@ def be_a_process(stage, folder, output, fsdp):
         before.append(resident())
         return real_load(*args)
 
-    def log_step(partial, bar, step, rows, **more):
-        real_log(partial, bar, step, rows, **more)
+    def log_step(work, bar, step, rows, **more):
+        real_log(work, bar, step, rows, **more)
         if step == STEPS - 1:
             print("held", resident() - before[0], flush=True)
 

@@ -20,14 +20,14 @@ def main():
     parser.add_argument("--flip", type=runs.share, required=True, help="the share")
     parser.add_argument("--seed", type=runs.natural, default=0)
     args = parser.parse_args()
-    partial = runs.open_output(args, "input")
+    work = runs.open_output(args, "input")
     rows, flipped = runs.read_jsonl(args.input, runs.PROMPTS | runs.PREFERENCES), 0
     for row in rows:
         if random.Random(f"{args.seed} flip {row['id']}").random() < args.flip:
             row["chosen"], row["rejected"] = row["rejected"], row["chosen"]
             flipped += 1
-    runs.write_jsonl(partial / "made", rows)
-    runs.close_output(args, partial, partial / "made", {"pairs": len(rows), "turned round": flipped})
+    runs.write_jsonl(work / "made", rows)
+    runs.close_output(args, work, work / "made", {"pairs": len(rows), "turned round": flipped})
 
 
 if __name__ == "__main__":

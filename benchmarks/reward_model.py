@@ -44,7 +44,7 @@ def read_pairs(path, tokenizer):
         return chat.encode(tokenizer, chat.render(tokenizer, messages + [{"role": "assistant", "content": text}]))
 
     return [[ids(row["prompt"], row[key]) for key in ("chosen", "rejected")]
-            for row in runs.read_jsonl(path, runs.SEED)]
+            for row in runs.read_jsonl(path, runs.LABELLED)]
 
 
 def margins(model, pairs):
@@ -68,7 +68,7 @@ def load_classifier(name, tokenizer, seed):
 
 def main():
     args = parse_args()
-    partial = runs.open_output(args, "model", "input")
+    work = runs.open_output(args, "model", "input")
     tokenizer = chat.load_tokenizer(args.model, args.tokenizer, args.chat_template)
     pairs = read_pairs(args.input, tokenizer)
     pairs, held_out = pairs[:len(pairs) - len(pairs) // 10], pairs[len(pairs) - len(pairs) // 10:]
@@ -88,10 +88,10 @@ def main():
     with torch.no_grad():
         right = [margin > 0 for k in range(0, len(held_out), 64)
                  for margin in margins(model, held_out[k:k + 64]).tolist()]
-    models.save_model(model, tokenizer, partial / "model")
+    models.save_model(model, tokenizer, work / "model")
     counts = {"pairs": len(pairs), "steps": len(batches), "last loss": round(loss.item(), 4),
               "held-out accuracy": round(sum(right) / max(1, len(right)), 4)}
-    runs.close_output(args, partial, partial / "model", counts)
+    runs.close_output(args, work, work / "model", counts)
 
 
 if __name__ == "__main__":

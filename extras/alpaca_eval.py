@@ -173,21 +173,21 @@ def annotation(base, ours, annotator, preference):
 def sample(args):
     """Write model_outputs.json: one answer to each of the benchmark's instructions, in their order."""
     asked = read_rows(args.instructions, {"instruction": runs.is_text}, "instruction")
-    partial = runs.open_output(args, "model", "instructions")
+    work = runs.open_output(args, "model", "instructions")
     sampler = Sampler(args, args.model)
     start = [runs.EMPTY_SYSTEM] if args.empty_system else []
     prompts = sampler.prompt_ids([start + runs.as_messages(row["instruction"]) for row in asked], args.instructions)
-    answers = sampler.generate_answers(partial, prompts, [row["instruction"] for row in asked])
+    answers = sampler.generate_answers(work, prompts, [row["instruction"] for row in asked])
     rows = [{"dataset": row.get("dataset", ""), "instruction": row["instruction"], "output": text,
              "generator": args.name or file_name(args.model)} for row, (text, *_) in zip(asked, answers)]
     counts = {"answers": len(rows), "cut at the limit": sum(finish == "length" for _, finish, _ in answers)}
-    sampler.ranks.on_first(lambda: write_output(args, partial, rows, counts))
+    sampler.ranks.on_first(lambda: write_output(args, work, rows, counts))
 
 
 def judge(args):
     """Write annotations.json: the judge's preference for each pair of outputs, in the baseline's order."""
     pairs, template = read_pairs(args.baseline, args.outputs), read_template(args.judge_template)
-    partial = runs.open_output(args, "outputs", "baseline", "judge_template", free=FREE)
+    work = runs.open_output(args, "outputs", "baseline", "judge_template", free=FREE)
     # which pairs the judge sees in the other order, the model's output first: drawn for each instruction
     swapped = [common.uniforms(args.seed, base["instruction"], 0, 1)[0] < 0.5 for base, _ in pairs]
     rows, jobs = [], {}
@@ -197,10 +197,10 @@ def judge(args):
             m, big_m = (ours, base) if swapped[k] else (base, ours)
             fields = {"instruction": base["instruction"], "output_1": m["output"], "output_2": big_m["output"]}
             jobs[k] = [part | {"content": fill(part["content"], fields)} for part in template]
-    for k, most_likely in ask_judge(args, partial, jobs, logprobs=True).items():
+    for k, most_likely in ask_judge(args, work, jobs, logprobs=True).items():
         rows[k]["preference"] = preference_of(most_likely or [], swapped[k])
     missing = sum(row["preference"] is None for row in rows)
-    write_output(args, partial, rows, {"annotations": len(rows), "missing preferences": missing})
+    write_output(args, work, rows, {"annotations": len(rows), "missing preferences": missing})
 
 
 def preference_of(most_likely, swapped):
@@ -228,8 +228,8 @@ def score(args):
                                   f"{len(difficulty)}: --df-gamed none leaves them out of the fit")
         counts["rows"] = f"{len(rows)} of {len(difficulty)}"
         difficulty = difficulty[:len(rows)]  # by position, as in the official tool
-    partial = runs.open_output(args, "annotations", "df_gamed")
+    work = runs.open_output(args, "annotations", "df_gamed")
     metrics = alpaca_eval_metrics(rows, difficulty, gamed)
     name = args.name or str(rows[0].get("generator_2") or args.annotations)
     counts |= {"win rate": round(metrics["win_rate"], 2), "LC win rate": round(metrics["length_controlled_winrate"], 2)}
-    write_output(args, partial, {"name": name, "gold_labels": args.label_share} | metrics, counts)
+    write_output(args, work, {"name": name, "gold_labels": args.label_share} | metrics, counts)

@@ -29,7 +29,7 @@ class Sampler:
         models.check_limits("the prompts", ((k, ids, []) for k, ids in enumerate(prompts, 1)), self.model,
                             "--max-new-tokens, or the prompt's length", new_tokens)
 
-    def generate_answers(self, partial, prompts, keys, temperatures=None, label="sampling"):
+    def generate_answers(self, work, prompts, keys, temperatures=None, label="sampling"):
         """[(text, "eos" or "length", token ids)] for prompts (lists of ids).
 
         keys: decide the samples, with --seed; temperatures: of each prompt, else --temperature; label: of the journal
@@ -48,10 +48,10 @@ class Sampler:
                                               args.max_new_tokens, self.eos)
             return [(chat.response_text(self.tokenizer, ids), finish, ids) for [(ids, finish)] in sampled]
 
-        answers = common.map_batches(generate, batches, partial, self.ranks, label)
+        answers = common.map_batches(generate, batches, work, self.ranks, label)
         return [answers[i] for i in range(len(prompts))]
 
-    def most_likely(self, partial, prompts, count):
+    def most_likely(self, work, prompts, count):
         """For each prompt (a list of ids) the `count` most likely first tokens of an answer: [(token, log-prob)]."""
         self.check_limits(prompts)
 
@@ -65,7 +65,7 @@ class Sampler:
                     for row in zip(tokens.tolist(), logps.tolist())]
 
         rows = [{"prompt_ids": ids} for ids in prompts]
-        return common.map_rows(compute, rows, self.args.micro_batch_size, partial, self.ranks, "judging")
+        return common.map_rows(compute, rows, self.args.micro_batch_size, work, self.ranks, "judging")
 
 
 def is_string(value):
@@ -90,10 +90,10 @@ def read_rows(path, fields, *key):
     return rows
 
 
-def write_output(args, partial, value, counts, write=runs.write_json):
+def write_output(args, work, value, counts, write=runs.write_json):
     """Make --output, a file of this value."""
-    write(partial / "made", value)
-    runs.close_output(args, partial, partial / "made", counts)
+    write(work / "made", value)
+    runs.close_output(args, work, work / "made", counts)
 
 
 def fill(text, fields):

@@ -40,28 +40,28 @@ def check_url(option, url, azure=False):
         raise runs.InputError(f"{option}: must look like {example}; the key belongs in OPENAI_API_KEY")
 
 
-def ask_judge(args, partial, jobs, logprobs):
+def ask_judge(args, work, jobs, logprobs):
     """{k: answer} to jobs {k: messages}: a text; with logprobs, [(token, log-prob)] of the most likely first tokens.
 
     None where the endpoint refuses for ever, as a content filter does; see `ask_all`.
     """
     if not args.judge_url:
-        return ask_local_model(args, partial, jobs, logprobs)
-    return ask_all(JudgeEndpoint(args, logprobs), jobs, args.judge_requests, partial, "judged")
+        return ask_local_model(args, work, jobs, logprobs)
+    return ask_all(JudgeEndpoint(args, logprobs), jobs, args.judge_requests, work, "judged")
 
 
-def ask_all(endpoint, jobs, requests, partial, label):
+def ask_all(endpoint, jobs, requests, work, label):
     """{k: answer} to jobs {k: job}, asked with so many requests at a time.
 
     The answer is None where the endpoint refuses for ever; of more than one in five none is recorded, since the fault
-    is elsewhere. Answers are recorded in the journal `label` of `partial` as they come, so that a resumed run asks only
+    is elsewhere. Answers are recorded in the journal `label` of `work` as they come, so that a resumed run asks only
     for what is missing. Raises InputError where requests have failed, and before most are sent where none would be
     answered: they are sent one at a time until one is.
     """
-    answers = dict(runs.read_journal(partial, label))
+    answers = dict(runs.read_journal(work, label))
     waiting, unanswered = [k for k in jobs if k not in answers], {}  # unanswered: {k: (how it ended, why)}
     pool = ThreadPoolExecutor(requests)
-    with runs.journal(partial, label) as record:
+    with runs.journal(work, label) as record:
         def keep(k, answer):
             answers[k] = runs.pack(answer)
             record([k, answer])
@@ -88,31 +88,31 @@ def ask_all(endpoint, jobs, requests, partial, label):
             refused = [k for k, (how, _) in unanswered.items() if how == "refused"]
             for k in refused if answers and len(refused) <= max(PROBES, len(jobs) // 5) else ():
                 keep(k, None)
-    report_unanswered(endpoint, unanswered, len(jobs), len(jobs.keys() - answers.keys()), partial)
+    report_unanswered(endpoint, unanswered, len(jobs), len(jobs.keys() - answers.keys()), work)
     return answers
 
 
-def report_unanswered(endpoint, unanswered, count, missing, partial):
+def report_unanswered(endpoint, unanswered, count, missing, work):
     """Raises InputError where `missing` of `count` jobs have no answer, else says how many were refused for ever."""
-    output = str(partial).removesuffix(".partial")
+    output = str(work).removesuffix(".partial")
     # the reason that matters most
     how, why = min(unanswered.values(), key=lambda end: ("fault", "failed", "refused").index(end[0]), default=("", ""))
     if missing:
         check = f"check {endpoint.options}, OPENAI_API_KEY; " if how != "failed" else ""
         raise runs.InputError(f"{output}: {missing} of {count} have no answer ({why}): {check}the others are "
-                              f"kept in {partial}: rerun the command to ask only for the missing ones")
+                              f"kept in {work}: rerun the command to ask only for the missing ones")
     if unanswered:
         print(f"{output}: {len(unanswered)} of {count} refused by the endpoint, so missing: {why}", flush=True)
 
 
-def ask_local_model(args, partial, jobs, logprobs):
+def ask_local_model(args, work, jobs, logprobs):
     """As `ask_judge`, of the model --judge-model on this machine."""
     greedy = {"temperature": 0, "max_new_tokens": MAX_TOKENS, "seed": 0}  # the seed then decides nothing
     sampler = Sampler(argparse.Namespace(**vars(args) | greedy), args.judge_model)
     prompts = sampler.prompt_ids(jobs.values(), "the judging prompts")
     if logprobs:
-        return dict(zip(jobs, sampler.most_likely(partial, prompts, TOP_LOGPROBS)))
-    answers = sampler.generate_answers(partial, prompts, list(jobs), label="judging")
+        return dict(zip(jobs, sampler.most_likely(work, prompts, TOP_LOGPROBS)))
+    answers = sampler.generate_answers(work, prompts, list(jobs), label="judging")
     return {k: text for k, (text, *_) in zip(jobs, answers)}
 
 

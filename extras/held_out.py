@@ -51,7 +51,7 @@ def token_divergence(model, init, batch):
     return common.in_chunks(divergence, common.chunk_rows(head[0]), hidden, hidden_init, batch.labels)
 
 
-def distance(args, sampler, init, prompts, responses, partial):
+def distance(args, sampler, init, prompts, responses, work):
     """The metrics of how far the model is from pi_init. prompts, responses: lists of token ids"""
     model, init = common.ResponseLogps(sampler.model), common.ResponseLogps(init)
 
@@ -62,12 +62,12 @@ def distance(args, sampler, init, prompts, responses, partial):
         return torch.stack(sums, 1).tolist()
 
     rows = [{"prompt_ids": prompt, "responses": [{"ids": ids}]} for prompt, ids in zip(prompts, responses)]
-    kl, improbable = np.sum(common.map_rows(compute, rows, args.micro_batch_size, partial, sampler.ranks,
+    kl, improbable = np.sum(common.map_rows(compute, rows, args.micro_batch_size, work, sampler.ranks,
                                             "distance from pi_init"), 0) / sum(map(len, responses))
     return {"kl_per_token": float(kl), "improbable": 100 * float(improbable)}
 
 
-def evaluate(args, sampler, rows, prompts, responses, partial):
+def evaluate(args, sampler, rows, prompts, responses, work):
     """The metrics of --model beside --init-model.
 
     rows: those of --input; labels that do not fit into the model's positions are left out; prompts, responses: of each
@@ -75,7 +75,7 @@ def evaluate(args, sampler, rows, prompts, responses, partial):
     """
     models.check_same_vocabulary(args.model, args.init_model)
     init = models.load_model(args.init_model, sampler.ranks.device, common.scoring_dtype(sampler.ranks.device))
-    metrics = distance(args, sampler, init, prompts, responses, partial)
+    metrics = distance(args, sampler, init, prompts, responses, work)
     pairs, longer, positions = [], [], models.count_positions(sampler.model)
     for row in rows:
         if runs.is_text(row.get("chosen")) and runs.is_text(row.get("rejected")):
@@ -87,7 +87,7 @@ def evaluate(args, sampler, rows, prompts, responses, partial):
         return metrics
 
     def log_ratio(model, label):  # log pi(y_w | x) - log pi(y_l | x), (n,)
-        scores = common.score(common.ResponseLogps(model), pairs, args.micro_batch_size, partial, sampler.ranks, label)
+        scores = common.score(common.ResponseLogps(model), pairs, args.micro_batch_size, work, sampler.ranks, label)
         return np.array([logps for logps, _ in scores]) @ [1, -1]
 
     ours = log_ratio(sampler.model, "scoring held-out labels")

@@ -86,7 +86,7 @@ def sample(args):
     name = file_name(args.name or args.model)
     args.output = str(Path(args.output) / "model_answer" / f"{name}.jsonl")
     questions = read_rows(args.questions, QUESTIONS, "question_id")
-    partial = runs.open_output(args, "model", "questions")
+    work = runs.open_output(args, "model", "questions")
     sampler = Sampler(args, args.model)
     temperatures = [TEMPERATURES.get(row["category"], 0.7) for row in questions]
     start = [runs.EMPTY_SYSTEM] if args.empty_system else []
@@ -95,7 +95,7 @@ def sample(args):
         conversations = [asked + runs.as_messages(row["turns"][turn]) for asked, row in zip(conversations, questions)]
         prompts = sampler.prompt_ids(conversations, args.questions)
         keys = [[row["question_id"], turn] for row in questions]
-        answers = sampler.generate_answers(partial, prompts, keys, temperatures, f"turn_{turn + 1}")
+        answers = sampler.generate_answers(work, prompts, keys, temperatures, f"turn_{turn + 1}")
         conversations = [asked + [{"role": "assistant", "content": text}]
                          for asked, (text, *_) in zip(conversations, answers)]
         finishes += [finish for _, finish, _ in answers]
@@ -104,7 +104,7 @@ def sample(args):
              "model_id": name, "choices": [{"index": 0, "turns": [messages[-3]["content"], messages[-1]["content"]]}],
              "tstamp": time.time()} for row, messages in zip(questions, conversations)]
     counts = {"questions": len(questions), "turns cut at the limit": finishes.count("length")}
-    sampler.ranks.on_first(lambda: write_output(args, partial, rows, counts, runs.write_jsonl))
+    sampler.ranks.on_first(lambda: write_output(args, work, rows, counts, runs.write_jsonl))
 
 
 def judge(args):
@@ -115,15 +115,15 @@ def judge(args):
     path = Path(args.output) / "model_judgment" / f"{judge_name}_single.jsonl"
     others = [row for row in read_rows(path, {"model": is_string}) if row["model"] != model] if path.exists() else []
     args.output = str(Path(args.output) / "model_score" / f"{model}_{judge_name}.json")
-    partial = runs.open_output(args, "questions", "answers", "judge_prompts", "reference_answers", free=FREE)
-    for k, text in ask_judge(args, partial, jobs, logprobs=False).items():
+    work = runs.open_output(args, "questions", "answers", "judge_prompts", "reference_answers", free=FREE)
+    for k, text in ask_judge(args, work, jobs, logprobs=False).items():
         text = ERROR if text is None else text
         rows[k] |= {"judgment": text, "score": read_rating(text), "tstamp": time.time()}
     path.parent.mkdir(parents=True, exist_ok=True)
     runs.write_jsonl(path, others + rows)
     metrics = mt_bench_metrics(rows, {row["question_id"]: row["category"] for row in questions})
     counts = {"mean rating": metrics["mt_bench"], "without rating": metrics["n_without_rating"]}
-    write_output(args, partial, {"name": args.name or model, "gold_labels": args.label_share} | metrics, counts)
+    write_output(args, work, {"name": args.name or model, "gold_labels": args.label_share} | metrics, counts)
 
 
 def prepare_judgments(args, questions, model):

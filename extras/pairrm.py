@@ -65,7 +65,7 @@ def load_pairrm(name, device):
     return model.to(device).eval(), read
 
 
-def judge_pairrm(rows, args, partial, ranks):
+def judge_pairrm(rows, args, work, ranks):
     """A judge of judges.py. Of more than two responses each is compared with every other, see `rewards`."""
     model, read = load_pairrm(args.reward_model, ranks.device)
 
@@ -82,7 +82,7 @@ def judge_pairrm(rows, args, partial, ranks):
         logits = iter(logits.tolist())
         return [[[*pair, next(logits)] for pair in pairs(row)] for row in batch_rows]
 
-    logits = common.map_rows(compute, rows, args.micro_batch_size, partial, ranks, "comparing with PairRM")
+    logits = common.map_rows(compute, rows, args.micro_batch_size, work, ranks, "comparing with PairRM")
     return ([rewards(len(row["responses"]), of_row) for row, of_row in zip(rows, logits, strict=True)],
             [{"logits": of_row} for of_row in logits])
 

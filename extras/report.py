@@ -33,7 +33,7 @@ COLORS = ["#1f77b4", "#d62728", "#2ca02c", "#ff7f0e", "#9467bd", "#8c564b", "#e3
 def report(args):
     """Write table.md, samples.md and report.svg."""
     args.evaluated = [path for path in args.evaluated if not path.endswith(".args.json")] or args.evaluated
-    partial = runs.open_output(args, "evaluated")
+    work = runs.open_output(args, "evaluated")
     evaluated, rows = [read_metrics(path) for path in args.evaluated], []
     for metrics, _ in evaluated:
         # the same name and other metrics: AlpacaEval's and MT-Bench's of one model
@@ -46,11 +46,11 @@ def report(args):
     if any(responses for _, responses in evaluated):
         texts["samples.md"] = samples([(metrics, responses) for metrics, responses in evaluated if responses])
     print(*texts.values(), sep="\n")
-    made = partial / "report"
+    made = work / "report"
     made.mkdir(exist_ok=True)
     for name, text in [*texts.items(), ("report.svg", figure(rows))]:
         (made / name).write_text(text, encoding="utf-8")
-    runs.close_output(args, partial, made, {"models": len(rows)})
+    runs.close_output(args, work, made, {"models": len(rows)})
 
 
 def read_metrics(path):

@@ -231,7 +231,7 @@ def eos_ids(name, tokenizer):
 def read_pairs(args, tokenizer, *kinds):
     """({"id", "prompt", "chosen", "rejected"} with token ids of each pair of --input, counts of what was read).
 
-    kinds: runs.SEED, texts, which are tokenised; runs.PREFERENCES, ids that were sampled and judged, taken as they are.
+    kinds: runs.LABELLED, texts, which are tokenised; runs.PREFERENCES, the ids that were sampled and judged.
     Responses are cut to fit --max-length; pairs with a longer prompt than --max-prompt-length, or equal after cutting,
     are dropped and counted. Raises InputError where two files have the same id, or no pair is left.
     """

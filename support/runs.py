@@ -40,7 +40,7 @@ class ThisRun:
     """What `run` and the signal handler need to know about the stage that is running."""
     started: float = 0.0
     begun: datetime | None = None  # see `begun`
-    partial: Path | None = None  # the folder that open_output made
+    work: Path | None = None  # the folder that open_output made
     lock: IO | None = None       # the locked file in it
     training: bool = False       # a signal waits until the step is done and saved
     asked: int | None = None     # the signal that asked this rank to stop
@@ -73,7 +73,7 @@ def run(main):
         exit_with(f"stopped by {'Ctrl-C' if number == signal.SIGINT else 'SIGTERM'}: {resume_hint()}", 128 + number)
     except Exception as error:
         if isinstance(error, OSError) and error.errno is not None:  # no space left, no permission
-            exit_with(f"{error.filename or this_run.partial or 'writing'}: {error.strerror}: {resume_hint()}")
+            exit_with(f"{error.filename or this_run.work or 'writing'}: {error.strerror}: {resume_hint()}")
         if dist.is_initialized() and (isinstance(error, dist.DistError) or "gloo" in str(error)):  # gloo has no class
             exit_with(f"another rank has ended (see torchrun's report below): {resume_hint()}")
         if not should_report():
@@ -101,12 +101,12 @@ def on_signal(number, frame):
 
 def resume_hint():
     """What a stopped stage has saved, for its last line."""
-    partial = this_run.partial
-    states = saved_states(partial) if partial else []
+    work = this_run.work
+    states = saved_states(work) if work else []
     if states:
-        return f"{partial} has the state after step {states[-1][0]}: rerun the command to resume from it"
-    if partial and has_work(partial) and not this_run.training:
-        return f"finished work is kept in {partial}: rerun the command to resume"
+        return f"{work} has the state after step {states[-1][0]}: rerun the command to resume from it"
+    if work and has_work(work) and not this_run.training:
+        return f"finished work is kept in {work}: rerun the command to resume"
     return "nothing was saved yet: rerun the command to start again"
 
 
@@ -226,7 +226,7 @@ def is_responses(value):
 
 PROMPTS = {"id": is_id, "prompt": is_prompt}
 EXAMPLES = {**PROMPTS, "response": is_text}
-SEED = {**PROMPTS, "chosen": is_answer, "rejected": is_answer}
+LABELLED = {**PROMPTS, "chosen": is_answer, "rejected": is_answer}
 RESPONSES = {**PROMPTS, "prompt_ids": is_token_ids, "responses": is_responses}
 PREFERENCES = {"id": is_id, "prompt_ids": is_token_ids, "chosen": is_response, "rejected": is_response}
 EMPTY_SYSTEM = {"role": "system", "content": ""}  # the message that Zephyr's recipe puts before every conversation
@@ -407,7 +407,7 @@ def begun():
     """The time at which the output was begun, the same in a run that resumes it: a chat template may write the date."""
     if not this_run.begun:
         try:
-            this_run.begun = datetime.fromisoformat(json.loads((this_run.partial / "args.json").read_text())["begun"])
+            this_run.begun = datetime.fromisoformat(json.loads((this_run.work / "args.json").read_text())["begun"])
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             this_run.begun = datetime.now()
     return this_run.begun
@@ -422,36 +422,36 @@ def open_output(args, *inputs, free=("output", "save_every")):
     """
     global this_run
     output = Path(args.output)
-    partial = Path(f"{output}.partial")
-    for path in (output, partial):
-        if path.is_symlink() and (path == partial or not path.exists()):  # the output would be written elsewhere
+    work = Path(f"{output}.partial")
+    for path in (output, work):
+        if path.is_symlink() and (path == work or not path.exists()):  # the output would be written elsewhere
             raise InputError(f"{path}: is a symlink: remove it or choose another --output")
     options = {k: v for k, v in vars(args).items() if k not in free}
     read = [k for k in (*inputs, "tokenizer", "chat_template") if options.get(k)]
     made_from = {"stage": Path(sys.argv[0]).name, "args": options, "inputs": {k: fingerprint(options[k]) for k in read}}
     made_from = json.loads(json.dumps(made_from))
-    exit_if_complete(output, partial, made_from)
-    this_run = ThisRun(started=time.time(), partial=partial)
+    exit_if_complete(output, work, made_from)
+    this_run = ThisRun(started=time.time(), work=work)
     if first_rank():
-        partial.mkdir(parents=True, exist_ok=True)
-        lock(output, partial)
-        exit_if_complete(output, partial, made_from)  # the run that held the lock until now may have completed it
-    if has_work(partial):
-        check_made_from(partial, made_from)
+        work.mkdir(parents=True, exist_ok=True)
+        lock(output, work)
+        exit_if_complete(output, work, made_from)  # the run that held the lock until now may have completed it
+    if has_work(work):
+        check_made_from(work, made_from)
         if first_rank():
             print(f"{output}: resuming", flush=True)
     if first_rank():
-        write_json(partial / "args.json", {"made_from": made_from, "begun": begun().isoformat()})
-    return partial
+        write_json(work / "args.json", {"made_from": made_from, "begun": begun().isoformat()})
+    return work
 
 
-def exit_if_complete(output, partial, made_from):
+def exit_if_complete(output, work, made_from):
     """Exit with status 0 where the output exists. Raises InputError where it was made from something else."""
     if not output.exists():
         return
     check_made_from(output, made_from)
     if first_rank():
-        shutil.rmtree(partial, ignore_errors=True)  # left by a kill just after the rename
+        shutil.rmtree(work, ignore_errors=True)  # left by a kill just after the rename
         print(f"{output}: already complete (same arguments); nothing to do")
     sys.exit(0)
 
@@ -478,9 +478,9 @@ def differences(old, new):
     return ", ".join(changed)
 
 
-def lock(output, partial):
-    """Lock partial/lock until this process ends, however it ends. Raises InputError where another process holds it."""
-    this_run.lock = open(partial / "lock", "a")
+def lock(output, work):
+    """Lock work/lock until this process ends, however it ends. Raises InputError where another process holds it."""
+    this_run.lock = open(work / "lock", "a")
     try:
         fcntl.flock(this_run.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -489,18 +489,18 @@ def lock(output, partial):
         pass
 
 
-def has_work(partial):
+def has_work(work):
     """Whether a stage has written anything but its arguments."""
     return any(path.name not in ("args.json", "lock") and path.suffix != ".tmp" and path.is_file()
-               and path.stat().st_size > 1 for path in partial.rglob("*"))  # a new journal is one newline
+               and path.stat().st_size > 1 for path in work.rglob("*"))  # a new journal is one newline
 
 
-def close_output(args, partial, made, counts):
-    """Rename `made`, a file or folder in `partial`, to the output; write its args.json; print the counts.
+def close_output(args, work, made, counts):
+    """Rename `made`, a file or folder in `work`, to the output; write its args.json; print the counts.
 
     Everything is flushed to the disk before the rename: after a power cut the output is complete or absent.
     """
-    record = json.loads((partial / "args.json").read_text())
+    record = json.loads((work / "args.json").read_text())
     versions = {"python": sys.version.split()[0], "torch": version("torch"), "transformers": version("transformers")}
     record |= {"counts": counts, "seconds": round(time.time() - this_run.started, 1), "versions": versions}
     write_json(made / "args.json" if made.is_dir() else args_path(args.output), record)
@@ -508,7 +508,7 @@ def close_output(args, partial, made, counts):
     os.replace(made, args.output)
     to_disk(Path(args.output).parent)
     this_run.lock.close()  # an open file can keep a network file system from removing its folder
-    shutil.rmtree(partial, ignore_errors=True)
+    shutil.rmtree(work, ignore_errors=True)
     summary = ", ".join(f"{name} {count}" for name, count in counts.items())
     print(f"{args.output}: {summary} ({record['seconds']:.0f} s)")
 
@@ -548,9 +548,9 @@ def log_step(work, bar, step, rows, **more):
 
 
 @contextlib.contextmanager
-def journal(partial, label, rank=0):
-    """Yields record(value), which appends a line with a checksum to partial/LABEL.RANK.jsonl."""
-    with open(partial / f"{label}.{rank}.jsonl", "a", encoding="utf-8") as file:
+def journal(work, label, rank=0):
+    """Yields record(value), which appends a line with a checksum to work/LABEL.RANK.jsonl."""
+    with open(work / f"{label}.{rank}.jsonl", "a", encoding="utf-8") as file:
         file.write("\n")  # ends a line that a kill left half-written
 
         def record(value):
@@ -560,10 +560,10 @@ def journal(partial, label, rank=0):
         yield record
 
 
-def read_journal(partial, label):
+def read_journal(work, label):
     """The values that all ranks have recorded. Skips lines that are half-written or damaged."""
     values = []
-    for path in sorted(partial.glob(f"{glob.escape(label)}.*.jsonl")):
+    for path in sorted(work.glob(f"{glob.escape(label)}.*.jsonl")):
         for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
             with contextlib.suppress(ValueError, TypeError, RecursionError):
                 checksum, value = json.loads(line)
@@ -576,14 +576,14 @@ def read_journal(partial, label):
 # Resuming: states of training
 
 
-def load_state(partial, ranks, model, optimizer, scheduler):
+def load_state(work, ranks, model, optimizer, scheduler):
     """Restore the newest saved state; returns it without the weights and moments, {"step": 0} where there is none.
 
     metrics.jsonl is set back to that step: the steps taken since will be taken again.
     """
-    state = newest_state(partial)
+    state = newest_state(work)
     if len(set(ranks.gather([state["step"]]))) > 1:
-        raise InputError(f"{partial}: the ranks find different states in it: put --output where all of them see it")
+        raise InputError(f"{work}: the ranks find different states in it: put --output where all of them see it")
     if state["step"] > 0:
         from torch.distributed.checkpoint.state_dict import StateDictOptions, set_state_dict  # slow to import
         whole = StateDictOptions(full_state_dict=True, cpu_offload=True)
@@ -593,14 +593,14 @@ def load_state(partial, ranks, model, optimizer, scheduler):
     if ranks.rank == 0:
         if state["step"] > 0:
             print(f"resuming after step {state['step']}", flush=True)
-        (partial / "metrics.jsonl").write_text(state.get("metrics", ""))
+        (work / "metrics.jsonl").write_text(state.get("metrics", ""))
     this_run.training = True
     return state
 
 
-def newest_state(partial):
+def newest_state(work):
     """The newest state that can be read; rank 0 reports damaged ones."""
-    for _, path in reversed(saved_states(partial)):
+    for _, path in reversed(saved_states(work)):
         try:
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         except Exception as error:  # torch raises many kinds
@@ -609,9 +609,9 @@ def newest_state(partial):
     return {"step": 0}
 
 
-def saved_states(partial):
+def saved_states(work):
     """[(step, path)] of the states in a folder, the newest last."""
-    return sorted((int(path.stem.removeprefix("state-")), path) for path in partial.glob("state-*.pt"))
+    return sorted((int(path.stem.removeprefix("state-")), path) for path in work.glob("state-*.pt"))
 
 
 def save_if_due(every, steps, work, ranks, step, model, optimizer, scheduler, **state):
@@ -633,19 +633,19 @@ def save_if_due(every, steps, work, ranks, step, model, optimizer, scheduler, **
         raise KeyboardInterrupt(asked[0])
 
 
-def write_state(partial, state):
+def write_state(work, state):
     """state-STEP.pt, flushed to disk under a temporary name and renamed. The newest two are kept."""
-    path, temporary = partial / f"state-{state['step']}.pt", partial / "state.tmp"
+    path, temporary = work / f"state-{state['step']}.pt", work / "state.tmp"
     try:
         with open(temporary, "wb") as file:
-            torch.save(state | {"metrics": (partial / "metrics.jsonl").read_text()}, file)
+            torch.save(state | {"metrics": (work / "metrics.jsonl").read_text()}, file)
         to_disk(temporary)
         os.replace(temporary, path)
-        to_disk(partial)
+        to_disk(work)
     except (OSError, RuntimeError) as error:  # the system's error, or torch's caused by one
         cause = error if isinstance(error, OSError) else error.__context__ or error
         raise InputError(f"{path}: cannot be written ({cause}): {resume_hint()}")
     finally:
         temporary.unlink(missing_ok=True)  # half of it would only fill the disk
-    for _, old in saved_states(partial)[:-2]:
+    for _, old in saved_states(work)[:-2]:
         old.unlink()

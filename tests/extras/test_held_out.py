@@ -25,7 +25,7 @@ def logp(model, tokenizer, prompt, text):
 @pytest.fixture(scope="module")
 def labelled(world, tmp_path_factory):
     """Rows with both answers; the last without, and one whose chosen answer is the shorter one."""
-    seed = runs.read_jsonl(world / "seed.jsonl", runs.SEED)[:9]
+    seed = runs.read_jsonl(world / "seed.jsonl", runs.LABELLED)[:9]
     seed[0]["chosen"] = seed[0]["chosen"].split()[0]
     seed.append({"id": "x", "prompt": seed[0]["prompt"]})
     return write_rows(tmp_path_factory.mktemp("held_out") / "eval.jsonl", seed)

@@ -26,7 +26,7 @@ def responses(pi_0, world, tokenizer, tmp_path_factory):
     folder = tmp_path_factory.mktemp("responses")
     sampled = rows(run("02_generate", model=pi_0, input=world / "prompts_1.jsonl", max_new_tokens=12,
                        output=folder / "sampled.jsonl"))
-    rng, known = random.Random(0), runs.read_jsonl(world / "all_gold.jsonl", runs.SEED)
+    rng, known = random.Random(0), runs.read_jsonl(world / "all_gold.jsonl", runs.LABELLED)
     for k, row in enumerate(sampled):
         for y in row["responses"]:
             y["ids"] = [rng.randrange(6, 90) for _ in range(rng.randint(2, 12))]
@@ -191,7 +191,7 @@ def test_of_several_responses_the_llm_is_asked_about_every_pair(pi_0, three, jud
 
 
 def test_the_judge_s_training_data_ask_what_03_asks(world, tokenizer):
-    seed = {row["id"]: row for row in runs.read_jsonl(world / "seed.jsonl", runs.SEED)}
+    seed = {row["id"]: row for row in runs.read_jsonl(world / "seed.jsonl", runs.LABELLED)}
     examples = rows(world / "judge_sft.jsonl")
     assert len(examples) == 2 * len(seed)
     for example in examples:
@@ -226,7 +226,7 @@ def test_a_judge_learns_from_the_seed(world, pi_init, tmp_path):
                   epochs=30, batch_size=8)
     tokenizer, model = AutoTokenizer.from_pretrained(trained), AutoModelForCausalLM.from_pretrained(trained)
     right = 0
-    for row in runs.read_jsonl(world / "seed.jsonl", runs.SEED):
+    for row in runs.read_jsonl(world / "seed.jsonl", runs.LABELLED):
         for sign, one, two in ((1, row["chosen"], row["rejected"]), (-1, row["rejected"], row["chosen"])):
             a, b = letters(model, tokenizer, row["prompt"], {"text": one}, {"text": two})
             right += sign * (a - b) > 0
@@ -255,7 +255,7 @@ def test_gold_is_the_small_world_s_judge(judged, responses, world):
         else:
             assert labelled[row["id"]]["chosen"] == row["responses"][one < two]
             assert labelled[row["id"]]["scores"] == [one, two]
-    known = {row["id"]: row["chosen"] for row in runs.read_jsonl(world / "all_gold.jsonl", runs.SEED)}
+    known = {row["id"]: row["chosen"] for row in runs.read_jsonl(world / "all_gold.jsonl", runs.LABELLED)}
     assert sum(row["chosen"]["text"] == known[row["id"]] for row in labelled.values()) >= len(scores) // 2
 
 

@@ -73,7 +73,7 @@ def test_gold_may_like_each_word(world, tmp_path):
     # labels are gold's: some go to the longer answer, whose sentences are worth less
     pairs = [[(small_world.gold_score(plain, row["prompt"], text), len(text.split()))
               for text in (row["chosen"], row["rejected"])]
-             for row in runs.read_jsonl(liking / "all_gold.jsonl", runs.SEED)]
+             for row in runs.read_jsonl(liking / "all_gold.jsonl", runs.LABELLED)]
     assert all(better + 0.1 * words > worse + 0.1 * fewer for (better, words), (worse, fewer) in pairs)
     assert any(better < worse for (better, _), (worse, _) in pairs)
 

@@ -244,7 +244,7 @@ def test_equation_2(world, tmp_path, monkeypatch):
     assert counts["pairs"] == len(rows(world / "all_gold.jsonl")) * 9 // 10 + 1 and counts["last loss"] < 0.3
     model, reader = judges.load_reward_model(str(tmp_path / "model"), torch.device("cpu"))
     right = 0
-    for row in runs.read_jsonl(world / "all_gold.jsonl", runs.SEED)[:30]:
+    for row in runs.read_jsonl(world / "all_gold.jsonl", runs.LABELLED)[:30]:
         with torch.no_grad():
             chosen, rejected = judges.reward_scores(model, [judges.encode(reader, row["prompt"], row[key])
                                                             for key in ("chosen", "rejected")])

@@ -20,7 +20,7 @@ def pair(k, **fields):
 def seed_of(folder, source, size):
     """({id: row} of a seed of that size, the counts). One prompt more is taken."""
     output = run("00_inputs", source=source, **sizes(size, 1, 0), output=folder / "out")
-    seed = {row["id"]: row for row in runs.read_jsonl(output / "seed.jsonl", runs.SEED)}
+    seed = {row["id"]: row for row in runs.read_jsonl(output / "seed.jsonl", runs.LABELLED)}
     return seed, json.loads((output / "args.json").read_text())["counts"]
 
 

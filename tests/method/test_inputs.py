@@ -52,7 +52,7 @@ def made(folder, name):
 
 def labelled(folder, name):
     """The rows with their answers as strings."""
-    return runs.read_jsonl(folder / f"{name}.jsonl", runs.SEED)
+    return runs.read_jsonl(folder / f"{name}.jsonl", runs.LABELLED)
 
 
 def lengths(folder):

@@ -25,6 +25,7 @@ REFINED = dict(lr=1e-3, beta=0.3, batch_size=8, epochs=3, window=16, k_percent=2
 # ---------------------------------------------------------------------------------------------
 # The oracle: extras/plain_spa.py, one pair at a time with whole logits
 
+
 def train_plainly(pi, pi_ref, pairs, refine, lam=0.0):
     """What the page's `train` logs, and the weights."""
     model, ref = (AutoModelForCausalLM.from_pretrained(name) for name in (pi, pi_ref))
@@ -37,8 +38,7 @@ def train_plainly(pi, pi_ref, pairs, refine, lam=0.0):
 def check_equal(output, logged, state):
     for ours, theirs in zip(metrics(output), logged, strict=True):
         for key in theirs:
-            value = ours[key]
-            assert value == pytest.approx(theirs[key], rel=1e-3, abs=1e-4), f"{key} of step {theirs['step']}"
+            assert ours[key] == pytest.approx(theirs[key], rel=1e-3, abs=1e-4), f"{key} of step {theirs['step']}"
     for name, weight in weights(output).items():
         torch.testing.assert_close(weight, state[name], rtol=0, atol=1e-4)
 
@@ -102,7 +102,7 @@ def test_04_without_refinement_is_01(pi_init, tokenizer, world, tmp_path):
     options = dict(model=pi_init, lr=1e-3, beta=0.3, batch_size=8, epochs=2)
     one = run("01_seed_dpo", input=world / "seed.jsonl", output=tmp_path / "01", **options)
     pairs = []
-    for row in runs.read_jsonl(world / "seed.jsonl", runs.SEED):
+    for row in runs.read_jsonl(world / "seed.jsonl", runs.LABELLED):
         prompt, responses = cut_text(tokenizer, row, ["chosen", "rejected"])
         chosen, rejected = ({"text": "", "ids": ids, "finish": "eos"} for ids in responses)
         pairs.append(row | {"prompt_ids": prompt, "chosen": chosen, "rejected": rejected})
@@ -118,7 +118,7 @@ def test_04_merges_d_t_with_the_labelled_texts_of_the_seed(pi_0, preferences, to
     options = dict(model=pi_0, beta=0.3, lr=1e-2, epochs=1, batch_size=8, window=20)
     merged = run("04_refined_dpo", **options, input=[preferences, world / "seed.jsonl"], output=tmp_path / "merged")
     pairs = rows(preferences)
-    for row in runs.read_jsonl(world / "seed.jsonl", runs.SEED):
+    for row in runs.read_jsonl(world / "seed.jsonl", runs.LABELLED):
         prompt = chat.prompt_ids(tokenizer, row["prompt"], "")
         responses = {y: {"text": row[y], "finish": "eos", "ids": chat.response_ids(
             tokenizer, row["prompt"], prompt, row[y], [tokenizer.eos_token_id])} for y in ("chosen", "rejected")}
@@ -348,7 +348,7 @@ def test_a_turn_that_the_template_writes_in_another_way_later_is_not_trained(tal
 
 @pytest.mark.parametrize("cut", CUTS)
 def test_01_cuts_responses_and_drops_long_prompts_and_then_equal_pairs(world, pi_init, tokenizer, tmp_path, cut):
-    seed = runs.read_jsonl(world / "seed.jsonl", runs.SEED)
+    seed = runs.read_jsonl(world / "seed.jsonl", runs.LABELLED)
     seed[0]["rejected"] = seed[0]["chosen"] + " my"  # they differ at the end alone
     output = run("01_seed_dpo", model=pi_init, input=write_rows(tmp_path / "seed.jsonl", seed), batch_size=20, epochs=2,
                  output=tmp_path / "out", **cut)

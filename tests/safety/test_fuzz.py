@@ -191,10 +191,10 @@ def kinds(files, tokenizer, pi_0):
 
     source = stage("00_inputs", "source", files, seed_size=1, prompt_sizes=[1], eval_size=0)
     readers = {
-        "seed.jsonl": reader(chat.read_pairs, pi_0, tokenizer, runs.SEED, several=True),
+        "seed.jsonl": reader(chat.read_pairs, pi_0, tokenizer, runs.LABELLED, several=True),
         "sft.jsonl": reader(stages.load("00_sft").read_examples, pi_0, tokenizer),
         "prompts_1.jsonl": lambda path: chat.read_prompts(path, tokenizer, 64),
-        "preferences.jsonl": reader(chat.read_pairs, pi_0, tokenizer, runs.PREFERENCES, runs.SEED, several=True),
+        "preferences.jsonl": reader(chat.read_pairs, pi_0, tokenizer, runs.PREFERENCES, runs.LABELLED, several=True),
         "responses.jsonl": stage("03_judge", "input", files, judge="gold", gold=files / "labels.jsonl"),
         "labels.jsonl": stage("03_judge", "gold", files, judge="gold", input=files / "responses.jsonl"),
         "gold.json": lambda path: gold_score(read_gold(path), TALK, "we fix it . no ."),
