@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 import stages
-from support import chat, models
+from support import chat, models, runs
 
 sys.path.append(str(stages.ROOT / "benchmarks"))
 import gpu
@@ -17,13 +17,12 @@ def test_every_part_runs_the_stages_with_its_settings_on_what_is_counted(monkeyp
     monkeypatch.setattr(models, "load_policy", lambda args, ranks: [seen.append(args), load(args, ranks)][1])
     rows = [row for part in gpu.PARTS for row in gpu.measure(part, tmp_path, gpu.TINY)]
     assert [row["value"] > 0 and row.get("rate", 1) > 0 for row in rows + gpu.estimate(rows)] == 10 * [True]
-    checkpointing = [any("checkpointing" in key and value for key, value in vars(args).items()) for args in seen]
-    assert [args.micro_batch_size for args in seen] == [1, 8, 1, 8] and checkpointing == 2 * [False, True]
+    assert [(args.micro_batch_size, args.gradient_checkpointing) for args in seen] == 2 * [(1, False), (8, True)]
     bench = gpu.make_bench(tmp_path / "bench", **gpu.TINY)
     tokenizer = chat.load_tokenizer(seen[0].model)
     assert set(chat.eos_ids(seen[0].model, tokenizer)) == set(gpu.EOS)  # what ends 02's responses
-    for stage, args in zip(("01_seed_dpo", "04_refined_dpo"), seen[::2]):
-        pairs = list(stages.load(stage).read_pairs(args, tokenizer))
+    for args in seen[::2]:  # of 01, of 04
+        pairs, _ = chat.read_pairs(args, tokenizer, runs.PREFERENCES, runs.LABELLED)
         lengths = [len(pair[key]) for key in ("prompt", "chosen", "rejected") for pair in pairs]
         assert sum(lengths) == bench.tokens and sum(lengths[len(pairs):]) == bench.response_tokens
 
