@@ -90,10 +90,11 @@ def test_earlier_turns_and_the_system_message_are_part_of_the_prompt(tmp_path, n
 def test_prompts_alone_may_be_transcripts(tmp_path):
     given = [{"prompt": f"\n\nHuman: {k}\n\nAssistant: eel\n\nHuman: another{end}", "answers": ["a"]}
              for k, end in enumerate(["", "\n\nAssistant:", "\n\nAssistant: "])]
-    output = run("00_inputs", source=write_rows(tmp_path / "nectar.jsonl", given), **sizes(0, 3, 0),
+    output = run("00_inputs", source=write_rows(tmp_path / "nectar.jsonl", given), **sizes(0, 2, 1),
                  output=tmp_path / "out")
-    assert sorted(row["prompt"][0]["content"] for row in made(output, "prompts_1")) == ["0", "1", "2"]
-    assert all(row["prompt"][1:] == [assistant("eel"), user("another")] for row in made(output, "prompts_1"))
+    prompts = [row["prompt"] for name in ("prompts_1", "eval") for row in made(output, name)]
+    assert sorted(prompt[0]["content"] for prompt in prompts) == ["0", "1", "2"]
+    assert all(prompt[1:] == [assistant("eel"), user("another")] for prompt in prompts)
 
 
 @pytest.fixture

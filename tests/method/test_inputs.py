@@ -135,11 +135,6 @@ def test_an_empty_system_message_is_put_before_prompts_that_have_none(world, pi_
     assert "--empty-system" in refused("00_inputs", **WORLD, empty_system=True, output=tmp_path / "world")
 
 
-def test_no_seed_data_needs_no_labels(tmp_path):
-    source = write(tmp_path / "prompts.jsonl", [{"prompt": f"text {k}"} for k in range(9)])
-    assert lengths(run("00_inputs", source=source, **sizes(0, 3, 4, 2), output=tmp_path / "out")) == [0, 3, 4, 2]
-
-
 def test_the_sets_follow_the_seed_not_blank_lines_windows_line_ends_or_a_byte_order_mark(source, tmp_path):
     other = tmp_path / "other.jsonl"
     other.write_bytes(b"\xef\xbb\xbf" + "\r\n\r\n".join(source.read_text().splitlines()).encode())

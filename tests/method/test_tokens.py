@@ -9,7 +9,7 @@ from transformers import GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
 
 import common
 from extras import judges
-from support import chat, runs
+from support import chat
 
 SPECIAL = ["<unk>", "<s>", "</s>", "<|eot_id|>", "<|im_start|>", "<|im_end|>", "<|user|>", "<|assistant|>"]
 OTHER = [f"<special {k}>" for k in range(len(SPECIAL))]  # other names for the same tokens
@@ -146,13 +146,6 @@ def test_a_response_that_merges_with_the_prompt_is_the_rest_of_the_text():
     assert joint[:len(prompt)] != prompt
     ids = chat.response_ids(tokenizer, TALK, prompt, text, [2])
     assert ids == tokenizer(text + "\n", add_special_tokens=False).input_ids + [2]
-
-
-@pytest.mark.parametrize("template, words", [("{% if false %}x{% endif %}", "seed.jsonl, id 7"),
-                                             ("{{ raise_exception('no system here') }}", "id 7.*no system here")])
-def test_a_prompt_that_the_template_refuses_or_makes_nothing_of_is_an_input_error(template, words):
-    with pytest.raises(runs.InputError, match=words):
-        chat.prompt_ids(make_tokenizer(template=template), TALK, "seed.jsonl, id 7")
 
 
 # ---------------------------------------------------------------------------------------------
