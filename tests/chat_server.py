@@ -7,7 +7,19 @@ import time
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+import huggingface_hub
+import pytest
+
+from extras import endpoint
+
 KEY = "sk-secret-0123456789"
+
+
+@pytest.fixture(autouse=True)
+def on_the_loopback(monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)  # the client refuses the loopback as well
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.setattr(endpoint, "PAUSE", 0.01)
 
 
 def top_logprobs(*pairs):

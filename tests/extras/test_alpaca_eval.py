@@ -18,13 +18,9 @@ MODELS = ["phi-2", "phi-2-sft", "vicuna-7b-v1.5", "gpt-3.5-turbo-1106_concise", 
 PLAIN = ["win_rate", "standard_error", "n_wins", "n_wins_base", "n_draws", "n_total", "discrete_win_rate", "avg_length"]
 
 
-def attempt(*words, **options):
-    return stages.attempt("05_eval", *words, **options)
-
-
 def score(annotations, output, **options):
     """alpaca-score, which must succeed -> (what it wrote, its stdout)."""
-    ran = attempt("alpaca-score", annotations, output=output, **options)
+    ran = stages.attempt("05_eval", "alpaca-score", annotations, output=output, **options)
     assert ran.status == 0, ran.err
     return read(output), ran.out
 
@@ -115,10 +111,8 @@ def test_plain_metrics_by_hand():
 SHAPES = {
     "all ties": [row(1.5, 3 + k, 9 - k, k) for k in range(6)],
     "all wins": [row(2, 3 + k, 9 - k, k) for k in range(6)],
-    "all losses": [row(1, 3 + k, 9 - k, k) for k in range(6)],
     "equal lengths": [row(1.1 + 0.1 * k, k=k) for k in range(6)],
     "one row": [row(1.75, 3, 9)],
-    "one tie": [row(1.5, 3, 9)],
     "separable by length": [row(1 + (k > 2), 10, 4 + 3 * k, k) for k in range(6)],
 }
 
@@ -129,12 +123,7 @@ def test_degenerate_annotations_have_an_answer(shape, with_difficulty):
     rows = SHAPES[shape]
     gamed = np.array([[0.6, 0.5, 0.3], [0.3, -0.5, -0.4]]) if with_difficulty else None
     found = alpaca_eval.alpaca_eval_metrics(rows, np.linspace(-1, 1, len(rows)) if with_difficulty else None, gamed)
-    lc = found["length_controlled_winrate"]
-    assert 0 < lc < 100 and json.dumps(found, allow_nan=False)
-    if shape in ("all ties", "one tie"):
-        assert found["win_rate"] == 50 and lc == pytest.approx(50, abs=0.5)
-    if shape in ("all wins", "all losses"):
-        assert abs(lc - found["win_rate"]) < 10
+    assert 0 < found["length_controlled_winrate"] < 100 and json.dumps(found, allow_nan=False)
     assert (found["standard_error"] is None) == (len(rows) == 1)
 
 
@@ -189,55 +178,42 @@ def test_bad_annotations_are_one_line(tmp_path, content):
     assert "a.json" in error and BAD_ANNOTATIONS[content] in error
 
 
-def test_bad_files_of_alpaca_score_are_one_line(tmp_path):
-    gamed = write_gamed(tmp_path / "df_gamed.csv", 3)
+@pytest.mark.parametrize("row_1, bad", [("0.6,1,", "1.6,1,"), ("0.6,1,", "0.6,7,")])  # no preference; no index 1
+def test_numbers_of_df_gamed_that_cannot_be_are_one_line(tmp_path, row_1, bad):
     (tmp_path / "a.json").write_text(json.dumps([row(1.5)]))
-    (tmp_path / "b.csv").write_text("preference,index\n1,0\n")
-    (tmp_path / "c.csv").write_text(gamed.read_text().replace("0.6,", "1.6,"))
-    (tmp_path / "d.csv").write_text(gamed.read_text().replace("0.6,1,", "0.6,7,"))
-    (tmp_path / "e.gz").write_bytes(gzip.compress(b"[]")[:-9])
-    for annotations, df_gamed in [*(("a.json", f"{name}.csv") for name in ("none", "b", "c", "d")),
-                                  ("e.gz", "df_gamed.csv"), ("absent.json", "df_gamed.csv")]:
-        error = stages.refused("05_eval", "alpaca-score", tmp_path / annotations, df_gamed=tmp_path / df_gamed,
-                               output=tmp_path / "m.json")
-        assert (df_gamed if annotations == "a.json" else annotations) in error
+    gamed = write_gamed(tmp_path / "df_gamed.csv", 3)
+    gamed.write_text(gamed.read_text().replace(row_1, bad))
+    assert str(gamed) in stages.refused("05_eval", "alpaca-score", tmp_path / "a.json", df_gamed=gamed,
+                                        output=tmp_path / "m.json")
 
 
-def test_alpaca_sample_writes_model_outputs(tmp_path, pi_init):
+@pytest.mark.parametrize("empty", [False, True])
+def test_alpaca_sample_writes_model_outputs(tmp_path, pi_init, tokenizer, monkeypatch, empty):
+    prompts, original = [], common.sample_responses
+
+    def sample_responses(model, batch, *rest):
+        prompts.extend(batch)
+        return original(model, batch, *rest)
+    monkeypatch.setattr(common, "sample_responses", sample_responses)
     asked = [{"dataset": "koala", "instruction": text, "output": "o", "generator": "base"}
              for text in ("the lid is wet .", "please wipe the lid", "a", "my tent", "the lid is wet")]
-    benchmark = tmp_path / "baseline.json"
+    del asked[4]["dataset"]
+    benchmark, words = tmp_path / "baseline.json", ["alpaca-sample", *["--empty-system"] * empty]
     benchmark.write_text(json.dumps(asked))
     options = {"model": pi_init, "instructions": benchmark, "max_new_tokens": 8, "name": "tiny"}
-    found = [read(stages.run("05_eval", "alpaca-sample", **options, micro_batch_size=size,
+    found = [read(stages.run("05_eval", *words, **options, micro_batch_size=size,
                              output=tmp_path / f"out_{size}.json")) for size in (2, 5)]
+    for row in asked:
+        messages = [{"role": "system", "content": ""}] * empty + [{"role": "user", "content": row["instruction"]}]
+        assert tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False) in prompts
     assert found[0] == found[1]
     assert [list(r) for r in found[0]] == [["dataset", "instruction", "output", "generator"]] * 5
     assert [r["instruction"] for r in found[0]] == [r["instruction"] for r in asked]
-    assert {(r["generator"], r["dataset"]) for r in found[0]} == {("tiny", "koala")}
+    assert [(r["generator"], r["dataset"]) for r in found[0]] == [("tiny", "koala")] * 4 + [("tiny", "")]
     assert len({r["output"] for r in found[0]}) > 1
-    benchmark.write_text(json.dumps(asked + asked[:1]))
-    error = stages.refused("05_eval", "alpaca-sample", **options, output=tmp_path / "twice.json")
-    assert "row 6" in error
-
-
-def test_an_empty_system_message(tmp_path, pi_init, tokenizer, monkeypatch):
-    asked, original = [], common.sample_responses
-
-    def sample_responses(model, prompts, *rest):
-        asked.append(prompts)
-        return original(model, prompts, *rest)
-    monkeypatch.setattr(common, "sample_responses", sample_responses)
-    benchmark = tmp_path / "baseline.json"
-    benchmark.write_text(json.dumps([{"instruction": "the lid is wet ."}]))
-    for empty in (False, True):
-        words = ["alpaca-sample", *["--empty-system"] * empty]
-        [made] = read(stages.run("05_eval", *words, model=pi_init, instructions=benchmark, max_new_tokens=4,
-                                 output=tmp_path / f"{empty}.json"))
-        assert list(made) == ["dataset", "instruction", "output", "generator"]
-        messages = [{"role": "system", "content": ""}] * empty + [{"role": "user", "content": "the lid is wet ."}]
-        assert asked[-1] == [tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)]
-    assert asked[-1] != asked[0]
+    for bad in (asked[0], {"a": 1}):
+        benchmark.write_text(json.dumps(asked + [bad]))
+        assert "row 6" in stages.refused("05_eval", "alpaca-sample", **options, output=tmp_path / "bad.json")
 
 
 def test_defaults():
@@ -245,27 +221,6 @@ def test_defaults():
     for words, limit in ((["alpaca-sample", "--instructions", "i"], 2048), (["mt-sample", "--questions", "q"], 1024),
                          (["sample", "--input", "i"], 300), (["sample", "--input", "i", "--max-new-tokens", "9"], 9)):
         assert stages.parsed("05_eval", words + options).max_new_tokens == limit
-
-
-# ---------------------------------------------------------------------------------------------
-# The small world in the official format
-
-
-@pytest.fixture(scope="module")
-def evaluated(world, pi_init, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("eval") / "tiny"
-    return stages.run("05_eval", "sample", model=pi_init, input=world / "eval.jsonl", gold=world / "gold.json",
-                      max_new_tokens=12, name="SPA, iteration 1", output=folder)
-
-
-def test_the_worlds_annotations_have_the_worlds_metrics(tmp_path, evaluated):
-    metrics = read(evaluated / "metrics.json")
-    found, _ = score(evaluated / "annotations.json", tmp_path / "m.json", df_gamed="none")
-    for key in PLAIN[:-1] + ["length_controlled_winrate", "name"]:
-        assert found[key] == metrics[key], key
-    responses = stages.rows(evaluated / "responses.jsonl")
-    assert [r["output_2"] for r in read(evaluated / "annotations.json")] == [r["response"] for r in responses]
-    assert [r["preference"] - 1 for r in read(evaluated / "annotations.json")] == [r["preference"] for r in responses]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -312,27 +267,18 @@ def test_report_passes_over_the_records_beside_metrics_files(tmp_path, models):
     assert record.name in stages.refused("05_eval", "report", record, output=tmp_path / "none")
 
 
-def test_samples_show_the_whole_conversation(tmp_path):
-    messages = [("system", "Be brief."), ("user", "Name a fish."), ("assistant", "An eel."), ("user", "Now\na bird.")]
-    prompt = [{"role": role, "content": content} for role, content in messages]
+def test_samples_show_whole_conversations_and_no_role_of_a_single_turn(tmp_path):
+    talk = [("system", "Be brief."), ("user", "Name a fish."), ("assistant", "An eel."), ("user", "Now\na bird.")]
+    prompts = [[{"role": role, "content": content} for role, content in talk],
+               [{"role": "system", "content": ""}, {"role": "user", "content": "Name a fish."}], "Name a bird."]
     write_metrics(tmp_path / "metrics.json", "SFT", win_rate=1.0)
-    stages.write_rows(tmp_path / "responses.jsonl", [{"id": 1, "prompt": prompt, "response": "A wren."}])
-    stages.run("05_eval", "report", tmp_path, output=tmp_path / "report")
-    quoted, answer = (tmp_path / "report" / "samples.md").read_text().split("\n\n")
-    assert [line for line in quoted.split("\n") if line.strip("> ")] == [
-        "> **system**: Be brief.", "> **user**: Name a fish.", "> **assistant**: An eel.", "> **user**: Now",
-        "> a bird."]
-    assert answer == "- **SFT**: A wren.\n"
-
-
-def test_a_single_turn_has_no_role_in_the_samples(tmp_path):
-    write_metrics(tmp_path / "metrics.json", "SFT", win_rate=1.0)
-    prompts = [[{"role": "system", "content": ""}, {"role": "user", "content": "Name a fish."}], "Name a bird."]
     stages.write_rows(tmp_path / "responses.jsonl", [{"id": k, "prompt": prompt, "response": "A wren."}
                                                      for k, prompt in enumerate(prompts)])
     stages.run("05_eval", "report", tmp_path, output=tmp_path / "report")
-    assert (tmp_path / "report" / "samples.md").read_text() == (
-        "> Name a fish.\n\n- **SFT**: A wren.\n\n> Name a bird.\n\n- **SFT**: A wren.\n")
+    quoted = ["> **system**: Be brief.\n>\n> **user**: Name a fish.\n>\n> **assistant**: An eel.\n>\n"
+              "> **user**: Now\n> a bird.", "> Name a fish.", "> Name a bird."]
+    assert (tmp_path / "report" / "samples.md").read_text() == "\n".join(
+        f"{prompt}\n\n- **SFT**: A wren.\n" for prompt in quoted)
 
 
 LABELS = {"agreement_n": 40, "longer_agreement": 52.5, "init_agreement": 45.0}
@@ -408,15 +354,6 @@ def test_a_file_without_metrics_is_named(tmp_path, metrics):
     path = tmp_path / "m.json"
     path.write_text(json.dumps({"name": "SFT"} | metrics if isinstance(metrics, dict) else metrics))
     assert str(path) in stages.refused("05_eval", "report", path, output=tmp_path / "report")
-
-
-def test_bad_options_are_one_line(tmp_path, pi_init):
-    bad = tmp_path / "bad.json"
-    bad.write_text('{"a": 1}')
-    for words in (["report", bad], ["report", tmp_path / "none"], ["sample", "--model", pi_init], [], ["rank"],
-                  ["alpaca-sample", "--model", pi_init, "--instructions", bad], ["report", bad, "--gold", bad],
-                  ["mt-sample", "--model", pi_init, "--questions", bad], ["alpaca-judge", bad]):
-        stages.refused("05_eval", *words, output=tmp_path / "out")
 
 
 @pytest.mark.parametrize("words", ["report x", "alpaca-score x --df-gamed none",

@@ -1,4 +1,4 @@
-"""05_eval.py sample and its report: win rates, the gold judge, and what a run writes."""
+"""05_eval.py sample and its report: what a run writes, and several commands in one start."""
 
 import json
 import weakref
@@ -6,54 +6,15 @@ import weakref
 import numpy as np
 import pytest
 
-import common
 import stages
-from extras.alpaca_eval import length_controlled
 from extras.small_world import gold_score
 from support import models
 from stages import attempt, command_line, digest, files, refused, rows, run, write_rows
 
 evaluation = stages.load("05_eval")
-GOLD = {"lamp": {"the bulb is new .": 1, "a lamp is a lamp .": 0, "throw the lamp away .": -1},
-        "tent": {"the pole is new .": 1}}
+GOLD = {"lamp": {"the bulb is new .": 1, "a lamp is a lamp .": 0, "throw the lamp away .": -1}, "tent": {"yes .": 1}}
 LAMP = [{"role": "user", "content": "my tent is fine ."}, {"role": "assistant", "content": "good ."},
         {"role": "user", "content": "my red lamp is broken . can you help ?"}]
-
-
-# ---------------------------------------------------------------------------------------------
-# Win rates
-
-
-def test_the_length_controlled_win_rate_of_equally_long_responses_is_the_win_rate():
-    y = np.array([1.0] * 70 + [0] * 30)
-    for d in (np.zeros(100), np.full(100, 40.0)):
-        assert length_controlled(y, d)[0] == pytest.approx(69.9)  # the penalty: 100 s - 70 + 0.1 = 0
-
-
-def test_the_length_controlled_win_rate_is_symmetric():
-    rng = np.random.default_rng(0)
-    y, d = rng.integers(0, 2, 60).astype(float), rng.integers(5, 90, 60) - rng.integers(5, 90, 60) + 0.0
-    rate, _ = length_controlled(y, d)
-    assert length_controlled(1 - y, -d)[0] == pytest.approx(100 - rate)  # seen from the other model
-    # for each win, a loss with the opposite difference in length: neither is better
-    assert length_controlled(np.concatenate([y, 1 - y]), np.concatenate([d, -d]))[0] == pytest.approx(50)
-
-
-# ---------------------------------------------------------------------------------------------
-# The gold judge
-
-
-@pytest.mark.parametrize("text, score", [
-    ("the bulb is new .", 1),
-    ("the bulb is new . throw the lamp away .", 0),                          # (1 - 1) / 2
-    ("the bulb is new . a lamp is a lamp .", 1 / 2),
-    ("the bulb is new . a lamp is a lamp . the bulb is new .", 0),           # said twice: (1 + 0 - 1) / 3
-    ("the bulb is new . the new bulb .", 0),                                 # malformed: (1 - 1) / 2
-    ("the pole is new .", -1),                                               # about the tent
-    ("the bulb is new . a lamp is", 0),                                      # cut: (1 - 1) / 2
-    ("", -1)])
-def test_the_gold_score_by_hand(text, score):
-    assert gold_score(GOLD, LAMP, text) == pytest.approx(score)
 
 
 def test_the_judge_accuracy_by_hand(tmp_path):
@@ -98,6 +59,17 @@ def test_05_finds_the_references_as_good_as_themselves(world):
     metrics, _ = evaluation.score(given, gold, "model")
     assert (metrics["win_rate"], metrics["malformed"]) == (50, 0)
     assert metrics["length_controlled_winrate"] == pytest.approx(50)
+
+
+def test_the_annotations_have_the_same_metrics_in_alpaca_evals_format(evaluated, tmp_path):
+    metrics, responses = json.loads((evaluated / "metrics.json").read_text()), rows(evaluated / "responses.jsonl")
+    found = json.loads(run("05_eval", "alpaca-score", evaluated / "annotations.json", df_gamed="none",
+                           output=tmp_path / "metrics.json").read_text())
+    same = metrics.keys() & found.keys() - {"gold_labels", "avg_length"}  # the official tool rounds the length
+    assert len(same) == 10 and all(found[key] == metrics[key] for key in same)
+    annotations = json.loads((evaluated / "annotations.json").read_text())
+    assert [(a["output_2"], a["preference"] - 1) for a in annotations] == [
+        (row["response"], row["preference"]) for row in responses]
 
 
 def test_05_reports_models_side_by_side(evaluated, tmp_path):

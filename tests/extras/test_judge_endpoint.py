@@ -3,6 +3,7 @@
 import json
 import logging
 import math
+import os
 import re
 import time
 from pathlib import Path
@@ -12,19 +13,12 @@ import pytest
 
 import common
 import stages
-from chat_server import KEY, prefers_m, says, serving, top_logprobs
+from chat_server import KEY, on_the_loopback, prefers_m, says, serving, top_logprobs
 from extras import alpaca_eval, endpoint
 from support import models, runs
 
 N = 12
 TEMPLATE = "Who answered {instruction} better, m: {output_1} or M: {output_2} ?"
-
-
-@pytest.fixture(autouse=True)
-def on_the_loopback(monkeypatch):
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)  # the client refuses the loopback as well
-    monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    monkeypatch.setattr(endpoint, "PAUSE", 0.01)
 
 
 def write_outputs(path, generator, outputs):
@@ -40,22 +34,24 @@ def pair(tmp_path):
             write_outputs(tmp_path / "outputs.json", "ours", [f"ours {k}" for k in range(N)])]
 
 
-def command(pair, **options):
-    """The words and options of alpaca-judge for a pair of files, the baseline's first."""
+def alpaca_judge(start, pair, **options):
+    """Start alpaca-judge on a pair of files, the baseline's first, by stages.run, stages.refused or stages.attempt."""
     given = {"baseline": pair[0], "judge_template": Path(pair[0]).parent / "judge.txt", "judge_model": "judge-1"}
-    return ("05_eval", "alpaca-judge", pair[1]), given | options
+    return start("05_eval", "alpaca-judge", pair[1], **given | options)
 
 
 def judge(server, pair, output, **options):
     """The annotations."""
-    words, options = command(pair, judge_url=server.url, output=output, **options)
-    return json.loads(stages.run(*words, **options).read_text())
+    return json.loads(alpaca_judge(stages.run, pair, judge_url=server.url, output=output, **options).read_text())
 
 
 def fails(server, pair, output, **options):
     """The one line."""
-    words, options = command(pair, output=output, **{"judge_url": server.url} | options)
-    return stages.refused(*words, **options)
+    return alpaca_judge(stages.refused, pair, output=output, **{"judge_url": server.url} | options)
+
+
+def keys_sent(server):
+    return {headers.get("Authorization", headers.get("authorization")) for headers in server.headers}
 
 
 def everything_written(folder):
@@ -116,15 +112,12 @@ def test_neither_token_is_a_missing_preference_and_identical_outputs_are_a_tie(t
 
 
 TROUBLE = {
-    "rate limited": lambda: (429, '{"error": "slow down"}', {"Retry-After": "0"}),
-    "overloaded": lambda: (503, "busy", {}),
-    "gateway": lambda: (502, "<html>", {"Content-Type": "text/html"}),
-    "not JSON": lambda: (200, "not json", {}),
-    "a list": lambda: (200, "[]", {}),
-    "empty": lambda: (200, "", {}),
+    "overloaded": lambda: (503, "busy", {"Retry-After": KEY}),
+    "deep": lambda: (200, "[" * 100_000, {}),
     "no choices": lambda: (200, '{"choices": []}', {}),
     "no log-probs": lambda: says("m"),
-    "null log-prob": lambda: top_logprobs(("m", None)),
+    "NaN for a log-prob": lambda: top_logprobs(("m", float("nan"))),
+    "one too large": lambda: top_logprobs(("m", 1e4)),
     "slow": lambda: 1.0,
 }
 
@@ -153,19 +146,15 @@ def test_retry_after_is_kept_to(tmp_path, pair):
 
 
 def test_what_fails_is_named_and_only_that_is_asked_for_again(tmp_path, pair):
-    broken = [True]
-
     def respond(request, before):
-        if broken[0] and ("say 4" in str(request) or "say 7" in str(request)):
-            return 500, '{"error": {"message": "out of order"}}', {}
-        return prefers_ours(request, before)
-
+        broken = re.search("say [47] ", str(request))
+        return (500, "out of order", {}) if broken else prefers_ours(request, before)
     with serving(respond) as server:
         error = fails(server, pair, tmp_path / "a.json", judge_retries=2)
         assert "2 of 12" in error and "HTTP 500" in error
         assert len(runs.read_journal(tmp_path / "a.json.partial", "judged")) == N - 2
         assert len(server.requests) == N - 2 + 2 * 3
-        broken[0] = False
+        server.respond = prefers_ours
         server.requests.clear()
         rows = judge(server, pair, tmp_path / "a.json", judge_retries=0)
         assert len(server.requests) == 2
@@ -197,8 +186,7 @@ def test_a_row_that_is_refused_for_ever_is_missing_and_not_asked_for_again(tmp_p
         return REFUSALS[refusal] if re.search("say [03] ", str(request)) else prefers_ours(request, before)
     with serving(respond) as server:
         fails(server, pair, tmp_path / "a.json", max_requests=6)
-        words, options = command(pair, judge_url=server.url, output=tmp_path / "a.json")
-        ran = stages.attempt(*words, **options)
+        ran = alpaca_judge(stages.attempt, pair, judge_url=server.url, output=tmp_path / "a.json")
     assert ran.status == 0 and "missing preferences 2" in ran.out and len(server.requests) == N
     found = [row["preference"] for row in json.loads((tmp_path / "a.json").read_text())]
     assert found == [None, *[pytest.approx(1.9)] * 2, None, *[pytest.approx(1.9)] * 8]
@@ -216,48 +204,16 @@ def test_what_all_requests_would_meet_stops_at_the_first(tmp_path, pair, fault):
     assert "--judge-url" in error and KEY not in error and len(server.requests) == 1
 
 
-def test_a_row_without_an_answer_in_all_replies_is_missing(tmp_path, pair):
+@pytest.mark.parametrize("refused, requests", [("[13579]|11", N), (".+", 5)])  # six of twelve, all
+def test_refusals_of_more_than_one_row_in_five_are_not_taken_for_missing_rows(tmp_path, pair, refused, requests):
     def respond(request, before):
-        return says("m") if "say 3 " in str(request) else prefers_ours(request, before)
-    with serving(respond) as server:
-        rows = judge(server, pair, tmp_path / "a.json", judge_retries=1)
-    assert [row["preference"] for row in rows].count(None) == 1 and len(server.requests) == N + 1
-
-
-def test_refusals_of_more_than_one_row_in_five_are_not_taken_for_missing_rows(tmp_path, pair):
-    broke = [True]
-
-    def respond(request, before):  # six of twelve
-        odd = int(re.search("say ([0-9]+) ", str(request))[1]) % 2
-        return (400, "credit balance too low", {}) if odd and broke[0] else prefers_ours(request, before)
+        found = re.search(f"answered say ({refused}) better", str(request))
+        return (400, "credit balance too low", {}) if found else prefers_ours(request, before)
     with serving(respond) as server:
         assert "credit balance too low" in fails(server, pair, tmp_path / "a.json")
-        broke[0] = False
+        assert len(server.requests) == requests
+        server.respond = prefers_ours
         assert [row["preference"] for row in judge(server, pair, tmp_path / "a.json")] == pytest.approx([1.9] * N)
-
-
-def test_a_refusal_of_every_row_is_not_taken_for_missing_rows(tmp_path, pair):
-    refuses = [True]
-    with serving(lambda request, before: (400, "no such option", {}) if refuses[0] else prefers_ours(request, before)
-                 ) as server:
-        error = fails(server, pair, tmp_path / "a.json")
-        assert "no such option" in error and len(server.requests) == 5
-        refuses[0] = False
-        assert [row["preference"] for row in judge(server, pair, tmp_path / "a.json")] == pytest.approx([1.9] * N)
-
-
-def test_a_key_that_is_withdrawn_stops_the_run_and_what_was_answered_is_kept(tmp_path, pair):
-    withdrawn = []
-
-    def respond(request, before):
-        return (401, "", {}) if withdrawn == [True] and len(server.requests) > 6 else prefers_ours(request, before)
-    with serving(respond) as server:
-        withdrawn.append(True)
-        assert "6 of 12" in fails(server, pair, tmp_path / "a.json", judge_requests=1)
-        assert len(server.requests) == 7
-        withdrawn.clear()
-        assert [row["preference"] for row in judge(server, pair, tmp_path / "a.json")] == pytest.approx([1.9] * N)
-        assert len(server.requests) == 7 + 6
 
 
 def test_a_resumed_run_too_asks_an_endpoint_that_is_down_only_a_few_times(tmp_path, pair):
@@ -293,8 +249,7 @@ def test_azure(tmp_path, pair, url, monkeypatch):
         monkeypatch.setattr(huggingface_hub.constants, "HF_DEBUG", True)  # the client would print the header
         assert "HF_DEBUG" in fails(server, pair, tmp_path / "a.json", **options) and not server.requests
         monkeypatch.setattr(huggingface_hub.constants, "HF_DEBUG", False)
-        words, options = command(pair, output=tmp_path / "a.json", **options)
-        stages.run(*words, **options)
+        alpaca_judge(stages.run, pair, output=tmp_path / "a.json", **options)
     assert set(server.paths) == {"/openai/deployments/gpt/chat/completions?" + url.partition("?")[2]}
     headers = [{name.lower(): value for name, value in sent.items()} for sent in server.headers]
     assert len(headers) == N and all(sent["api-key"] == KEY and "authorization" not in sent for sent in headers)
@@ -302,18 +257,17 @@ def test_azure(tmp_path, pair, url, monkeypatch):
 
 
 def test_the_key_is_sent_and_never_written(tmp_path, pair, caplog):
-    """Even where the server repeats it in its errors and answers."""
+    """Even where the server repeats it in its errors. (In its answers: test_mt_bench.py.)"""
     caplog.set_level(logging.DEBUG)
 
     def respond(request, before):
         return prefers_ours(request, before) if before else (500, json.dumps({"error": f"key {KEY} is tired"}), {})
     with serving(respond) as server:
-        words, options = command(pair, judge_url=server.url, output=tmp_path / "a.json")
-        failed = stages.attempt(*words, **options, judge_retries=0)
-        ran = stages.attempt(*words, **options)
+        options = dict(judge_url=server.url, output=tmp_path / "a.json")
+        failed = alpaca_judge(stages.attempt, pair, **options, judge_retries=0)
+        ran = alpaca_judge(stages.attempt, pair, **options)
     assert failed.status == 2 and "tired" in failed.err and ran.status == 0
-    assert {headers["Authorization"] if "Authorization" in headers else headers["authorization"]
-            for headers in server.headers} == {f"Bearer {KEY}"}
+    assert keys_sent(server) == {f"Bearer {KEY}"}
     assert KEY.encode() not in everything_written(tmp_path)
     assert KEY not in failed.out + failed.err + ran.out + ran.err + caplog.text
 
@@ -324,6 +278,46 @@ def test_without_a_key_the_hub_token_is_not_sent(tmp_path, pair, monkeypatch):
     with serving(prefers_ours) as server:
         judge(server, pair, tmp_path / "a.json")
     assert "hf_do_not_send" not in json.dumps(server.headers)
+
+
+@pytest.mark.parametrize("key", ["sk-secret\nX-Evil: 1", "sk-secret\r\n\r\n", "sk-sécret", "sk secret",
+                                 "sk-secret\x00"])
+def test_a_key_that_is_not_a_key_is_refused_and_not_shown(tmp_path, pair, monkeypatch, key):
+    # as the environment has it, so also where no system would take a NUL
+    monkeypatch.setattr(os, "environ", os.environ | {"OPENAI_API_KEY": key})
+    with serving(prefers_ours) as server:
+        ran = alpaca_judge(stages.attempt, pair, judge_url=server.url, output=tmp_path / "a.json")
+    if key.strip() == "sk-secret":  # only blanks around it
+        assert ran.status == 0
+    else:
+        assert ran.status == 2 and "OPENAI_API_KEY" in ran.err and not server.requests
+    assert "cret" not in ran.err + ran.out and b"cret" not in everything_written(tmp_path)
+
+
+@pytest.mark.parametrize("version", ["", "?api-version=2024-10-21"])  # Azure's key is in a header of its own
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_the_key_does_not_follow_a_redirect_to_another_host(tmp_path, pair, status, version):
+    with serving(prefers_ours) as other:
+        with serving(lambda request, before: (status, "", {"Location": other.url + "/chat/completions"})) as server:
+            fails(server, pair, tmp_path / "a.json", judge_url=server.url + version)
+    assert server.requests and not other.requests
+
+
+def test_netrc_does_not_replace_the_key(tmp_path, pair, monkeypatch):
+    (tmp_path / "netrc").write_text("machine 127.0.0.1\nlogin me\npassword of-another-service\n")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    with serving(prefers_ours) as server:
+        judge(server, pair, tmp_path / "a.json")
+    assert keys_sent(server) == {f"Bearer {KEY}"}
+
+
+@pytest.mark.parametrize("url", [
+    "http://me:KEY@host/v1", "https://host/v1?api_key=KEY", "https://host/v1?api-version=KEY",
+    "https://host/v1?api-version=2024-10-21&api_key=KEY", "https://host/v1#KEY", "ftp://host/KEY", "KEY",
+    "file:///etc/passwd", "https://host/v1 KEY", "http://KEY@host"])
+def test_a_key_in_the_url_is_refused_and_not_shown(tmp_path, pair, url):
+    error = alpaca_judge(stages.refused, pair, judge_url=url.replace("KEY", KEY), output=tmp_path / "a.json")
+    assert "--judge-url" in error and KEY not in error and not list(tmp_path.glob("a.json*"))
 
 
 def test_many_requests_at_once(tmp_path, pair):
@@ -350,10 +344,8 @@ def test_the_official_template(tmp_path, pair):
 
 
 BAD = {"another instruction": ("one", {}, "reference.json"), "the same twice": ("twice", {}, "row 2"),
-       "not JSON": ("bad", {}, "bad"), "no place": ("outputs.json", {"judge_template": "template"}, "{output_2}"),
-       "no template": ("outputs.json", {"judge_template": "none"}, "none"),
-       "no answer": ("outputs.json", {"judge_retries": 0}, "12 of 12"),
-       "a key": ("outputs.json", {"judge_url": f"http://user:{KEY}@host/v1"}, "--judge-url")}
+       "no place": ("outputs.json", {"judge_template": "template"}, "{output_2}"),
+       "no answer": ("outputs.json", {"judge_retries": 0}, "12 of 12")}
 
 
 @pytest.mark.parametrize("name", BAD)
@@ -361,30 +353,24 @@ def test_bad_input_is_one_line(tmp_path, pair, name, monkeypatch):
     monkeypatch.chdir(tmp_path)
     one = write_outputs(tmp_path / "one", "x", ["a"])
     (tmp_path / "twice").write_text(json.dumps(json.loads(one.read_text()) * 2))
-    (tmp_path / "bad").write_text("{")
     (tmp_path / "template").write_text("{instruction} {output_1}")
     ours, options, said = BAD[name]
     options = {"judge_url": "http://127.0.0.1:9/v1", "output": "a.json"} | options
-    words, options = command(["reference.json", ours], **options)
-    error = stages.refused(*words, **options)
-    assert said in error and KEY not in error and KEY.encode() not in everything_written(tmp_path)
+    assert said in alpaca_judge(stages.refused, ["reference.json", ours], **options)
 
 
-def test_nothing_is_asked_for_a_file_made_otherwise_or_offline(tmp_path, pair, monkeypatch):
-    (tmp_path / "there").write_text("mine")
-    with serving(prefers_ours) as server:
-        assert "there" in fails(server, pair, tmp_path / "there")
-        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-        assert "HF_HUB_OFFLINE" in fails(server, pair, tmp_path / "a.json")
-    assert not server.requests
+def test_offline_is_said_before_anything_is_tried(tmp_path, pair, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    error = alpaca_judge(stages.refused, pair, judge_url="http://127.0.0.1:9/v1", output=tmp_path / "a.json")
+    assert error.startswith("05_eval.py: HF_HUB_OFFLINE: ")
 
 
 def test_a_local_model_by_the_same_log_probs(tmp_path, pair, pi_init, tokenizer, monkeypatch):
     """Both orders of a prompt, read at its last position; the preference is that of the model's own logits."""
     monkeypatch.setattr(endpoint, "TOP_LOGPROBS", len(tokenizer))
     monkeypatch.setattr(alpaca_eval, "preference_of", lambda most_likely, swapped: most_likely)
-    words, options = command(pair, judge_model=pi_init, output=tmp_path / "a.json", micro_batch_size=5)
-    rows = json.loads(stages.run(*words, **options).read_text())
+    output = alpaca_judge(stages.run, pair, judge_model=pi_init, output=tmp_path / "a.json", micro_batch_size=5)
+    rows = json.loads(output.read_text())
     model = models.load_model(str(pi_init), "cpu")
     for row in rows[:3]:
         swapped = common.uniforms(0, row["instruction"], 0, 1)[0] < 0.5

@@ -3,12 +3,11 @@
 import json
 import re
 
-import huggingface_hub
 import pytest
 
 import common
 import stages
-from chat_server import KEY, says, serving
+from chat_server import KEY, on_the_loopback, says, serving
 from conftest import save_tiny
 from extras import endpoint, mt_bench
 from stages import write_rows
@@ -24,10 +23,7 @@ def questions(tmp_path):
 
 
 @pytest.fixture
-def judge_options(tmp_path, questions, monkeypatch):
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    monkeypatch.setattr(endpoint, "PAUSE", 0.01)
+def judge_options(tmp_path, questions):
     prompts = write_rows(tmp_path / "judge_prompts.jsonl", [
         {"name": name, "system_prompt": f"of {name}", "prompt_template": template} for name, template in {
             "single-v1": "one {question} | {answer}", "single-math-v1": "math {question} | {ref_answer_1} | {answer}",
@@ -52,7 +48,8 @@ def judge(answers, server, options):
     return stages.rows(options["output"] / "model_judgment" / "gpt-x_single.jsonl")
 
 
-def test_answers_of_two_turns(tmp_path, questions, tokenizer, monkeypatch):
+@pytest.mark.parametrize("empty", [False, True])
+def test_answers_of_two_turns(tmp_path, questions, tokenizer, monkeypatch, empty):
     asked, said, original = [], set(), common.sample_responses
 
     def sample_responses(model, prompts, u, temperature, max_new_tokens, eos):
@@ -64,42 +61,27 @@ def test_answers_of_two_turns(tmp_path, questions, tokenizer, monkeypatch):
 
     monkeypatch.setattr(common, "sample_responses", sample_responses)
     pi_init = save_tiny(tmp_path / "pi_init", tokenizer, max_position_embeddings=2048)
-    stages.run("05_eval", "mt-sample", model=pi_init, questions=questions, output=tmp_path / "bench")
+    write_rows(questions, stages.rows(questions) + [  # of an unknown category
+        {"question_id": 105, "category": "cooking", "turns": ["the lid is wet .", "and now ?"]}])
+    stages.run("05_eval", "mt-sample", *["--empty-system"] * empty, model=pi_init, questions=questions,
+               output=tmp_path / "bench")
     rows = stages.rows(tmp_path / "bench" / "model_answer" / "pi_init.jsonl")
-    assert [row["question_id"] for row in rows] == [101, 102, 103, 104]
+    assert [row["question_id"] for row in rows] == [101, 102, 103, 104, 105]
     for row in rows:
         assert set(row) == {"question_id", "answer_id", "model_id", "choices", "tstamp"}
         assert row["model_id"] == "pi_init" and row["tstamp"] > 1e9
         [choice] = row["choices"]
         assert choice["index"] == 0 and len(choice["turns"]) == 2 and all(isinstance(t, str) for t in choice["turns"])
         assert set(choice["turns"]) <= said
-        second = tokenizer.apply_chat_template(
-            [{"role": "user", "content": "the lid is wet ."}, {"role": "assistant", "content": choice["turns"][0]},
-             {"role": "user", "content": "and now ?"}], add_generation_prompt=True, return_dict=False)
-        assert second in [prompt for _, _, prompt in asked]
-    assert len({row["answer_id"] for row in rows}) == 4
-    assert sorted(t for t, *_ in asked) == [0, 0, 0, 0, 0.1, 0.1, 0.7, 0.7]
+        talk = [{"role": "system", "content": ""}] * empty + [
+            {"role": "user", "content": "the lid is wet ."}, {"role": "assistant", "content": choice["turns"][0]},
+            {"role": "user", "content": "and now ?"}]
+        for messages in (talk, talk[:-2]):
+            assert tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False) in [
+                prompt for _, _, prompt in asked]
+    assert len({row["answer_id"] for row in rows}) == 5
+    assert sorted(t for t, *_ in asked) == [0, 0, 0, 0, 0.1, 0.1, 0.7, 0.7, 0.7, 0.7]
     assert {n for _, n, _ in asked} == {1024}
-
-
-def test_an_empty_system_message_and_an_unknown_category(tmp_path, pi_init, tokenizer, monkeypatch):
-    asked, original = [], common.sample_responses
-
-    def sample_responses(model, prompts, u, temperature, *rest):
-        asked.append((temperature, prompts))
-        return original(model, prompts, u, temperature, *rest)
-    monkeypatch.setattr(common, "sample_responses", sample_responses)
-    questions = write_rows(tmp_path / "q.jsonl", [{"question_id": 1, "category": "cooking",
-                                                   "turns": ["the lid is wet .", "and now ?"]}])
-    stages.run("05_eval", "mt-sample", "--empty-system", model=pi_init, questions=questions, max_new_tokens=4,
-               output=tmp_path / "bench")
-    [row] = stages.rows(tmp_path / "bench" / "model_answer" / "pi_init.jsonl")
-    [turns] = [choice["turns"] for choice in row["choices"]]
-    talk = [("system", ""), ("user", "the lid is wet ."), ("assistant", turns[0]), ("user", "and now ?")]
-    messages = [{"role": role, "content": content} for role, content in talk]
-    assert asked[-2:] == [(0.7, [tokenizer.apply_chat_template(
-        messages[:n], add_generation_prompt=True, return_dict=False)]) for n in (2, 4)]
-    assert len(turns) == 2
 
 
 def test_temperatures_and_rating():
@@ -108,27 +90,18 @@ def test_temperatures_and_rating():
     assert sorted(mt_bench.TEMPERATURES, key=mt_bench.category_order) == [
         "writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities"]  # Figure 5a's order
     for text, score in [("Rating: [[5]]", 5), ("[[7.5]] then [[2]]", 7.5), ("no rating", -1), ("[[rating]]", -1),
-                        ("Rating: [8]", 8), ("[1] is cited, [[3]]", 3), ("", -1)]:
+                        ("Rating: [8]", 8), ("[1] is cited, [[3]]", 3), ("", -1), ("[[7.]]", 7),
+                        # numbers that are none, found without delay
+                        ("[[" + "1" * 400 + "]]", -1), ("[[" + "1" * 200_000, -1), ("[" * 200_000, -1),
+                        ("[[1" * 50_000, -1)]:
         assert mt_bench.read_rating(text) == score
 
 
-def test_summary_by_hand():
-    """First turn (8 + 4) / 2 = 6, second turn 3 (the -1 is left out), all valid rows (8 + 4 + 3) / 3 = 5."""
-    rows = [{"question_id": 1, "turn": 1, "score": 8.0}, {"question_id": 1, "turn": 2, "score": -1},
-            {"question_id": 2, "turn": 1, "score": 4.0}, {"question_id": 2, "turn": 2, "score": 3.0}]
-    found = mt_bench.mt_bench_metrics(rows, {1: "math", 2: "writing"})
-    assert found == {"mt_bench": 5.0, "mt_bench_turn_1": 6.0, "mt_bench_turn_2": 3.0, "n_judged": 4,
-                     "n_without_rating": 1, "mt_bench_categories": {"writing": 3.5, "math": 8.0}}
-    assert list(found["mt_bench_categories"]) == ["writing", "math"]  # in Figure 5a's order
-    none = mt_bench.mt_bench_metrics([{"question_id": 1, "turn": 1, "score": -1}], {1: "math"})
-    assert none["mt_bench"] is None and none["mt_bench_turn_2"] is None
-
-
 def respond(request, before):
-    """Rates 10 the first turns of 101, nothing those of 102, 4 what else there is."""
+    """Rates 10 the first turns of 101, nothing those of 102, where it repeats the key, 4 what else there is."""
     text = request["messages"][1]["content"]
     return says("Fine. Rating: [[10]]" if " 101 " in text and text.startswith("one") else
-                "no idea" if " 102 " in text and text.startswith("one") else "Rating: [[4]]")
+                f"no idea, {KEY}" if " 102 " in text and text.startswith("one") else "Rating: [[4]]")
 
 
 def test_judgments_and_scores(tmp_path, judge_options):
@@ -153,7 +126,8 @@ def test_judgments_and_scores(tmp_path, judge_options):
     scores = json.loads((tmp_path / "bench" / "model_score" / "ours_gpt-x.json").read_text())
     assert scores["mt_bench"] == pytest.approx(34 / 7) and scores["mt_bench_turn_1"] == 6
     assert scores["mt_bench_turn_2"] == 4 and scores["n_without_rating"] == 1
-    assert scores["mt_bench_categories"] == {"writing": 7.0, "math": 4.0, "extraction": 4.0, "stem": 4.0}
+    assert list(scores["mt_bench_categories"].items()) == [  # in the order of Figure 5a
+        ("writing", 7.0), ("math", 4.0), ("extraction", 4.0), ("stem", 4.0)]
     assert KEY.encode() not in b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
 
 
@@ -182,6 +156,14 @@ def test_a_judgment_that_is_refused_for_ever_is_fastchat_s_error(tmp_path, judge
     assert scores["n_without_rating"] == 2 and scores["mt_bench"] == 5  # (10 + 5 x 4) / 6
 
 
+def test_a_judgment_that_cannot_be_written_is_not_an_answer(tmp_path, judge_options):
+    half = r'{"choices": [{"message": {"content": "\ud800 [[7]]"}}]}'  # of a surrogate pair
+    with serving(lambda request, before: (200, half, {})) as server:
+        ran = stages.attempt("05_eval", "mt-judge", write_answers(tmp_path, "ours"), judge_url=server.url,
+                             judge_retries=0, **judge_options)
+    assert ran.status == 2 and "8 of 8" in ran.err and ran.err.count("\n") == 1
+
+
 def test_a_stopped_run_resumes(tmp_path, judge_options):
     answers = write_answers(tmp_path, "ours")
     with serving(respond) as server:
@@ -196,6 +178,8 @@ def test_a_local_judge_writes_judgments(tmp_path, judge_options, pi_init, monkey
     stages.run("05_eval", "mt-judge", write_answers(tmp_path, "ours"), **judge_options | {"judge_model": pi_init})
     rows = stages.rows(tmp_path / "bench" / "model_judgment" / "pi_init_single.jsonl")
     assert len(rows) == 8 and all(row["judgment"] and row["score"] == -1 for row in rows)
+    scores = json.loads((tmp_path / "bench" / "model_score" / "ours_pi_init.json").read_text())
+    assert scores["mt_bench"] is scores["mt_bench_turn_2"] is None
 
 
 def test_bad_input_is_one_line(tmp_path, judge_options, questions, pi_init):

@@ -8,13 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import common
 import stages
 from conftest import WORLD
 from extras import judges, small_world
-from support import chat, runs
+from support import models, runs
 from stages import rows, run, write_rows
 
 sys.path.append(str(stages.ROOT / "benchmarks"))
@@ -42,8 +40,6 @@ def row_tasks(plan, key):
 
 def test_there_is_every_table():
     assert list(tables.TABLES) == ["1", "C", "2", "3", "4", "5", "6", "7", "10", "11", "F3", "F4", "F5b"]
-    assert [row.label for row in tables.TABLES["6"][2]][:5] == [
-        "SFT", "DPO, 3.3 %", "SPA, data expansion only", "SPA, and self-refinement", "SPA, and de-coupled detection"]
     for _, _, table in tables.TABLES.values():  # a row is compared with one of its table
         assert {row.minus for row in table} - {None} <= {row.model for row in table}
 
@@ -261,20 +257,13 @@ def test_the_margin_of_a_pair_does_not_depend_on_its_batch(world, pi_init, token
     torch.testing.assert_close(together, alone, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("shape", ["llama", "phi", "mistral"])
+@pytest.mark.parametrize("shape", ["phi", "mistral"])
 def test_a_world_of_another_kind_of_model(shape, world, tmp_path):
     folder = run("00_inputs", **WORLD, shape=shape, output=tmp_path / "data")
     for name in ("seed", "sft", "prompts_1", "eval"):
         assert (folder / f"{name}.jsonl").read_bytes() == (world / f"{name}.jsonl").read_bytes()
-    model, tokenizer = (kind.from_pretrained(folder / "base") for kind in (AutoModelForCausalLM, AutoTokenizer))
+    model = models.load_model(str(folder / "base"), torch.device("cpu"))  # which tries what the stages do with it
     assert model.config.model_type == shape
-    # greedy sampling, with its cache, takes the most likely tokens of the whole forward pass
-    prompts = [chat.prompt_ids(tokenizer, row["prompt"], "") for row in rows(folder / "prompts_1.jsonl")[:3]]
-    u = torch.zeros(3, 1, 8, dtype=torch.float64).numpy()
-    for prompt, [(ids, _)] in zip(prompts, common.sample_responses(model.eval(), prompts, u, 0, 8, [])):
-        for k, token in enumerate(ids):
-            logits = model(input_ids=torch.tensor([prompt + list(ids[:k])])).logits[0, -1]
-            assert logits[token] >= logits.max() - 1e-4
 
 
 def test_kind_writers_answer_a_third_of_the_prompts(world):

@@ -45,10 +45,12 @@ FORMATS = {
                           "rejected": f"\n\nHuman: ask {k}\n\nAssistant: no {k}"},
     "hh-rlhf, prompt apart": lambda k: {"prompt": f"\n\nHuman: ask {k}\n\nAssistant:", "chosen": f" yes {k}",
                                         "rejected": f" no {k}"},
-    "repeated prompts": lambda k: pair(k, chosen=f"ask {k}\nyes {k}", rejected=f"ask {k}\n no {k}")}
+    "repeated prompts": lambda k: pair(k, chosen=f"ask {k}\nyes {k}", rejected=f"ask {k}\n no {k}"),
+    "strings and messages": lambda k: FORMATS[["TRL, standard", "TRL, conversational", "TRL, conversational, implicit"]
+                                              [k % 3]](k)}
 
 
-@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "parquet"])
+@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "json"])
 @pytest.mark.parametrize("name", FORMATS)
 def test_a_format_is_read(tmp_path, name, kind):
     path = write(tmp_path / f"mine.{kind.removesuffix('.gz')}", [*map(FORMATS[name], range(8))])
@@ -88,41 +90,48 @@ def test_earlier_turns_and_the_system_message_are_part_of_the_prompt(tmp_path, n
 def test_prompts_alone_may_be_transcripts(tmp_path):
     given = [{"prompt": f"\n\nHuman: {k}\n\nAssistant: eel\n\nHuman: another{end}", "answers": ["a"]}
              for k, end in enumerate(["", "\n\nAssistant:", "\n\nAssistant: "])]
-    output = run("00_inputs", source=write_rows(tmp_path / "nectar.jsonl", given), **sizes(0, 3, 0),
+    output = run("00_inputs", source=write_rows(tmp_path / "nectar.jsonl", given), **sizes(0, 2, 1),
                  output=tmp_path / "out")
-    assert sorted(row["prompt"][0]["content"] for row in made(output, "prompts_1")) == ["0", "1", "2"]
-    assert all(row["prompt"][1:] == [assistant("eel"), user("another")] for row in made(output, "prompts_1"))
+    prompts = [row["prompt"] for name in ("prompts_1", "eval") for row in made(output, name)]
+    assert sorted(prompt[0]["content"] for prompt in prompts) == ["0", "1", "2"]
+    assert all(prompt[1:] == [assistant("eel"), user("another")] for prompt in prompts)
+
+
+@pytest.fixture
+def on_the_hub(monkeypatch):
+    """(rows that every data set on the Hub is to have, the name and split of those that were asked for)"""
+    import datasets
+    given, asked = [], []
+
+    def load_dataset(name, split):
+        asked.append((name, split))
+        return datasets.Dataset.from_list(given)
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    return given, asked
 
 
 @pytest.mark.parametrize("source, split", [("ultrafeedback", "train"), ("some-one/pairs_v1.1", "train"),
                                            ("some-one/pairs_v1.1", "test_prefs")])
-def test_the_hub_gives_what_a_parquet_file_gives(tmp_path, monkeypatch, source, split):
-    import datasets
-    given, asked = [*map(FORMATS["UltraFeedback-binarized"], range(40))], []
+def test_the_hub_gives_what_a_parquet_file_gives(tmp_path, on_the_hub, source, split):
+    given, asked = on_the_hub
+    given += map(FORMATS["UltraFeedback-binarized"], range(40))
     given[4]["rejected"][1]["content"] = " "
-
-    def load_dataset(name, split):
-        asked.append((name, split))
-        return datasets.Dataset.from_list(given)
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    given[5] |= {"chosen": None, "rejected": None}  # Parquet's missing fields: no labels
     hub, file = (attempt("00_inputs", source=source, split=split, **sizes(2, 3, 20, 4), output=tmp_path / name)
                  for name, source in (("hub", source), ("file", write(tmp_path / "mine.parquet", given))))
     assert asked == [(source.replace("ultrafeedback", "argilla/ultrafeedback-binarized-preferences-cleaned"), split)]
-    assert hub.status == file.status == 0 and f"{source}, row 4" in hub.out and "mine.parquet, row 4" in file.out
+    assert hub.status == file.status == 0
+    for ran, path in ((hub, source), (file, tmp_path / "mine.parquet")):
+        assert ran.out.count("dropped (") == 1 and f"1, first {path}, row 4" in ran.out
     assert all(digest(tmp_path / "hub" / f"{name}.jsonl") == digest(tmp_path / "file" / f"{name}.jsonl")
                for name in NAMES)
 
 
-def test_ultrachat_gives_conversations_for_sft(tmp_path, monkeypatch):
-    import datasets
+def test_ultrachat_gives_conversations_for_sft(tmp_path, on_the_hub):
     talks = [[*TALK, assistant("roach")] if k % 2 else talk(k, "yes") for k in range(40)]
     talks += [[user("ask"), assistant(" ")], talk(41, "yes")[:1]]
-    given, asked = [{"prompt": "a", "prompt_id": f"hash {k}", "messages": talks[k]} for k in range(42)], []
-
-    def load_dataset(name, split):
-        asked.append((name, split))
-        return datasets.Dataset.from_list(given)
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    given, asked = on_the_hub
+    given += [{"prompt": "a", "prompt_id": f"hash {k}", "messages": talks[k]} for k in range(42)]
     output = run("00_inputs", source="ultrachat", empty_system=True, output=tmp_path / "out")
     assert asked == [("HuggingFaceH4/ultrachat_200k", "train_sft")]
     assert {path.name for path in output.iterdir()} == {"sft.jsonl", "args.json"}
@@ -216,13 +225,10 @@ def test_more_than_one_row_in_twenty_that_cannot_be_used_stop(tmp_path):
 
 
 OTHERS = {
-    "alpaca_farm": dict(instruction="a", input="", output_1="b", output_2="c", preference=1),
     "HelpSteer": dict(prompt="a", response="b", helpfulness=3, correctness=4),
-    "Nectar": dict(prompt="\n\nHuman: a\n\nAssistant: ", answers=[{"answer": "b", "rank": 1.0}], turns=1),
     "ShareGPT": dict(conversations=[{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]),
     "ShareGPT, ranked": dict(conversations=[{"from": "human", "value": "a"}], chosen={"from": "gpt", "value": "b"},
                              rejected={"from": "gpt", "value": "c"}),
-    "SHP": dict(history="a", human_ref_A="b", human_ref_B="c", labels=1),
     "orca_dpo_pairs": dict(system="s", question="a", chosen="b", rejected="c")}
 
 

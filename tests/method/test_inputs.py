@@ -22,16 +22,6 @@ def assistant(text):
 
 
 TALK = [{"role": "system", "content": "be brief"}, user("name a fish"), assistant("eel"), user("another")]
-PERSON = [  # the same kinds of rows that people have
-    {"prompt": "text 0", "chosen": "good 0", "rejected": "bad 0"},
-    {"prompt": [user("text 1")], "chosen": [user("text 1"), assistant("good 1")],
-     "rejected": [user("text 1"), assistant("bad 1")]},
-    {"chosen": [user("text 2"), assistant("good 2")], "rejected": [user("text 2"), assistant("bad 2")]},
-    {"prompt": TALK, "chosen": [assistant("good 3")], "rejected": "bad 3"},
-    {"chosen": TALK + [assistant("good 4"), user("and 4"), assistant("good 4")],
-     "rejected": TALK + [assistant("good 4"), user("and 4"), assistant("bad 4")]}]
-PROMPTS = [[user("text 0")], [user("text 1")], [user("text 2")], TALK,
-           TALK + [assistant("good 4"), user("and 4")]]
 
 
 def write(path, rows):
@@ -70,33 +60,6 @@ def sizes(*values, **more):
 
 # ---------------------------------------------------------------------------------------------
 # A person's file
-
-
-@pytest.mark.parametrize("kind", ["jsonl", "json"])
-def test_a_prompt_is_read_from_strings_and_messages_in_one_file(tmp_path, kind):
-    source = write(tmp_path / f"mine.{kind}", PERSON + [{"prompt": "a prompt without labels"}])
-    output = run("00_inputs", source=source, **sizes(5, 1, 0), output=tmp_path / "out")
-    seed = {row["chosen"]: row for row in labelled(output, "seed")}
-    assert sorted(seed) == [f"good {k}" for k in range(5)]
-    for k, prompt in enumerate(PROMPTS):
-        assert seed[f"good {k}"]["prompt"] == prompt and seed[f"good {k}"]["rejected"] == f"bad {k}"
-    assert [row["prompt"] for row in made(output, "prompts_1")] == [[user("a prompt without labels")]]
-
-
-def pairs_of_messages(count):
-    return [{"prompt": f"text {k}", "chosen": [user(f"text {k}"), assistant("yes")], "rating": 5.0,
-             "rejected": [user(f"text {k}"), assistant("no")]} for k in range(count)]
-
-
-def test_parquet_is_read_as_well(tmp_path):
-    unlabelled = {"prompt": "more", "chosen": None, "rejected": None}  # Parquet's missing fields
-    source = write(tmp_path / "mine.parquet", [*pairs_of_messages(8), unlabelled])
-    output = run("00_inputs", source=source, **sizes(3, 2, 3, 1), llm_judge=True, output=tmp_path / "out")
-    assert lengths(output) == [3, 2, 3, 1] and not (output / "all_gold.jsonl").exists()
-    assert all((row["chosen"], row["rejected"]) == ("yes", "no") for row in labelled(output, "seed"))
-    # what LLM-as-judge learns is made of the seed alone
-    ids = [row["id"] for row in made(output, "seed")]
-    assert [row["id"] for row in made(output, "judge_sft")] == [f"{k}-{letter}" for k in ids for letter in "AB"]
 
 
 @pytest.fixture
@@ -138,26 +101,17 @@ def test_repeated_prompts_are_dropped_and_counted(tmp_path):
     assert sorted(contents) == ["be brief", "be long", *(f"text {k}" for k in range(9))]
 
 
-def test_a_larger_seed_leaves_the_prompt_sets_as_they_are(source, world, tmp_path):
-    small, large = (run("00_inputs", source=source, **sizes(size, 10, 12, 4), output=tmp_path / f"out_{size}")
-                    for size in (2, 12))
-    larger_world = run("00_inputs", **WORLD | {"seed_size": 30}, output=tmp_path / "world")
-    for name in NAMES[1:]:
-        assert made(small, name) == made(large, name) and made(world, name) == made(larger_world, name)
-    assert by_prompt(small, "seed").items() <= by_prompt(large, "seed").items()
-
-
 def test_a_sample_of_the_seed_is_the_next_block_with_the_same_prompt_sets(source, tmp_path):
     options = dict(source=source, **sizes(6, 10, 8, 4))
     outputs = [run("00_inputs", **options, seed_sample=k, output=tmp_path / f"out_{k}") for k in range(3)]
     first = run("00_inputs", **options, output=tmp_path / "first")
+    large = run("00_inputs", **options | {"seed_size": 12}, output=tmp_path / "large")
     assert digest(first / "seed.jsonl") == digest(outputs[0] / "seed.jsonl")
     for name in NAMES[1:]:
-        assert {digest(output / f"{name}.jsonl") for output in outputs} == {digest(first / f"{name}.jsonl")}
+        assert {digest(output / f"{name}.jsonl") for output in [*outputs, large]} == {digest(first / f"{name}.jsonl")}
     assert lengths(first) == [6, 10, 8, 4]  # of 40, so that three samples of 6 are what is left
     assert len({row["id"] for output in outputs for name in NAMES for row in made(output, name)}) == 40
     # a larger seed is that of several samples
-    large = run("00_inputs", **options | {"seed_size": 12}, output=tmp_path / "large")
     assert made(large, "seed") == made(outputs[1], "seed") + made(outputs[0], "seed")
     line = refused("00_inputs", **options, seed_sample=3, output=tmp_path / "out")
     assert str(source) in line and "--prompt-sizes" in line and "--seed-sample" in line
@@ -181,18 +135,13 @@ def test_an_empty_system_message_is_put_before_prompts_that_have_none(world, pi_
     assert "--empty-system" in refused("00_inputs", **WORLD, empty_system=True, output=tmp_path / "world")
 
 
-def test_no_seed_data_needs_no_labels(tmp_path):
-    source = write(tmp_path / "prompts.jsonl", [{"prompt": f"text {k}"} for k in range(9)])
-    assert lengths(run("00_inputs", source=source, **sizes(0, 3, 4, 2), output=tmp_path / "out")) == [0, 3, 4, 2]
-
-
 def test_the_sets_follow_the_seed_not_blank_lines_windows_line_ends_or_a_byte_order_mark(source, tmp_path):
     other = tmp_path / "other.jsonl"
     other.write_bytes(b"\xef\xbb\xbf" + "\r\n\r\n".join(source.read_text().splitlines()).encode())
     one, two, three = (run("00_inputs", source=path, seed=seed, **sizes(6, 10, 12, 4), output=tmp_path / f"out_{k}")
                        for k, (path, seed) in enumerate([(source, 0), (other, 0), (other, 1)]))
     assert all(digest(one / f"{name}.jsonl") == digest(two / f"{name}.jsonl") for name in NAMES)
-    assert made(one, "seed") != made(three, "seed")
+    assert made(one, "seed") != made(three, "seed") and not (one / "all_gold.jsonl").exists()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -207,6 +156,11 @@ def test_the_world_is_decided_by_its_seed(world, tmp_path):
     for file in files:
         assert digest(again / file) == digest(world / file), file
     assert all(made(other, name) != made(world, name) for name in NAMES)
+
+
+def test_a_larger_seed_leaves_the_world_s_prompt_sets_as_they_are(world, tmp_path):
+    larger = run("00_inputs", **WORLD | {"seed_size": 30}, output=tmp_path / "world")
+    assert all(made(world, name) == made(larger, name) for name in NAMES[1:])
 
 
 def test_a_sample_of_the_world_s_seed_changes_nothing_else(world, tmp_path):
@@ -255,18 +209,10 @@ def test_the_world_s_words_are_all_in_its_vocabulary(world, tokenizer):
 # What is rejected
 
 
-@pytest.mark.parametrize("row, field", [
-    ({"prompt": "x", "chosen": "y"}, '"rejected"'), ({"chosen": "y", "rejected": "z"}, "prompt"),
-    ({"prompt": "x", "chosen": "", "rejected": "z"}, '"chosen"'),
-    ({"prompt": "x", "chosen": 3, "rejected": "z"}, '"chosen"'),
-    ({"prompt": "", "chosen": "y", "rejected": "z"}, '"prompt"'),
-    ({"prompt": "x", "chosen": [user("x")], "rejected": "z"}, '"chosen"'),
-    ({"chosen": [user("a"), assistant("y")], "rejected": [user("b"), assistant("z")]}, "rejected"), ([1], ""), (3, ""),
-    ({"id": "0", "prompt": "x"}, "mine.jsonl:1")])  # an id that is there twice
-def test_a_bad_row_is_named(tmp_path, row, field):
-    source = write(tmp_path / "mine.jsonl", [PERSON[0], row])
-    line = refused("00_inputs", source=source, **sizes(1, 1, 0), output=tmp_path / "out")
-    assert f"{source}:2: " in line and field in line
+def test_an_id_that_is_there_twice_is_named(tmp_path):
+    source = write(tmp_path / "mine.jsonl", [{"prompt": "text 0"}, {"id": "0", "prompt": "x"}])
+    line = refused("00_inputs", source=source, **sizes(0, 2, 0), output=tmp_path / "out")
+    assert f"{source}:2: " in line and f"{source}:1" in line
 
 
 def test_too_few_rows_are_counted_out(source, tmp_path):
@@ -276,9 +222,9 @@ def test_too_few_rows_are_counted_out(source, tmp_path):
 
 
 @pytest.mark.parametrize("name, content", [
-    ("no.jsonl", None), ("bad.jsonl:2", b'{"prompt": "x"}\n{"prompt": '), ("bad.json", b"[1, "),
-    ("bad.parquet", b"PAR1"), ("latin.jsonl:2", b'{"prompt": "x"}\n{"prompt": "\xe9"}')])
+    ("no.jsonl", None), ("bad.parquet", b"PAR1"), ("latin.jsonl:2", b'{"prompt": "x"}\n{"prompt": "\xe9"}')])
 def test_a_source_that_cannot_be_read_is_named(tmp_path, name, content):
+    import datasets  # noqa: F401  its log goes to the stderr of its import: a line of its own, which is not read here
     source = tmp_path / name.split(":")[0]
     if content is not None:
         source.write_bytes(content)

@@ -10,7 +10,7 @@ from transformers import (AutoModelForSequenceClassification, BertConfig, Cohere
 
 from support import models, runs
 from conftest import save_tiny
-from families import FAMILIES, SHAPE, make
+from families import SHAPE, make
 from stages import refused, run, write_rows
 
 CPU = torch.device("cpu")
@@ -31,15 +31,10 @@ def saved(folder, config, change=lambda weights: weights):
 # Weights that are not in the file. transformers would make them up, and say so in a log
 
 
-def without(*names):
-    return lambda weights: {key: value for key, value in weights.items() if not key.startswith(names)}
-
-
 @pytest.mark.parametrize("change, missing", [
     (lambda weights: {f"_orig_mod.{key}": value for key, value in weights.items()}, "lm_head.weight"),  # torch.compile
-    (lambda weights: {f"module.{key}": value for key, value in weights.items()}, "lm_head.weight"),  # DDP
-    (without("lm_head"), "lm_head.weight"), (without("model.layers.1"), "model.layers.1.input_layernorm.weight"),
-    (without("model.norm"), "model.norm.weight")])
+    (lambda weights: {key: value for key, value in weights.items() if ".1." not in key},
+     "model.layers.1.input_layernorm.weight")])
 def test_a_weight_that_the_file_lacks_is_named(tmp_path, change, missing):
     folder = saved(tmp_path / "model", "llama", change)
     with pytest.raises(runs.InputError, match=f"{folder}: .*{missing}"):
@@ -60,26 +55,8 @@ def test_an_adapter_beside_the_weights_is_refused(tmp_path):
         load(folder)
 
 
-@pytest.mark.parametrize("name, option", [("01_seed_dpo", "model"), ("01_seed_dpo", "ref_model"),
-                                          ("02_generate", "model"), ("03_judge", "init_model")])
-def test_a_stage_refuses_a_model_with_missing_weights(world, pi_0, tmp_path, name, option):
-    half = shutil.copytree(pi_0, tmp_path / "half")
-    save_file(without("lm_head")(load_file(half / "model.safetensors")), half / "model.safetensors", {"format": "pt"})
-    options = {"model": pi_0, "input": world / "seed.jsonl", "micro_batch_size": 4}
-    if name == "03_judge":
-        options["input"] = run("02_generate", model=pi_0, input=world / "prompts_1.jsonl", max_new_tokens=4,
-                               output=tmp_path / "responses.jsonl")
-    line = refused(name, output=tmp_path / "out", **options | {option: half})
-    assert f"{half}: 1 weights" in line and "lm_head.weight" in line
-
-
 # ---------------------------------------------------------------------------------------------
 # What a model can do is tried
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-def test_families_that_work(tmp_path, name):
-    assert isinstance(load(saved(tmp_path / "model", name)), torch.nn.Module)
 
 
 SMALL = dict(vocab_size=40, hidden_size=32, num_hidden_layers=2)

@@ -9,7 +9,7 @@ from transformers import GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
 
 import common
 from extras import judges
-from support import chat, runs
+from support import chat
 
 SPECIAL = ["<unk>", "<s>", "</s>", "<|eot_id|>", "<|im_start|>", "<|im_end|>", "<|user|>", "<|assistant|>"]
 OTHER = [f"<special {k}>" for k in range(len(SPECIAL))]  # other names for the same tokens
@@ -107,10 +107,6 @@ def case(request, tmp_path):
     return types.SimpleNamespace(tokenizer=tokenizer, end=end, bos=bos, eos=chat.eos_ids(str(tmp_path), tokenizer))
 
 
-def test_the_first_eos_is_the_one_that_the_template_writes(case):
-    assert case.eos == [case.end] + [2] * (case.end != 2)
-
-
 @pytest.mark.parametrize("messages", [TALK, TALK[1:2], TALK[1:]], ids=["system and turns", "one turn", "turns"])
 def test_a_prompt_has_the_template_s_bos_once_and_all_of_its_messages(case, messages):
     ids = chat.prompt_ids(case.tokenizer, messages, "here")
@@ -150,13 +146,6 @@ def test_a_response_that_merges_with_the_prompt_is_the_rest_of_the_text():
     assert joint[:len(prompt)] != prompt
     ids = chat.response_ids(tokenizer, TALK, prompt, text, [2])
     assert ids == tokenizer(text + "\n", add_special_tokens=False).input_ids + [2]
-
-
-@pytest.mark.parametrize("template, words", [("{% if false %}x{% endif %}", "seed.jsonl, id 7"),
-                                             ("{{ raise_exception('no system here') }}", "id 7.*no system here")])
-def test_a_prompt_that_the_template_refuses_or_makes_nothing_of_is_an_input_error(template, words):
-    with pytest.raises(runs.InputError, match=words):
-        chat.prompt_ids(make_tokenizer(template=template), TALK, "seed.jsonl, id 7")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -251,12 +240,6 @@ def test_a_special_token_that_merges_make_is_kept_apart_too(ignore_merges):
     messages = [{"role": "user", "content": "x </s> </s>"}]
     ids = chat.chat_ids(tokenizer, messages)
     assert ids.count(0) == 1 and tokenizer.decode(ids) == "<|user|>\nx </s> </s></s>\n"
-
-
-def test_the_small_world_knows_no_word_that_spells_a_special_token(tokenizer):
-    ids = chat.prompt_ids(tokenizer, [{"role": "user", "content": "my lid <eos> <assistant> <bos> is"}], "here")
-    words = tokenizer.convert_ids_to_tokens(ids)
-    assert words == ["<bos>", "<user>", "my", "lid", "<unk>", "<unk>", "<unk>", "is", "<assistant>"]
 
 
 # ---------------------------------------------------------------------------------------------

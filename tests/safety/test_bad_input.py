@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+from safetensors.torch import load, save
 
 import stages
 from children import STAGES, at_end, fork, good, kill, no_child_outlives_its_test
@@ -129,20 +130,25 @@ def test_a_model_without_a_tokenizer_or_a_chat_template(good, world, tmp_path, s
     run(*stage.split(), output=tmp_path / "out", **options)
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_a_model_that_is_not_there_or_in_part(good, tmp_path, stage):
+SECOND_MODELS = [("01_seed_dpo", "ref_model"), ("03_judge", "init_model"), ("04_refined_dpo", "ref_model")]
+
+
+@pytest.mark.parametrize("stage, option", [*((stage, "model") for stage in STAGES), *SECOND_MODELS])
+def test_a_model_that_is_not_there_or_in_part(good, tmp_path, stage, option):
     empty, half = tmp_path / "empty", shutil.copytree(good[stage]["model"], tmp_path / "half")
     empty.mkdir()
     weights = (half / "model.safetensors").read_bytes()
     (half / "model.safetensors").write_bytes(weights[:len(weights) // 2])
     for name in ("no_such_folder/at/all", "./here", tmp_path / "no", empty, half):
-        refused(stage, name, output=tmp_path / "out", **good[stage] | {"model": name})
+        refused(stage, name, output=tmp_path / "out", **good[stage] | {option: name})
     (half / "model.safetensors").unlink()
-    refused(stage, half, output=tmp_path / "out", **good[stage] | {"model": half})
+    refused(stage, half, output=tmp_path / "out_2", **good[stage] | {option: half})
+    headless = {key: value for key, value in load(weights).items() if key != "lm_head.weight"}
+    (half / "model.safetensors").write_bytes(save(headless, {"format": "pt"}))
+    refused(stage, half, "lm_head.weight", output=tmp_path / "out_3", **good[stage] | {option: half})
 
 
-@pytest.mark.parametrize("stage, option", [
-    ("01_seed_dpo", "ref_model"), ("03_judge", "init_model"), ("04_refined_dpo", "ref_model")])
+@pytest.mark.parametrize("stage, option", SECOND_MODELS)
 def test_two_models_of_different_vocabularies(good, tokenizer, tmp_path, stage, option):
     larger = save_tiny(tmp_path / "larger", tokenizer, vocab_size=len(tokenizer) + 64)
     # as many tokens, in another order

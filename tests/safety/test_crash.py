@@ -86,15 +86,6 @@ def test_a_full_disk(good, whole, small_disk, stage, room, words):
     assert content(small_disk / "a" / "out") == whole(stage)
 
 
-def test_a_folder_that_may_not_be_written(good, tmp_path):
-    folder = tmp_path / "read-only"
-    folder.mkdir(mode=0o555)
-    if os.access(folder, os.W_OK):
-        pytest.skip("root may write everywhere")
-    assert os.strerror(13) in stages.refused("01_seed_dpo", output=folder / "out", **good["01_seed_dpo"])
-    assert list(folder.iterdir()) == []
-
-
 def test_a_file_system_without_locks_is_used_without(good, whole, tmp_path, monkeypatch):
     def flock(*args):
         raise OSError(38, "Function not implemented")
