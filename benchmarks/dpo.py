@@ -1,4 +1,4 @@
-"""The DPO step beside TRL's DPOTrainer and a plain loop: same model, pairs, order, dtype, batch, threads and losses.
+"""The DPO step beside TRL's DPOTrainer and the plain page: same model, pairs, order, dtype, batch, threads and losses.
 
     python3 -m venv .venv-trl && .venv-trl/bin/pip install torch==2.13.0 trl==1.16.0
     python benchmarks/dpo.py --trl .venv-trl/bin/python               # on a CPU
@@ -14,8 +14,9 @@ Memory is the largest resident size of the process, with Python and its librarie
     live           01's step with a live reference: what 04 is compared with
     prompt twice   01 that computes a prompt for each of its two responses
     logits twice   01 that recomputes the logits in the backward pass, in chunks of 256 tokens
+    cross_entropy  01 with F.cross_entropy of the logits instead of common.LabelLogps, which works in place
     torch's loss   01 with F.linear_cross_entropy; "in chunks": with LinearCrossEntropyOptions()
-    plain          chosen and rejected in one batch padded to the longest, full logits of policy and live reference
+    plain          extras/plain_spa.py: one pair at a time, whole logits of policy and live reference
     TRL            DPOConfig() but for the settings above: with activation checkpointing and a live reference
     TRL best       stored reference log-probs, no activation checkpointing
 
@@ -29,11 +30,13 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import torch
 import torch.nn.functional as F
-from shared import SHAPE, Turns, full_logps, load_plain, make_inputs, read_rows, run_stage, spread, take_turns
-from transformers import AutoTokenizer, LlamaForCausalLM, get_cosine_schedule_with_warmup
+from shared import SHAPE, Turns, load, make_inputs, read_rows, run_stage, spread, take_turns
+from transformers import AutoTokenizer
 
 PAIRS, MICRO_BATCH, LR, BETA = 8, 2, 1e-5, 0.1  # pairs of an optimizer step, of a forward pass
 
@@ -100,6 +103,10 @@ def run_live(folder, turns):
     run_01(folder, turns, load_policy=with_reference)
 
 
+def with_cross_entropy(real):
+    return SimpleNamespace(apply=lambda logits, labels: -F.cross_entropy(logits, labels, reduction="none"))
+
+
 def run_torch_loss(folder, turns, options=None):
     """01 with torch's own loss of the head's input."""
     def with_torch_loss(real):
@@ -140,33 +147,21 @@ def run_trl(folder, turns, **options):
         def _precompute_ref_logps(self, *parameters):
             return turns.time_reference(lambda: super(Trainer, self)._precompute_ref_logps(*parameters))
 
-    model = LlamaForCausalLM.from_pretrained(folder / "model", dtype=torch.float32, trust_remote_code=False)
-    Trainer(model, args=config, train_dataset=rows, callbacks=[Steps()],
+    Trainer(load(folder / "model"), args=config, train_dataset=rows, callbacks=[Steps()],
             processing_class=AutoTokenizer.from_pretrained(folder / "model", trust_remote_code=False)).train()
 
 
 def run_plain(folder, turns):
+    """The plain page, which gets the pairs in such an order that its permutation of them is the file's."""
+    from extras import plain_spa
     rows = read_rows(folder / "preferences.jsonl")
-    policy, ref = load_plain(folder / "model"), load_plain(folder / "model")
-    optimizer = torch.optim.AdamW(policy.parameters(), lr=LR, weight_decay=0.0)
-    steps = len(rows) // PAIRS
-    scheduler = get_cosine_schedule_with_warmup(optimizer, -(-steps // 10), steps)
-
+    pairs = [None] * len(rows)
+    for place, row in zip(np.random.default_rng(0).permutation(len(rows)), rows):
+        pairs[place] = row["prompt_ids"], row["chosen"]["ids"], row["rejected"]["ids"]
+    policy, ref = load(folder / "model"), load(folder / "model").requires_grad_(False)
     turns.before_first_step()
-    for step in range(steps):
-        total = 0
-        for first in range(step * PAIRS, (step + 1) * PAIRS, MICRO_BATCH):
-            micro = rows[first:first + MICRO_BATCH]
-            answers = [(row["prompt_ids"], row[y]["ids"]) for y in ("chosen", "rejected") for row in micro]
-            with torch.no_grad():
-                logps_ref = full_logps(ref, answers)
-            chosen, rejected = (full_logps(policy, answers) - logps_ref).chunk(2)
-            loss = -F.logsigmoid(BETA * (chosen - rejected)).sum() / PAIRS
-            loss.backward()
-            total += loss.item()
-        torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
-        optimizer.step(), scheduler.step(), optimizer.zero_grad()
-        turns.after_step(total)
+    plain_spa.train(policy, ref, pairs, refine=False, beta=BETA, lr=LR, batch_size=PAIRS,
+                    log=lambda step: turns.after_step(step["loss"]))
 
 
 def run_products(folder, turns):
@@ -189,6 +184,7 @@ COMPETITORS = {  # function, its options
     "live": (run_live, {}),
     "prompt twice": (run_01, dict(collate=lambda real: lambda rows, device, *_: real(rows, device))),
     "logits twice": (run_01, dict(chunk_rows=lambda real: lambda weight: 256)),
+    "cross_entropy": (run_01, dict(LabelLogps=with_cross_entropy)),
     "torch's loss": (run_torch_loss, {}),
     "torch's loss, in chunks": (run_torch_loss, dict(options=getattr(torch.nn, "LinearCrossEntropyOptions", None))),
     "plain": (run_plain, {}),

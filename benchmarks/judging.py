@@ -1,11 +1,10 @@
-"""Judging (03) beside a plain loop that scores with full logits: same models, responses, batch and threads.
+"""Judging (03) beside extras/plain_spa.py: same models, responses and threads.
 
     python benchmarks/judging.py
 
-Both label the same responses, two to a prompt, by Eq. 7 with pi_{t-1} and pi_init. The plain loop scores a batch as the
-reference implementation of DPO does: every sequence with its prompt, padded to the longest of the batch, in the order
-of the file, full logits (B, T, V) and their log-softmax. They take turns, each in a process of its own, and a ratio is
-of two runs that stand next to each other. Models, lengths and machine: as in benchmarks/dpo.py.
+Both label the same responses, two to a prompt, by Eq. 7 with pi_{t-1} and pi_init; the plain page takes one pair at a
+time, every response with its prompt, and whole logits. They take turns, each in a process of its own, and a ratio is of
+two runs that stand next to each other. Models, lengths and machine: as in benchmarks/dpo.py.
 """
 
 import argparse
@@ -16,10 +15,12 @@ import tempfile
 from pathlib import Path
 
 import torch
-from shared import Turns, full_logps, load_plain, make_inputs, read_rows, run_stage, spread, take_turns
-from transformers import AutoTokenizer, LlamaForCausalLM
+from shared import Turns, load, make_inputs, read_rows, run_stage, spread, take_turns
+from transformers import AutoTokenizer
 
-PROMPTS, BATCH = 32, 4  # of a run, of a forward pass
+from extras import plain_spa
+
+PROMPTS, BATCH = 32, 4  # of a run, of a forward pass of 03
 
 
 def make_responses(folder, *longest):
@@ -28,7 +29,7 @@ def make_responses(folder, *longest):
     rows = [{"id": row["id"], "prompt": "x", "prompt_ids": row["prompt_ids"],
              "responses": [row["chosen"], row["rejected"]]} for row in read_rows(folder / "preferences.jsonl")]
     (folder / "responses.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    model = LlamaForCausalLM.from_pretrained(folder / "model", trust_remote_code=False)
+    model = load(folder / "model")
     with torch.no_grad():
         for weight in model.parameters():
             weight += 0.002 * torch.randn_like(weight)
@@ -48,18 +49,11 @@ def run_03(folder, turns):
 
 def run_plain(folder, turns):
     rows = read_rows(folder / "responses.jsonl")
-
-    @torch.no_grad()
-    def score(name):
-        model = load_plain(folder / name)
-        batches = [[(row["prompt_ids"], y["ids"]) for row in rows[first:first + BATCH] for y in row["responses"]]
-                   for first in range(0, len(rows), BATCH)]
-        return torch.cat([full_logps(model, answers) for answers in batches]).view(-1, 2)
-
     turns.before_first_step()
     while True:
-        reward = 0.1 * (score("pi") - score("model"))
-        turns.after_step(torch.sigmoid(reward[:, 0] - reward[:, 1]).sum().item())
+        pi, pi_init = load(folder / "pi"), load(folder / "model")
+        turns.after_step(sum(plain_spa.preference(pi, pi_init, row["prompt_ids"], *(y["ids"] for y in row["responses"]),
+                                                  beta=0.1) for row in rows))
 
 
 COMPETITORS = {"03": run_03, "plain": run_plain}

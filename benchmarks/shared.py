@@ -1,4 +1,4 @@
-"""What several benchmarks share: the inputs, running stages in this process, a plain loop, taking turns."""
+"""What several benchmarks share: the inputs, running stages in this process, taking turns."""
 
 import json
 import os
@@ -72,28 +72,13 @@ def make_inputs(folder, pairs, longest=(600, 300), **shape):
     return model.num_parameters()
 
 
+def load(folder):
+    """The model, for a competitor that is no stage."""
+    return LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False)
+
+
 def read_rows(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-# ---------------------------------------------------------------------------------------------
-# A plain loop, as the reference implementation of DPO computes log-probs
-
-
-def load_plain(folder):
-    return LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32, trust_remote_code=False).eval()  # no dropout
-
-
-def full_logps(model, answers):
-    """log pi of each of [(prompt ids, response ids)], padded to the longest, by the log-softmax of the full logits."""
-    width = max(len(x) + len(y) for x, y in answers)
-    ids, mask, labels = (torch.full((len(answers), width), fill) for fill in (0, 0, -100))
-    for k, (x, y) in enumerate(answers):
-        ids[k, :len(x) + len(y)], mask[k, :len(x) + len(y)] = torch.tensor(x + y), 1
-        labels[k, len(x):len(x) + len(y)] = torch.tensor(y)
-    logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1]
-    logp = logits.log_softmax(-1).gather(2, labels[:, 1:].clamp(min=0)[..., None])[..., 0]
-    return (logp * (labels[:, 1:] >= 0)).sum(-1)
 
 
 # ---------------------------------------------------------------------------------------------

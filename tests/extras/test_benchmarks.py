@@ -71,7 +71,7 @@ def test_a_competitor_takes_the_steps_of_01(name, small):
     run, options = dpo.COMPETITORS[name]
     steps = take_steps(run, small, 3, **options)
     assert all(step["seconds"] > 0 and step["peak"] > 0 for step in steps)
-    stores = name in ("01", "prompt twice", "logits twice") or "torch" in name
+    stores = name in ("01", "prompt twice", "logits twice", "cross_entropy") or "torch" in name
     assert (steps[0]["reference"] > 0) == stores
     if name != "products":  # 04 refines labels from its second step on, by less than 1e-3 where nothing is learnt yet
         assert [step["loss"] for step in steps] == pytest.approx(expected, abs=1e-3 if name == "04" else 1e-6)
@@ -88,7 +88,7 @@ def test_the_reference_pass_is_shared_by_the_epochs(capsys):
                          "| 1.00 | 0e+00 |")
 
 
-def test_judging_beside_a_plain_loop(small, monkeypatch):
+def test_judging_beside_the_plain_page(small, monkeypatch):
     monkeypatch.setattr(judging, "PROMPTS", 4)
     judging.make_responses(small, (40, 30))
     ours, plain = (take_steps(run, small, 2) for run in judging.COMPETITORS.values())

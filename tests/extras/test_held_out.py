@@ -6,20 +6,16 @@ import math
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
-from extras import held_out
+from extras import held_out, plain_spa
 from support import chat, runs
 from stages import rows, run, write_rows
 
 
-@torch.no_grad()
 def logp(model, tokenizer, prompt, text):
-    prompt = chat.prompt_ids(tokenizer, prompt, "")
     ids = tokenizer(text).input_ids + [tokenizer.eos_token_id]
-    logits = model(input_ids=torch.tensor([prompt + ids])).logits[0, len(prompt) - 1:-1]
-    return -F.cross_entropy(logits, torch.tensor(ids), reduction="sum").item()
+    return plain_spa.log_prob(model, chat.prompt_ids(tokenizer, prompt, ""), ids).item()
 
 
 @pytest.fixture(scope="module")

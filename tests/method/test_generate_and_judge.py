@@ -5,11 +5,10 @@ import math
 
 import numpy as np
 import pytest
-import torch
-import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
 from conftest import save_tiny
+from extras import plain_spa
 from stages import digest, refused, rows, run, write_rows
 from support import chat
 
@@ -113,16 +112,6 @@ def judged(responses, sampler, pi_init, tmp_path):
     return start
 
 
-@torch.no_grad()
-def token_logps(model, prompt, response):
-    logits = model(input_ids=torch.tensor([prompt + response])).logits[0, len(prompt) - 1:-1]
-    return -F.cross_entropy(logits, torch.tensor(response), reduction="none")
-
-
-def logp(model, prompt, response):
-    return token_logps(model, prompt, response).sum().item()
-
-
 @pytest.mark.parametrize("judge, ref", [("init", "init_model"), ("previous", "ref_model"), ("none", None)])
 def test_03_labels_by_equations_7_and_8(responses, sampler, pi_init, tmp_path, judge, ref):
     models = {"policy": AutoModelForCausalLM.from_pretrained(sampler)}
@@ -133,7 +122,8 @@ def test_03_labels_by_equations_7_and_8(responses, sampler, pi_init, tmp_path, j
     first = longer = 0
     for row, labelled in zip(rows(responses), rows(output), strict=True):
         y = row["responses"]
-        logps = {name: [logp(model, row["prompt_ids"], y[k]["ids"]) for k in (0, 1)] for name, model in models.items()}
+        logps = {name: [plain_spa.log_prob(model, row["prompt_ids"], y[k]["ids"]).item() for k in (0, 1)]
+                 for name, model in models.items()}
         assert labelled["logps"] == {name: pytest.approx(values, abs=1e-3) for name, values in logps.items()}
         ratios = [a - b for a, b in zip(logps["policy"], logps.get("ref", [0, 0]))]
         p = 1 / (1 + math.exp(-0.3 * (ratios[0] - ratios[1])))
@@ -154,10 +144,11 @@ def test_03_reports_how_far_the_policy_is_from_pi_init(responses, judged, sample
     difference, lengths, improbable = [], [], []
     for row in rows(responses):
         for y in row["responses"]:
-            one, two = (token_logps(model, row["prompt_ids"], y["ids"]) for model in (policy, init))
-            difference.append((one - two).sum().item())
-            improbable.append(int((two.exp() < 1e-4).sum()))
-            lengths.append(len(y["ids"]))
+            x, ids = row["prompt_ids"], y["ids"]
+            difference.append((plain_spa.log_prob(policy, x, ids) - plain_spa.log_prob(init, x, ids)).item())
+            improbable.append(sum(plain_spa.log_prob(init, x + ids[:t], ids[t:t + 1]).item() < math.log(1e-4)
+                                  for t in range(len(ids))))
+            lengths.append(len(ids))
     assert 0 < sum(improbable) < sum(lengths)
     output = judged(init_model=sure)
     counts = record(output)["counts"]

@@ -1,4 +1,4 @@
-"""Log-probs of responses and their gradients, against the model's own full logits and torch's cross-entropy."""
+"""Log-probs of responses and their gradients, against extras/plain_spa.py: the model's own full logits."""
 
 import math
 import types
@@ -10,6 +10,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import Gemma2Config, Gemma3Config, LlamaConfig
 
 import common
+from extras import plain_spa
 from support import models, runs
 from families import FAMILIES, HYBRIDS, SHAPE, make
 
@@ -30,18 +31,9 @@ def batch_of(sequences):
     return common.collate([(x, [y]) for x, y in sequences], CPU)
 
 
-def full_logits(model, sequences):
-    """(N, V) of the response tokens: each sequence alone, without padding, through the model's own head."""
-    return torch.cat([model(input_ids=torch.tensor([x + y])).logits[0, len(x) - 1:-1].float() for x, y in sequences])
-
-
-def label_logps(logits, sequences):
-    labels = torch.tensor([i for _, y in sequences for i in y])
-    return -F.cross_entropy(logits, labels, reduction="none")
-
-
 def plain_logps(model, sequences):
-    return label_logps(full_logits(model, sequences), sequences)
+    """log pi(y_t | x, y_<t) of each token, as the log-prob of a response of one token, without padding."""
+    return torch.stack([plain_spa.log_prob(model, [*x, *y[:t]], [y[t]]) for x, y in sequences for t in range(len(y))])
 
 
 def gradients(model, logp):
@@ -67,8 +59,7 @@ def test_two_models_and_the_combination_of_their_logits(rows, monkeypatch):
         theta.lm_head.bias += torch.randn(40)
         ref.lm_head.bias += torch.randn(40)
     ours = common.ResponseLogps(theta)(batch_of(SEQUENCES), common.ResponseLogps(ref), lambda a, b: 1.5 * a - 0.5 * b)
-    logits, logits_ref = full_logits(theta, SEQUENCES), full_logits(ref, SEQUENCES)
-    expected = [label_logps(values, SEQUENCES) for values in (logits, logits_ref, 1.5 * logits - 0.5 * logits_ref)]
+    expected = [plain_logps(pi, SEQUENCES) for pi in (theta, ref, plain_spa.extrapolate(theta, ref, 0.5))]
     torch.testing.assert_close(list(ours), expected, rtol=1e-5, atol=1e-4)
     assert [logp.requires_grad for logp in ours] == [True, False, False]
     torch.testing.assert_close(gradients(theta, ours[0]), gradients(theta, expected[0]), rtol=1e-4, atol=1e-3)
@@ -134,9 +125,10 @@ def test_logps_and_their_gradient_by_hand(shift):
 def test_logits_of_a_bf16_model_are_summed_in_float32():
     model, sequence = make("llama").to(torch.bfloat16), ([5], [*range(6, 36)])
     with torch.no_grad():
-        logp, logits = common.ResponseLogps(model)(batch_of([sequence])), full_logits(model, [sequence])
+        logp = common.ResponseLogps(model)(batch_of([sequence]))
+        expected = plain_spa.log_prob(lambda ids: types.SimpleNamespace(logits=model(ids).logits.double()), *sequence)
     assert logp.dtype == torch.float32
-    assert logp.sum().item() == pytest.approx(label_logps(logits.double(), [sequence]).sum().item(), abs=1e-3)
+    assert logp.sum().item() == pytest.approx(expected.item(), abs=1e-3)
 
 
 @pytest.mark.parametrize("rows", [3, 100])

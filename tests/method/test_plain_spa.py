@@ -76,8 +76,8 @@ def test_refining():
     assert [math.exp(plain_spa.log_prob(pi_tilde, X, word).item()) for word in ([0], [1])] == near([0.822, 0.178])
     assert margin(pi_tilde, PI_PREVIOUS) == near(0.523)
     assert plain_spa.preference(pi_tilde, PI_PREVIOUS, X, A_A, B, 1.0) == near(0.628)
-    # extrapolating summed log-probs: 1.5 log pi_theta - 0.5 log pi_ref of each response
-    def mixed(y):
+
+    def mixed(y):  # the log-ratio of 1.5 log pi_theta(y | x) - 0.5 log pi_ref(y | x)
         logps = [plain_spa.log_prob(pi, X, y).item() for pi in (PI_THETA, PI_PREVIOUS)]
         return 1.5 * logps[0] - 0.5 * logps[1] - logps[1]
     assert mixed(A_A) - mixed(B) == near(0.528)
@@ -88,13 +88,6 @@ def sigmoid(x):
     return 1 / (1 + math.exp(-x))
 
 
-def train(pairs, options):
-    """The lines that `train` logs, where the rate 0 keeps pi_theta at (0.8, 0.2)."""
-    logged = []
-    plain_spa.train(copy.deepcopy(PI_THETA), PI_PREVIOUS, pairs, **dict(beta=1.0, lr=0.0, log=logged.append) | options)
-    return logged
-
-
 def test_loss_and_derivative_without_and_with_refining():
     # Beside the pair of the docstring one that is more certain, "a a a a" over "b". Its margin is 0.481 and that of
     # theta~ 0.707, p_theta~ = 0.670. tau lies between the two p_theta~, at 0.65 for this K: the k-th smallest of n = 2
@@ -103,7 +96,10 @@ def test_loss_and_derivative_without_and_with_refining():
     a = sigmoid(1.5 * math.log(4) - 0.5 * math.log(3))  # 0.822
     p_tilde = [sigmoid(count * math.log(a / 0.75) - math.log((1 - a) / 0.25)) for count in (2, 4)]
     k_percent = 100 / 3 * (1 + (0.65 - p_tilde[0]) / (p_tilde[1] - p_tilde[0]))
-    first, second, third = train(pairs, dict(refine=True, batch_size=2, epochs=3, window=2, k_percent=k_percent))
+    logged = []  # the rate is 0, so pi_theta stays at (0.8, 0.2)
+    plain_spa.train(copy.deepcopy(PI_THETA), PI_PREVIOUS, pairs, refine=True, beta=1.0, lr=0.0, batch_size=2, epochs=3,
+                    window=2, k_percent=k_percent, log=logged.append)
+    first, second, third = logged
     # the gradient of log pi(a) by the logits is (0.2, -0.2), that of log pi(b) (-0.8, 0.8), so that of the margins
     # (1.2, -1.2) and (1.6, -1.6)
     for line, z, loss, derivative in ((first, 0, 0.532, -0.413), (second, 1, 0.568, -0.313)):
@@ -160,29 +156,27 @@ def test_a_sample_is_drawn_token_by_token_and_ends_with_eos_or_at_the_limit():
 def test_algorithm_1_is_the_stages_one_after_the_other(pi_init, preferences, tokenizer, tmp_path, monkeypatch):
     # refined from the third step on: in the first two, the rate of the first being 0, every p is 0.5 to rounding
     options = dict(beta=0.3, lr=1e-3, batch_size=4, alpha=0.3, window=4, k_percent=25, refine_after=0.5)
-    given, drawn, sample = rows(preferences), [], plain_spa.sample
-
-    def remember(*args):
-        drawn.append(sample(*args, max_new_tokens=6))
-        return drawn[-1]
-    monkeypatch.setattr(plain_spa, "sample", remember)
-    seed, *prompts = given[:8], given[8:24], given[24:40]
+    sample, extrapolate = plain_spa.sample, plain_spa.extrapolate
+    drawn, lams, given = [], [], rows(preferences)
+    monkeypatch.setattr(plain_spa, "sample", lambda *args: drawn.append(sample(*args, max_new_tokens=6)) or drawn[-1])
+    monkeypatch.setattr(plain_spa, "extrapolate", lambda *args: lams.append(args[2]) or extrapolate(*args))
+    seed, *prompts = given[:5], given[5:17], given[17:29], given[29:]
     pi_t = plain_spa.spa(AutoModelForCausalLM.from_pretrained(pi_init), [pair_of(row) for row in seed],
-                         [[row["prompt_ids"] for row in rows] for rows in prompts], [tokenizer.eos_token_id], **options)
+                         [[row["prompt_ids"] for row in part] for part in prompts], [tokenizer.eos_token_id], **options)
 
     policy = run("04_refined_dpo", model=pi_init, input=write_rows(tmp_path / "seed.jsonl", seed), refine="none",
                  epochs=3, output=tmp_path / "pi_0", **options)  # as 01 does it, but of token ids
     sampled = iter(drawn)
-    for t, lam in ((1, 0.5), (2, 0.25)):
+    for t, lam in ((1, 0.5), (2, 0.25), (3, 0.125)):
         answered = [row | {"responses": [{"text": "", "ids": next(sampled), "finish": "eos"} for _ in range(2)]}
                     for row in prompts[t - 1]]
         pairs = run("03_judge", model=policy, init_model=pi_init, output=tmp_path / f"preferences_{t}.jsonl",
                     input=write_rows(tmp_path / f"responses_{t}.jsonl", answered))
-        assert len(rows(pairs)) == 16
+        assert len(rows(pairs)) == 12  # none was dropped
         policy = run("04_refined_dpo", model=policy, input=pairs, lam=lam, output=tmp_path / f"pi_{t}", **options)
     for name, weight in weights(policy).items():
         torch.testing.assert_close(pi_t.state_dict()[name], weight, rtol=0, atol=2e-5)
-    assert sum(line["flagged"] for line in stages.metrics(policy)) > 0
+    assert lams[1:] == [0.5, 0.25, 0.125] and sum(line["flagged"] for line in stages.metrics(policy)) > 0
 
 
 @pytest.fixture(scope="module")
