@@ -488,7 +488,7 @@ def parse_args():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     add, every = parser.add_argument, [*TABLES, "6b"]
     add("--table", nargs="+", choices=every, default=every, help="a table, or a figure (default: all)")
-    add("--seeds", type=int, nargs="+", default=range(61, 67), help="(61 to 66 chose nothing)")
+    add("--seeds", type=int, nargs="+", default=range(61, 67), help="(no setting was tuned on 61 to 66)")
     add("--runs", type=Path, default=ROOT / "runs" / "tables", help="folder of the runs")
     add("--output", type=Path, help="Markdown file (default, for all tables: benchmarks/TABLES.md)")
     add("--jobs", type=int, default=os.cpu_count(), help="seeds at a time, each on one core")
