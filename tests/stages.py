@@ -19,10 +19,11 @@ from collections import namedtuple
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
 import torch.distributed as dist
 
+from shared import command_line
 from support import runs
 
 Ran = namedtuple("Ran", "status out err")
@@ -37,15 +38,6 @@ def load(name):
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-def command_line(options):
-    """{"lr": 1, "all_gold": True, "prompt_sizes": [2, 3]} -> --lr 1 --all-gold --prompt-sizes 2 3"""
-    words = []
-    for key, value in options.items():
-        values = [] if value is True else value if isinstance(value, list) else [value]
-        words += ["--" + key.replace("_", "-"), *map(str, values)]
-    return words
 
 
 def attempt(name, /, *words, **options):

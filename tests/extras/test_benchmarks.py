@@ -12,15 +12,13 @@ import torch.nn.functional as F
 from packaging.version import Version
 
 import common
-from support import models, runs
-import stages
-
-sys.path.append(str(stages.ROOT / "benchmarks"))
 import dpo
 import growth
 import judging
 import sampling
 import shared
+import stages
+from support import models, runs
 
 OURS = [name for name in dpo.COMPETITORS if "TRL" not in name]
 

@@ -5,11 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 
-import stages
-from support import chat, models, runs
-
-sys.path.append(str(stages.ROOT / "benchmarks"))
 import gpu
+from support import chat, models, runs
 
 
 def test_every_part_runs_the_stages_with_its_settings_on_what_is_counted(monkeypatch, tmp_path):

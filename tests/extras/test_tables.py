@@ -9,17 +9,15 @@ import numpy as np
 import pytest
 import torch
 
-import stages
-from conftest import WORLD
-from extras import judges, small_world
-from support import models, runs
-from stages import rows, run, write_rows
-
-sys.path.append(str(stages.ROOT / "benchmarks"))
 import flags
 import relabel
 import reward_model
+import stages
 import tables
+from conftest import WORLD
+from extras import judges, small_world
+from stages import rows, run, write_rows
+from support import models, runs
 from tables import Row
 
 

@@ -1,6 +1,5 @@
 """The sampling loop, against transformers' greedy generate and against the distribution it must draw from."""
 
-import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,11 +9,8 @@ import transformers
 from transformers.utils import is_psutil_available
 
 import common
-import stages
-from families import FAMILIES, make
-
-sys.path.append(str(stages.ROOT / "benchmarks"))
 import sampling
+from families import FAMILIES, make
 
 PROMPTS = [[5, 6, 7, 8, 9, 10, 11, 12], [13], [14, 15, 16], [5, 6, 9, 9, 20]]
 EOS = [1, 2, 3, 4, 17, 21, 33, 38]  # so many that some responses end early
