@@ -490,13 +490,8 @@ def micro_batches(rows, args, ranks):
     per_rank = math.ceil(len(rows) / ranks.world)
     size = math.ceil(per_rank / math.ceil(per_rank / args.micro_batch_size))
     batches = length_batches([row_length(row) for row in rows], size, args.micro_batch_tokens)
-    return split_over_ranks([[rows[i] for i in batch] for batch in batches], ranks)
-
-
-def split_over_ranks(batches, ranks):
-    """This rank's [(batch, weight)], as `micro_batches` explains."""
     weighted = [(batch, ranks.world) for batch in batches] + [(batches[0], 0)] * (-len(batches) % ranks.world)
-    return weighted[ranks.rank::ranks.world]
+    return [([rows[i] for i in batch], weight) for batch, weight in weighted[ranks.rank::ranks.world]]
 
 
 def row_length(row):

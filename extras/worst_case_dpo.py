@@ -115,14 +115,13 @@ def pair_losses(policy, batch, logps_ref, atoms, args):
 @torch.no_grad()
 def solve(policy, model, pairs, args, ranks):
     """{id: (moved, shift)} of all pairs, by the model as it is now. The ranks share the pairs."""
-    known, lengths = [], [common.row_length(pair) for pair in pairs]
-    batches = common.length_batches(lengths, args.micro_batch_size, args.micro_batch_tokens)
-    for indices, weight in common.split_over_ranks(batches, ranks):
-        batch, logps_ref = common.collate_pairs([pairs[i] for i in indices], model)
+    rows = []
+    for micro, weight in common.micro_batches(pairs, args, ranks):
+        batch, logps_ref = common.collate_pairs(micro, model)
         _, logged = pair_losses(policy, batch, logps_ref, torch.zeros_like(logps_ref), args)
-        if weight:
-            known += zip(indices, logged["confidence"].tolist())
-    xi = np.array([confidence for _, confidence in sorted(ranks.gather(known))])  # (N,)
+        rows += common.per_row(micro, logged, weight)
+    confidence = {row["id"]: row["confidence"] for row in ranks.gather(rows)}
+    xi = np.array([confidence[pair["id"]] for pair in pairs])  # (N,)
     moved, shift = worst_distribution(xi, args.epsilon, args.pieces, args.xi_min)
     return {pair["id"]: atoms for pair, *atoms in zip(pairs, moved.tolist(), shift.tolist())}
 
