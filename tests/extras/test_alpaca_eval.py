@@ -111,7 +111,6 @@ def test_plain_metrics_by_hand():
 SHAPES = {
     "all ties": [row(1.5, 3 + k, 9 - k, k) for k in range(6)],
     "all wins": [row(2, 3 + k, 9 - k, k) for k in range(6)],
-    "equal lengths": [row(1.1 + 0.1 * k, k=k) for k in range(6)],
     "one row": [row(1.75, 3, 9)],
     "separable by length": [row(1 + (k > 2), 10, 4 + 3 * k, k) for k in range(6)],
 }
@@ -164,10 +163,9 @@ def test_annotations_file_to_metrics_file(tmp_path):
 
 
 BAD_ANNOTATIONS = {
-    "[": "", "[]": "", "3": "row 1", '{"a": 1}': '"instruction"', json.dumps([row(3)]): "row 1",
-    json.dumps([row(1.5), row("2", k=1)]): "row 2", json.dumps([row(0.5)]): "[1, 2]",
-    json.dumps([row(True) | {"output_1": 3}]): '"output_1"', json.dumps([row(1.5)] * 2): "row 2",
-    json.dumps([row(None)]): "1 rows", json.dumps([row(1.5, k=k) for k in range(4)]): "difficulties of 3"}
+    "[]": "", json.dumps([row(3)]): "row 1", json.dumps([row(1.5), row("2", k=1)]): "row 2",
+    json.dumps([row(0.5)]): "[1, 2]", json.dumps([row(1.5)] * 2): "row 2", json.dumps([row(None)]): "1 rows",
+    json.dumps([row(1.5, k=k) for k in range(4)]): "difficulties of 3"}
 
 
 @pytest.mark.parametrize("content", BAD_ANNOTATIONS)
@@ -271,14 +269,17 @@ def test_samples_show_whole_conversations_and_no_role_of_a_single_turn(tmp_path)
     talk = [("system", "Be brief."), ("user", "Name a fish."), ("assistant", "An eel."), ("user", "Now\na bird.")]
     prompts = [[{"role": role, "content": content} for role, content in talk],
                [{"role": "system", "content": ""}, {"role": "user", "content": "Name a fish."}], "Name a bird."]
-    write_metrics(tmp_path / "metrics.json", "SFT", win_rate=1.0)
-    stages.write_rows(tmp_path / "responses.jsonl", [{"id": k, "prompt": prompt, "response": "A wren."}
-                                                     for k, prompt in enumerate(prompts)])
-    stages.run("05_eval", "report", tmp_path, output=tmp_path / "report")
+    folders = [tmp_path / "SFT", tmp_path / "DPO"]
+    for folder in folders:
+        folder.mkdir()
+        write_metrics(folder / "metrics.json", folder.name, win_rate=1.0)
+        stages.write_rows(folder / "responses.jsonl", [{"id": k, "prompt": prompt, "response": f"{folder.name} {k}"}
+                                                       for k, prompt in enumerate(prompts)])
+    stages.run("05_eval", "report", *folders, output=tmp_path / "report")
     quoted = ["> **system**: Be brief.\n>\n> **user**: Name a fish.\n>\n> **assistant**: An eel.\n>\n"
               "> **user**: Now\n> a bird.", "> Name a fish.", "> Name a bird."]
     assert (tmp_path / "report" / "samples.md").read_text() == "\n".join(
-        f"{prompt}\n\n- **SFT**: A wren.\n" for prompt in quoted)
+        f"{prompt}\n\n- **SFT**: SFT {k}\n- **DPO**: DPO {k}\n" for k, prompt in enumerate(quoted))
 
 
 LABELS = {"agreement_n": 40, "longer_agreement": 52.5, "init_agreement": 45.0}
@@ -345,9 +346,8 @@ def test_the_figure(tmp_path, models):
     assert "M40.0,189.6 L360.0,124.3" in [path["d"] for path in paths]
 
 
-@pytest.mark.parametrize("metrics", [{"name": None}, {"win_rate": "high"}, {"win_rate": 1, "standard_error": [2]},
-                                     {"mt_bench_categories": [1]}, [], 3, {"judge_accuracy": "x"},
-                                     {"agreement_n": 3}, LABELS | {"agreement": 3, "agreement_error": "x"},
+@pytest.mark.parametrize("metrics", [{"name": None}, [], {"judge_accuracy": "x"}, {"agreement_n": 3},
+                                     LABELS | {"agreement": 3, "agreement_error": "x"},
                                      LABELS | {"calibration": BINS[:9] + [[0.9, 1]]},
                                      LABELS | {"calibration": BINS[5:]}])
 def test_a_file_without_metrics_is_named(tmp_path, metrics):
@@ -356,9 +356,6 @@ def test_a_file_without_metrics_is_named(tmp_path, metrics):
     assert str(path) in stages.refused("05_eval", "report", path, output=tmp_path / "report")
 
 
-@pytest.mark.parametrize("words", ["report x", "alpaca-score x --df-gamed none",
-                                   "alpaca-judge x --baseline b --judge-template t --judge-model m",
-                                   "mt-judge x --questions q --judge-prompts p --reference-answers r --judge-model m"])
-def test_commands_of_one_process_refuse_torchrun(tmp_path, words, monkeypatch):
+def test_a_command_of_one_process_refuses_torchrun(tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert "torchrun" in stages.refused("05_eval", *words.split(), output=tmp_path / "out")
+    assert "torchrun" in stages.refused("05_eval", "report", "x", output=tmp_path / "out")

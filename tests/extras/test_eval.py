@@ -72,19 +72,6 @@ def test_the_annotations_have_the_same_metrics_in_alpaca_evals_format(evaluated,
         (row["response"], row["preference"]) for row in responses]
 
 
-def test_05_reports_models_side_by_side(evaluated, tmp_path):
-    output = run("05_eval", "report", evaluated, evaluated, output=tmp_path / "report")
-    table, samples = ((output / name).read_text() for name in ("table.md", "samples.md"))
-    lines = table.splitlines()
-    assert len(lines) == 4 and lines[2] == lines[3]
-    cells = [cell.strip() for cell in lines[2].strip("|").split("|")]
-    metrics = json.loads((evaluated / "metrics.json").read_text())
-    assert cells[:4] == ["a model", "3 %", f"{metrics['length_controlled_winrate']:.2f}", f"{metrics['win_rate']:.2f}"]
-    assert lines[0].count("|") == lines[1].count("|") == lines[2].count("|")
-    for row in rows(evaluated / "responses.jsonl")[:3]:
-        assert row["prompt"][-1]["content"] in samples and samples.count(row["response"]) >= 2
-
-
 # ---------------------------------------------------------------------------------------------
 # Several commands in one start
 

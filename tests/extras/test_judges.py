@@ -8,6 +8,7 @@ from argparse import Namespace
 import numpy as np
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassification, BertConfig, LlamaConfig,
                           PreTrainedTokenizerFast)
 
@@ -97,8 +98,10 @@ def test_a_reward_model_scores_each_response_by_itself(judged, responses, reward
     assert [row["scores"] for row in labelled] == [pytest.approx(scores, abs=1e-5) for scores in expected]
 
 
-def test_a_reward_model_without_a_chat_template_reads_a_pair_of_texts(judged, responses, tokenizer, tmp_path):
-    from tokenizers.processors import TemplateProcessing
+@pytest.fixture(scope="module")
+def bert(tokenizer, tmp_path_factory):
+    """A reward model of 64 positions whose tokenizer has no chat template, and pairs with their own special tokens."""
+    folder = tmp_path_factory.mktemp("reward") / "bert"
     names = ["input_ids", "token_type_ids", "attention_mask"]
     reader = PreTrainedTokenizerFast.from_pretrained(tokenizer.name_or_path, model_input_names=names)
     reader.chat_template = None
@@ -106,10 +109,15 @@ def test_a_reward_model_without_a_chat_template_reads_a_pair_of_texts(judged, re
         single="$A <eos>", pair="$A <eos> $B:1 <bos>:1", special_tokens=[("<eos>", 0), ("<bos>", 1)])
     torch.manual_seed(2)
     config = BertConfig(vocab_size=len(reader), hidden_size=32, intermediate_size=48, num_hidden_layers=1,
-                        num_attention_heads=2, initializer_range=0.3, num_labels=1, pad_token_id=0)
-    model = AutoModelForSequenceClassification.from_config(config).eval()
-    model.save_pretrained(tmp_path / "bert")
-    reader.save_pretrained(tmp_path / "bert")
+                        num_attention_heads=2, initializer_range=0.3, num_labels=1, pad_token_id=0,
+                        max_position_embeddings=64)
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(folder)
+    reader.save_pretrained(folder)
+    return folder
+
+
+def test_a_reward_model_without_a_chat_template_reads_a_pair_of_texts(judged, responses, bert, tokenizer):
+    model = AutoModelForSequenceClassification.from_pretrained(bert)
 
     @torch.no_grad()
     def score_pair(prompt, text):
@@ -119,7 +127,14 @@ def test_a_reward_model_without_a_chat_template_reads_a_pair_of_texts(judged, re
 
     expected = [[score_pair(row["prompt"][0]["content"], y["text"]) for y in row["responses"]]
                 for row in rows(responses)]
-    check(responses, judged("reward", reward_model=tmp_path / "bert"), expected, "reward", abs=1e-4)
+    check(responses, judged("reward", reward_model=bert), expected, "reward", abs=1e-4)
+
+
+def test_a_text_that_is_longer_than_a_reward_model_reads(bert, tmp_path):
+    y = [{"text": "my lid " * n, "ids": [7, n], "finish": "eos"} for n in (30, 31)]
+    path = write_rows(tmp_path / "in.jsonl", [{"id": 7, "prompt": "my lid", "prompt_ids": [5, 6], "responses": y}])
+    line = refused("03_judge", judge="reward", reward_model=bert, input=path, output=tmp_path / "out")
+    assert f"{path}, id 7: " in line and "66 tokens" in line and "reads 64" in line and "--reward-model" in line
 
 
 @pytest.mark.parametrize("changes", [{"num_labels": 2}, {"kind": AutoModelForCausalLM},

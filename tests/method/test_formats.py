@@ -185,9 +185,8 @@ def test_a_row_of_another_format_than_most_is_dropped(tmp_path, name, other):
 
 HUMAN = "\n\nHuman: ask 0\n\nAssistant:"
 UNUSABLE = [
-    (pair(0, rejected=" "), '"rejected"'), (pair(0, chosen=None), '"chosen"'), (pair(0, chosen=3), '"chosen"'),
-    (pair(0, chosen=[user("ask 0")]), '"chosen"'), (pair(0, chosen=[]), '"chosen"'),
-    (pair(0, rejected="yes 0\n"), "equal"),
+    (pair(0, rejected=" "), '"rejected"'), (pair(0, chosen=None), '"chosen"'), (pair(0, chosen=[]), '"chosen"'),
+    (pair(0, chosen=[user("ask 0")]), '"chosen"'), (pair(0, rejected="yes 0\n"), "equal"),
     (pair(0, chosen=talk(0, "yes"), rejected=talk(1, "no")), "different prompts"),
     (pair(0, prompt=""), '"prompt"'), (pair(0, prompt=3), '"prompt"'), (pair(0, prompt=["ask"]), '"prompt"'),
     (pair(0, prompt=talk(0, "eel")), '"prompt"'), (pair(0, prompt=[user("ask 0"), SYSTEM, user("ask")]), "system"),

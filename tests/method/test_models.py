@@ -5,13 +5,11 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import (AutoModelForSequenceClassification, BertConfig, CohereConfig, GPT2Config, LlamaConfig,
-                          MambaConfig, MixtralConfig, OPTConfig)
+from transformers import BertConfig, CohereConfig, GPT2Config, LlamaConfig, MambaConfig, MixtralConfig, OPTConfig
 
 from support import models, runs
-from conftest import save_tiny
 from families import SHAPE, make
-from stages import refused, run, write_rows
+from stages import refused, write_rows
 
 CPU = torch.device("cpu")
 
@@ -151,20 +149,6 @@ def test_a_token_that_was_added_without_a_row_in_the_embedding(pi_0, tokenizer, 
     assert f"vocabulary of {len(tokenizer)}" in line
 
 
-def test_a_text_that_is_longer_than_a_reward_model_reads(pi_0, tokenizer, tmp_path):
-    torch.manual_seed(0)
-    config = BertConfig(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-                        num_attention_heads=2, max_position_embeddings=40, num_labels=1)
-    AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path / "reward")
-    plain = type(tokenizer).from_pretrained(pi_0)
-    plain.chat_template = None
-    plain.save_pretrained(tmp_path / "reward")
-    y = [{"text": "my lid " * n, "ids": [7, n], "finish": "eos"} for n in (19, 30)]
-    path = write_rows(tmp_path / "in.jsonl", [{"id": 7, "prompt": "my lid", "prompt_ids": [5, 6], "responses": y}])
-    line = refused("03_judge", judge="reward", reward_model=tmp_path / "reward", input=path, output=tmp_path / "out")
-    assert f"{path}, id 7: " in line and "reads 40" in line and "--reward-model" in line
-
-
 # ---------------------------------------------------------------------------------------------
 # The same path, another model
 
@@ -182,11 +166,3 @@ def test_a_change_anywhere_in_large_weights_is_another_model(tmp_path):
         assert runs.fingerprint(folder) != before
     save_file(weights, file, {"format": "pt"})
     assert runs.fingerprint(folder) == before
-
-
-def test_a_stage_does_not_take_its_output_for_that_of_another_model(world, pi_0, tokenizer, tmp_path):
-    model = shutil.copytree(pi_0, tmp_path / "model")
-    options = dict(model=model, input=world / "prompts_1.jsonl", max_new_tokens=4, output=tmp_path / "out")
-    run("02_generate", **options)
-    save_tiny(model, tokenizer, noise=0.03)
-    assert "--model" in refused("02_generate", **options)

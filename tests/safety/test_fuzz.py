@@ -1,6 +1,6 @@
 """Thousands of damaged files: whatever a reader is given, it succeeds, or says in one line which file, and where.
 
-    FUZZ=5000 python -m pytest tests/safety/test_fuzz.py -q      # so many files of each of 20 kinds; prints how many
+    FUZZ=5000 python -m pytest tests/safety/test_fuzz.py -q      # so many files of each of 20 kinds
 
 A damaged file is decided by (kind, number): a failure shows both, and `damaged(good, number)` makes it again.
 """
@@ -213,23 +213,21 @@ def kinds(files, tokenizer, pi_0):
     return {kind: (files / kind, read) for kind, read in readers.items()}
 
 
-@contextlib.contextmanager
-def no_hang(seconds=120):
-    """A reader that takes so long never ends."""
+@pytest.fixture(autouse=True)
+def no_hang():
+    """A test that takes so long never ends."""
     def stop(*_):
         raise TimeoutError
 
     before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(seconds)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)
+    signal.alarm(120 + 2 * FILES)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_damaged_file_is_read_or_refused_in_one_line(kinds, tmp_path, kind, capsys):
+def test_a_damaged_file_is_read_or_refused_in_one_line(kinds, tmp_path, kind):
     good, read = kinds[kind]
     read(good)
     path, refused = tmp_path / f"damaged{good.suffix}", 0
@@ -237,7 +235,7 @@ def test_a_damaged_file_is_read_or_refused_in_one_line(kinds, tmp_path, kind, ca
         content, line = damaged(good.read_bytes(), number)
         path.write_bytes(content)
         try:
-            with no_hang(), contextlib.redirect_stdout(io.StringIO()):
+            with contextlib.redirect_stdout(io.StringIO()):
                 read(path)
         except runs.InputError as error:
             refused += 1
@@ -248,8 +246,6 @@ def test_a_damaged_file_is_read_or_refused_in_one_line(kinds, tmp_path, kind, ca
         except Exception as error:
             raise AssertionError(f"{number}: {type(error).__name__}: {str(error)[:300]}") from error
     assert refused > FILES / 20  # else nothing was damaged
-    with capsys.disabled():
-        print(f" {kind}: {FILES} files, {refused} refused", end="")
 
 
 # ---------------------------------------------------------------------------------------------
@@ -265,18 +261,15 @@ def work(files, good):
 
 @pytest.mark.parametrize("stage", STAGES[1:])
 def test_a_stage_with_a_damaged_file_succeeds_or_leaves_nothing(work, tmp_path, stage):
-    good, path, output = work[stage]["input"], tmp_path / "damaged", tmp_path / "out"
+    good, path = work[stage]["input"], tmp_path / "damaged"
     others = stages.files(good.parent)
     for number in range(1000, 1000 + max(1, FILES // 30)):
         content, _ = damaged(good.read_bytes(), number)
         path.write_bytes(content)
-        with no_hang():
-            ran = stages.attempt(*stage.split(), output=output, **work[stage] | {"input": path})
+        output = tmp_path / f"out_{number}"
+        ran = stages.attempt(*stage.split(), output=output, **work[stage] | {"input": path})
         assert succeeded(ran, path) == output.exists(), number
-        assert not list(tmp_path.glob("*.tmp"))
-        for made in tmp_path.glob("out*"):
-            shutil.rmtree(made) if made.is_dir() else made.unlink()
-    assert stages.files(good.parent) == others
+    assert not list(tmp_path.glob("*.tmp")) and stages.files(good.parent) == others
 
 
 @pytest.mark.parametrize("stage", ["02_generate", "03_judge"])
@@ -292,8 +285,7 @@ def test_what_a_killed_run_left_and_was_damaged_changes_no_result(work, tmp_path
         file = partial / names[number % len(names)]
         content, _ = damaged(file.read_bytes(), number)
         file.write_bytes(content)
-        with no_hang():
-            ran = stages.attempt(stage, output=output, **work[stage])
+        ran = stages.attempt(stage, output=output, **work[stage])
         if succeeded(ran, partial):
             assert stages.digest(output) == stages.digest(whole), (stage, number)
             output.unlink()
@@ -305,11 +297,11 @@ def test_a_damaged_record_of_an_output_or_a_model(work, tmp_path):
     output = stages.run("02_generate", output=tmp_path / "out", **options)
     record, made = runs.args_path(output), stages.digest(output)
     good, model = record.read_bytes(), shutil.copytree(options["model"], tmp_path / "model")
+    fingerprint = runs.fingerprint(model)
     for number in range(max(1, FILES // 4)):
         content, _ = damaged(good, number)
         record.write_bytes(content)
         succeeded(stages.attempt("02_generate", output=output, **options), output)
         assert stages.digest(output) == made and record.read_bytes() == content
         (model / "args.json").write_bytes(content)
-        with contextlib.suppress(runs.InputError):
-            runs.fingerprint(model)
+        assert runs.fingerprint(model) == fingerprint

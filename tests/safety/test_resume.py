@@ -60,7 +60,6 @@ def test_a_second_ctrl_c_stops_at_once(good, whole, tmp_path):
     (lambda newest, before: None, 6),
     (lambda newest, before: newest.unlink(), 4),
     (lambda newest, before: newest.write_bytes(newest.read_bytes()[:-1000]), 4),
-    (lambda newest, before: newest.write_bytes(b""), 4),
     (lambda newest, before: [path.write_bytes(b"\0" * 99) for path in (newest, before)], 0)])
 def test_the_newest_whole_state_is_taken_and_metrics_follow_it(good, whole, tmp_path, stage, spoil, step):
     options, partial = good[stage] | {"output": tmp_path / "out"}, tmp_path / "out.partial"
