@@ -4,7 +4,8 @@ The format of preferences is decided once for a source: it is the one that more 
 
     Format                          prompt               chosen, rejected
     TRL, standard                   string               strings
-    TRL, standard, implicit         -                    strings: what both begin with, to a word's end, is the prompt
+    TRL, standard, implicit         -                    strings: what both begin with, to a word's end, is the prompt;
+                                                         no other column has text, which could be the prompt
     TRL, conversational             messages             messages
     TRL, conversational, implicit   -                    messages: all but the last are the prompt
     UltraFeedback-binarized         string               messages, the prompt's among them
@@ -26,6 +27,8 @@ from support import runs
 
 HUB = {"ultrafeedback": ("argilla/ultrafeedback-binarized-preferences-cleaned", "train"),  # name, split
        "ultrachat": ("HuggingFaceH4/ultrachat_200k", "train_sft")}
+SYSTEM = ("system",)
+READ = {"id", "prompt", "chosen", "rejected", "history", *SYSTEM}  # the columns that are read; of UltraChat "messages"
 HUB_NAME = re.compile(r"\w[\w.-]*/[\w.-]+(?<!\.json)(?<!\.jsonl)(?<!\.gz)(?<!\.parquet)")
 SOURCES = ("ultrafeedback, ultrachat or org/name (from the Hub: go online), world, or a JSON, JSON Lines or Parquet "
            "file (--source)")
@@ -57,7 +60,8 @@ def read_source(args):
                 raise runs.InputError(f"{where}: has the id {row_id!r} of {where_of[str(row_id)]}: ids must differ")
 
     counts = {f"dropped ({cause})": f"{len(places)}, first {places[0]}" for cause, places in dropped.items()}
-    columns = (f"columns found: {', '.join(dict.fromkeys(key for _, row in table for key in row))}; wanted: " + (
+    found = list(dict.fromkeys(key for _, row in table for key in row))
+    columns = (f"columns found: {', '.join(found)}; wanted: " + (
         "messages" if chats else "prompt, chosen and rejected, or the last two alone, in one of the formats that "
         "extras/formats.py lists"))
     lost = len(table) - len(rows)
@@ -141,8 +145,9 @@ def share_prompt(row):
         return row | {"prompt": prompt.rstrip(), "chosen": chosen, "rejected": rejected}
 
 
-FORMATS = {"transcripts": parse_transcripts, "strings that repeat the prompt": cut_prompt,
-           "strings without a prompt": share_prompt, "strings or messages": lambda row: row}
+IMPLICIT = "strings without a prompt"
+FORMATS = {"transcripts": parse_transcripts, "strings that repeat the prompt": cut_prompt, IMPLICIT: share_prompt,
+           "strings or messages": lambda row: row}
 
 
 def choose_format(rows):
@@ -163,6 +168,10 @@ def read_row(row, name):
     read = FORMATS[name](row)
     if read is None and is_labelled(row):
         raise Unusable(f"not {name}, as most rows are")
+    others = [key for key, value in row.items() if key not in READ and runs.has_content(value)]
+    if others and read and name == IMPLICIT:
+        raise Unusable(f'no column "prompt", but text in {", ".join(map(repr, others))}: rename the one that is the '
+                       "prompt to prompt, and remove the others")
     row = read or row
     if not is_labelled(row):
         return {"prompt": find_prompt(row, [])}

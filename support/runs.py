@@ -192,6 +192,13 @@ def is_text(value):
     return isinstance(value, str) and value.strip() != ""
 
 
+def has_content(value):
+    """Whether a field says anything: it does not where it is blank or empty, or a number such as a weight."""
+    if isinstance(value, (dict, list)):
+        return any(map(has_content, value.values() if isinstance(value, dict) else value))
+    return is_text(value) or not isinstance(value, (str, int, float, array, type(None)))
+
+
 def is_prompt(value):
     "a string, or a list of messages {role: system|user|assistant, content: string} that ends with the user's"
     if not isinstance(value, list):

@@ -180,6 +180,43 @@ def test_a_row_of_another_format_than_most_is_dropped(tmp_path, name, other):
 
 
 # ---------------------------------------------------------------------------------------------
+# What other columns hold
+
+
+def code(k, **columns):
+    """Answers that begin alike without repeating their prompt, which is in another column."""
+    return {"chosen": f"def add(a, b):\n    return a + b  # {k}", "rejected": "def add(a, b):\n    return a", **columns}
+
+
+@pytest.mark.parametrize("columns", [
+    {"question": "How?"}, {"instruction": "How?", "input": ""}, {"input": "1, 2"}, {"source": "a forum", "score": 1.5},
+    {"trajectory": [{"from": "user", "value": "How?"}]}, {"context": {"messages": [user("How?")]}}])
+@pytest.mark.parametrize("shared", [40, 20, 10])  # rows that have the columns, of 40
+def test_a_common_beginning_is_no_prompt_where_it_may_be_in_another_column(tmp_path, columns, shared):
+    source = write_rows(tmp_path / "mine.jsonl", [code(k, **columns if k < shared else {}) for k in range(40)])
+    line = refused("00_inputs", source=source, **sizes(20, 10, 0), output=tmp_path / "out")
+    assert f"{source}:1: " in line and f"{shared} of 40" in line and repr(next(iter(columns))) in line
+
+
+def test_the_few_rows_whose_prompt_may_be_in_another_column_are_dropped(tmp_path):
+    given = [FORMATS["TRL, standard, implicit"](k) | {"question": " ", "score": k, "tags": [], "prompt": None}
+             for k in range(19)] + [code(0, question="How?"), MORE]
+    source = write_rows(tmp_path / "mine.jsonl", given)  # what says nothing is no prompt
+    write(source.with_suffix(".parquet"), [{key: None for key in given[0]} | {"question": None} | row for row in given])
+    for source, place in ((source, f"{source}:20"), (tmp_path / "mine.parquet", f"{tmp_path}/mine.parquet, row 19")):
+        seed, counts = seed_of(tmp_path / source.suffix, source, 19)
+        assert sorted(row["prompt"][0]["content"] for row in seed.values()) == sorted(f"ask {k}" for k in range(19))
+        assert [said for name, said in counts.items() if "'question'" in name] == [f"1, first {place}"]
+
+
+def test_transcripts_and_messages_have_their_prompt_whatever_other_columns_hold(tmp_path):
+    for name in ("hh-rlhf", "TRL, conversational, implicit", "TRL, standard"):
+        source = write_rows(tmp_path / "mine.jsonl", [FORMATS[name](k) | {"question": "How?"} for k in range(4)])
+        seed, _ = seed_of(tmp_path / name, source, 3)
+        assert all(row["prompt"] == [user(f"ask {k}")] for k, row in seed.items())
+
+
+# ---------------------------------------------------------------------------------------------
 # What cannot be used
 
 
