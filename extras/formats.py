@@ -16,8 +16,9 @@ The format of preferences is decided once for a source: it is the one that more 
 UltraChat, for SFT, has "messages" that end with the response.
 
 Messages are [{"role": "user", "content": ...}, ...]. A row may have "id" (default: its number), and what comes before
-its prompt: "system", a string, and "history", messages or [[user, assistant], ...]. Rows that cannot be used are
-dropped and counted; more than one in twenty is an error. The stages with a tokenizer drop prompts that are too long.
+its prompt: "system", "system_prompt" or "system_message", a string, and "history", messages or
+[[user, assistant], ...]. The summary names the columns that are not read. Rows that cannot be used are dropped and
+counted; more than one in twenty is an error. The stages with a tokenizer drop prompts that are too long.
 """
 
 import os
@@ -27,8 +28,8 @@ from support import runs
 
 HUB = {"ultrafeedback": ("argilla/ultrafeedback-binarized-preferences-cleaned", "train"),  # name, split
        "ultrachat": ("HuggingFaceH4/ultrachat_200k", "train_sft")}
-SYSTEM = ("system",)
-READ = {"id", "prompt", "chosen", "rejected", "history", *SYSTEM}  # the columns that are read; of UltraChat "messages"
+SYSTEM = ("system", "system_prompt", "system_message")
+READ = {"id", "prompt", "chosen", "rejected", "history", *SYSTEM}  # the columns; UltraChat has one more, "messages"
 HUB_NAME = re.compile(r"\w[\w.-]*/[\w.-]+(?<!\.json)(?<!\.jsonl)(?<!\.gz)(?<!\.parquet)")
 SOURCES = ("ultrafeedback, ultrachat or org/name (from the Hub: go online), world, or a JSON, JSON Lines or Parquet "
            "file (--source)")
@@ -75,6 +76,8 @@ def read_source(args):
         raise runs.InputError(f"{args.source}: no row is labelled, for --seed-size {args.seed_size}: {columns}")
     if name == "strings that repeat the prompt":
         counts["prompts cut off both answers"] = labelled
+    if unread := [key for key in found if key not in READ and not (chats and key == "messages")]:
+        counts["columns not read"] = unread
     return rows, {"rows read": len(table), "format": name, **counts}
 
 
@@ -201,7 +204,10 @@ def find_prompt(row, before):
         prompt = prompt + before
     elif before and prompt[-len(before):] != before:  # else the answer repeats the end of the prompt
         prompt = before
-    system = [{"role": "system", "content": row["system"]}] if row.get("system") else []
+    given = [row[key] for key in SYSTEM if row.get(key)]
+    if given != given[:1] * len(given):
+        raise Unusable(f"{' and '.join(key for key in SYSTEM if row.get(key))} differ")
+    system = [{"role": "system", "content": text} for text in given[:1]]
     prompt = (system if prompt[:1] != system else []) + clean(row.get("history") or []) + prompt
     if not runs.is_prompt(prompt):
         raise Unusable('no "prompt" that ends with a text of the user')

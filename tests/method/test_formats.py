@@ -68,6 +68,8 @@ def test_a_format_is_read(tmp_path, name, kind):
 SYSTEM, *ASKED = TALK
 TURNS = {  # a conversation before the answer
     "system, history in pairs": dict(system="be brief", history=[["name a fish", "eel"]], prompt="another"),
+    "system_prompt": dict(system="", system_prompt="be brief", prompt=ASKED),
+    "system_message, twice": dict(system_message="be brief", system="be brief", prompt=ASKED),
     "system, history in messages": dict(system="be brief", history=ASKED[:2], prompt=ASKED[2:]),
     "whole conversations": dict(prompt="name a fish", chosen=[*TALK, assistant("yes 0")],
                                 rejected=[*TALK, assistant("no 0")]),
@@ -139,7 +141,7 @@ def test_ultrachat_gives_conversations_for_sft(tmp_path, on_the_hub):
         {"id": str(k), "prompt": TALK if k % 2 else [{"role": "system", "content": ""}, user(f"ask {k}")],
          "response": "roach" if k % 2 else f"yes {k}"} for k in range(40)]
     counts = json.loads((output / "args.json").read_text())["counts"]
-    assert counts["rows read"] == 42 and counts['dropped (no answer in "messages")'] == "2, first ultrachat, row 40"
+    assert counts["columns not read"] == ["prompt_id"] and counts["rows read"] == 42 and counts['dropped (no answer in "messages")'] == "2, first ultrachat, row 40"
     given[:2] = [{"prompt": "a", "messages": None}] * 2
     line = refused("00_inputs", source="ultrachat", split="test_sft", output=tmp_path / "other")
     assert asked[1:] == [("HuggingFaceH4/ultrachat_200k", "test_sft")] and "4 of 42" in line and "messages" in line
@@ -216,6 +218,18 @@ def test_transcripts_and_messages_have_their_prompt_whatever_other_columns_hold(
         assert all(row["prompt"] == [user(f"ask {k}")] for k, row in seed.items())
 
 
+@pytest.mark.parametrize("name, more, unread", [
+    ("TRL, standard", {"system_prompt": "be brief", "history": [], "id": None}, []),
+    ("TRL, standard", {"model": "eel", "score": 1}, ["model", "score"]), ("hh-rlhf", {"question": None}, []),
+    ("UltraFeedback-binarized", {}, ["prompt_id", "messages", "score_chosen", "score_rejected"])])
+def test_the_summary_names_the_columns_that_are_not_read(tmp_path, name, more, unread):
+    source = write_rows(tmp_path / "mine.jsonl", [FORMATS[name](k) | {"id": k} | (more if k % 2 else {})
+                                                  for k in range(8)])
+    ran = attempt("00_inputs", source=source, **sizes(7, 1, 0), output=tmp_path / "out")
+    counts = json.loads((tmp_path / "out" / "args.json").read_text())["counts"]
+    assert counts.get("columns not read", []) == unread and all(repr(column) in ran.out for column in unread)
+
+
 # ---------------------------------------------------------------------------------------------
 # What cannot be used
 
@@ -228,7 +242,7 @@ UNUSABLE = [
     (pair(0, chosen=talk(0, "yes"), rejected=talk(1, "no")), "different prompts"),
     (pair(0, prompt=""), '"prompt"'), (pair(0, prompt=3), '"prompt"'), (pair(0, prompt=["ask"]), '"prompt"'),
     (pair(0, prompt=talk(0, "eel")), '"prompt"'), (pair(0, prompt=[user("ask 0"), SYSTEM, user("ask")]), "system"),
-    (pair(0, system="a", prompt=TALK), "system"), (pair(0, history="ask 1"), '"history"'),
+    (pair(0, system="a", prompt=TALK), "system"), (pair(0, system="a", system_prompt="b"), "system_prompt"), (pair(0, history="ask 1"), '"history"'),
     (pair(0, history=[["ask"]]), '"history"'), (pair(0, id=1.5), '"id"'), ({"text": "yes"}, '"prompt"'),
     ({"chosen": "a yes", "rejected": "a no"}, '"prompt"')]
 
