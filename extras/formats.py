@@ -15,10 +15,11 @@ The format of preferences is decided once for a source: it is the one that more 
 
 UltraChat, for SFT, has "messages" that end with the response.
 
-Messages are [{"role": "user", "content": ...}, ...]. A row may have "id" (default: its number), and what comes before
-its prompt: "system", "system_prompt" or "system_message", a string, and "history", messages or
-[[user, assistant], ...]. The summary names the columns that are not read. Rows that cannot be used are dropped and
-counted; more than one in twenty is an error. The stages with a tokenizer drop prompts that are too long.
+Messages are [{"role": "user", "content": ...}, ...], of text alone: a row with tools or images, or with a message of
+which another field says something (tool calls, a thought, a name), cannot be used. A row may have "id" (default: its
+number), and what comes before its prompt: "system", "system_prompt" or "system_message", a string, and "history",
+messages or [[user, assistant], ...]. The summary names the columns that are not read. Rows that cannot be used are
+dropped and counted; more than one in twenty is an error. The stages with a tokenizer drop prompts that are too long.
 """
 
 import os
@@ -165,6 +166,9 @@ def read_row(row, name):
 
     name: the source's format. Raises Unusable.
     """
+    for key in ("tools", "image", "images"):  # TRL's columns
+        if runs.has_content(row.get(key)):
+            raise Unusable(f'"{key}", and only text is read')
     if name == "chats":
         prompt, response = split_answer(row, "messages")
         return {"prompt": prompt, "response": response}
@@ -210,19 +214,23 @@ def find_prompt(row, before):
     system = [{"role": "system", "content": text} for text in given[:1]]
     prompt = (system if prompt[:1] != system else []) + clean(row.get("history") or []) + prompt
     if not runs.is_prompt(prompt):
-        raise Unusable('no "prompt" that ends with a text of the user')
+        raise Unusable('no "prompt" of system, user and assistant that ends with a text of the user')
     if any(message["role"] == "system" for message in prompt[1:]):
         raise Unusable("a system message that is not the first")
     return prompt
 
 
 def clean(messages):
-    """Messages, or [user, assistant] pairs of strings, as messages without other fields."""
+    """Messages, or [user, assistant] pairs of strings, as messages without other fields. Raises Unusable."""
     found = []
     for item in messages if isinstance(messages, list) else [None]:
         if isinstance(item, list) and len(item) == 2:
             found += [{"role": "user", "content": item[0]}, {"role": "assistant", "content": item[1]}]
         elif isinstance(item, dict):
+            if more := runs.more_than_text(item):
+                raise Unusable(f'a message with "{more[0]}", and only role and content are read')
+            if not isinstance(item.get("content"), str):
+                raise Unusable('a message whose "content" is no string')
             found.append({"role": item.get("role"), "content": item.get("content")})
         else:
             raise Unusable('"prompt", "history", "chosen" or "rejected" is no string and no list of messages')

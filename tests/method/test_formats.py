@@ -141,7 +141,8 @@ def test_ultrachat_gives_conversations_for_sft(tmp_path, on_the_hub):
         {"id": str(k), "prompt": TALK if k % 2 else [{"role": "system", "content": ""}, user(f"ask {k}")],
          "response": "roach" if k % 2 else f"yes {k}"} for k in range(40)]
     counts = json.loads((output / "args.json").read_text())["counts"]
-    assert counts["columns not read"] == ["prompt_id"] and counts["rows read"] == 42 and counts['dropped (no answer in "messages")'] == "2, first ultrachat, row 40"
+    assert counts["columns not read"] == ["prompt_id"] and counts["rows read"] == 42
+    assert counts['dropped (no answer in "messages")'] == "2, first ultrachat, row 40"
     given[:2] = [{"prompt": "a", "messages": None}] * 2
     line = refused("00_inputs", source="ultrachat", split="test_sft", output=tmp_path / "other")
     assert asked[1:] == [("HuggingFaceH4/ultrachat_200k", "test_sft")] and "4 of 42" in line and "messages" in line
@@ -242,9 +243,22 @@ UNUSABLE = [
     (pair(0, chosen=talk(0, "yes"), rejected=talk(1, "no")), "different prompts"),
     (pair(0, prompt=""), '"prompt"'), (pair(0, prompt=3), '"prompt"'), (pair(0, prompt=["ask"]), '"prompt"'),
     (pair(0, prompt=talk(0, "eel")), '"prompt"'), (pair(0, prompt=[user("ask 0"), SYSTEM, user("ask")]), "system"),
-    (pair(0, system="a", prompt=TALK), "system"), (pair(0, system="a", system_prompt="b"), "system_prompt"), (pair(0, history="ask 1"), '"history"'),
+    (pair(0, system="a", prompt=TALK), "system"), (pair(0, system="a", system_prompt="b"), "system_prompt"),
+    (pair(0, history="ask 1"), '"history"'),
     (pair(0, history=[["ask"]]), '"history"'), (pair(0, id=1.5), '"id"'), ({"text": "yes"}, '"prompt"'),
-    ({"chosen": "a yes", "rejected": "a no"}, '"prompt"')]
+    ({"chosen": "a yes", "rejected": "a no"}, '"prompt"'),
+    (pair(0, prompt=[user([{"type": "text", "text": "ask 0"}])]), '"content"'),
+    (pair(0, chosen=[assistant(None)]), '"content"'),
+    (pair(0, history=[assistant(["a", "b"]), user("ask")]), '"content"'),
+    (pair(0, tools=[{"name": "search"}]), '"tools"'), (pair(0, images=["0.png"]), '"images"'),
+    (pair(0, prompt=[{"role": "tool", "content": "found"}, user("ask 0")]), '"prompt"')]
+SEARCH = [{"type": "function", "function": {"name": "search", "arguments": "{}"}}]
+MORE_THAN_TEXT = {"tool_calls": SEARCH, "function_call": {"name": "search", "arguments": ""}, "name": "Ann",
+                  "reasoning_content": "so", "thinking": "so", "refusal": "no", "images": ["0.png"],
+                  "audio": {"id": "1"}, "tool_call_id": "call 1"}
+NOTHING_MORE = {"tool_calls": None, "function_call": {"name": None, "arguments": ""}, "reasoning_content": "\n\n",
+                "images": [], "audio": {"id": None}, "weight": 0.5, "masked": False,
+                "id": "message 1"}
 
 
 @pytest.mark.parametrize("row, cause", UNUSABLE)
@@ -254,6 +268,49 @@ def test_a_row_that_cannot_be_used_is_dropped_counted_and_named(tmp_path, row, c
     assert len(seed) == 18 and counts["rows read"] == 20
     [(name, said)] = [item for item in counts.items() if "dropped (" in item[0]]
     assert cause in name and said == f"1, first {source}:20"
+
+
+def turns_with(fields):
+    """Each place of a row for a message with more fields."""
+    ask, yes, no = user("ask 0") | fields, assistant("yes 0") | fields, assistant("no 0") | fields
+    return [pair(0, prompt=[ask]), pair(0, chosen=[yes]), pair(0, rejected=[no]), pair(0, history=[ask, yes]),
+            {"chosen": [ask, yes], "rejected": [ask, no]}, {"prompt": [ask]}]
+
+
+@pytest.mark.parametrize("name", MORE_THAN_TEXT)
+def test_a_message_that_is_more_than_text_is_dropped_counted_and_named(tmp_path, name):
+    rows = turns_with({name: MORE_THAN_TEXT[name]})
+    rows += [pair(0, chosen=[{"role": "assistant", "content": None, name: MORE_THAN_TEXT[name]}])]
+    _, counts = seed_of(tmp_path, write_rows(tmp_path / "mine.jsonl", [*rows, *map(pair, range(1, 150)), MORE]), 149)
+    [(cause, said)] = [item for item in counts.items() if "dropped (" in item[0]]
+    assert f'"{name}"' in cause and said == f"{len(rows)}, first {tmp_path / 'mine.jsonl'}:1"
+
+
+@pytest.mark.parametrize("name", MORE_THAN_TEXT)
+def test_the_stages_refuse_a_message_that_is_more_than_text(tmp_path, name):
+    path, more = tmp_path / "rows.jsonl", {name: MORE_THAN_TEXT[name]}
+    for row, field in ((pair(1, prompt=[user("ask") | more]), "prompt"),
+                       (pair(1, prompt=[user("ask"), assistant("yes") | more, user("ask")]), "prompt"),
+                       (pair(1, chosen=[assistant("yes") | more]), "chosen"),
+                       (pair(1, rejected=[assistant("no") | more]), "rejected")):
+        write_rows(path, [pair(0, id=0), row | {"id": 1}])
+        with pytest.raises(runs.InputError, match=f'{re.escape(str(path))}:2: "{field}" is '):
+            runs.read_jsonl(path, runs.LABELLED)
+
+
+def test_the_stages_read_messages_with_fields_that_say_nothing(tmp_path):
+    row = {"id": 0} | pair(0, prompt=[user("ask") | NOTHING_MORE], chosen=[assistant("yes") | NOTHING_MORE])
+    [read] = runs.read_jsonl(write_rows(tmp_path / "rows.jsonl", [row]), runs.LABELLED)
+    assert read["prompt"][0]["content"] == "ask" and read["chosen"] == "yes"
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_fields_that_say_nothing_are_left_out(tmp_path, kind):
+    given = [{"prompt": None} | turns_with(NOTHING_MORE)[4], {"prompt": [user("more") | NOTHING_MORE]}]
+    seed, counts = seed_of(tmp_path, write(tmp_path / f"mine.{kind}", given), 1)
+    assert seed == {"0": {"id": "0", "prompt": [user("ask 0")], "chosen": "yes 0", "rejected": "no 0"}}
+    assert made(tmp_path / "out", "prompts_1") == [{"id": "1", "prompt": [user("more")]}]
+    assert not any("dropped (" in name for name in counts)
 
 
 @pytest.mark.parametrize("chosen, rejected, cause", [
