@@ -91,11 +91,16 @@ def read_table(args):
     else:
         try:
             from datasets import Dataset, load_dataset  # slow to import
+            from pyarrow.parquet import ParquetFile
             name, split = HUB.get(source, (source, "train"))
-            rows = load_dataset(name, split=args.split or split) if on_hub else Dataset.from_parquet(source)
+            if on_hub:
+                rows = load_dataset(name, split=args.split or split)
+            else:  # Dataset.from_parquet has a cache, which takes a file of the same path, size and time for the same
+                with open(source, "rb") as file:
+                    rows = Dataset(ParquetFile(file).read())
             table = [(f"{source}, row {k}", row) for k, row in enumerate(rows)]
-        except Exception as error:  # datasets raises many kinds
-            reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {str(error)[:200]}"
+        except Exception as error:  # datasets raises many kinds; it may be the Hub's cache that cannot be written
+            reason = f"{type(error).__name__}: {str(error)[:200]}"
             raise runs.InputError(f"{source}: cannot be read ({reason}): give {SOURCES}")
     for where, row in table:
         runs.check_row(row, {}, where)

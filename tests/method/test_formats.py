@@ -1,7 +1,10 @@
 """00_inputs: other people's files: formats that are read, rows that are dropped, files that are refused."""
 
+import datetime
+import decimal
 import gzip
 import json
+import os
 import re
 
 import pytest
@@ -146,6 +149,52 @@ def test_ultrachat_gives_conversations_for_sft(tmp_path, on_the_hub):
     given[:2] = [{"prompt": "a", "messages": None}] * 2
     line = refused("00_inputs", source="ultrachat", split="test_sft", output=tmp_path / "other")
     assert asked[1:] == [("HuggingFaceH4/ultrachat_200k", "test_sft")] and "4 of 42" in line and "messages" in line
+
+
+def test_the_same_path_size_and_time_may_be_another_parquet_file(tmp_path):
+    path, seeds, stats = tmp_path / "mine.parquet", [], []
+    for k, answer in enumerate(("fin", "eel")):
+        write(path, [pair(0, chosen=answer), MORE | {"chosen": None, "rejected": None}])
+        os.utime(path, (1, 1))
+        stats.append((path.stat().st_size, path.stat().st_mtime))
+        seeds.append(seed_of(tmp_path / str(k), path, 1)[0]["0"]["chosen"])
+    assert seeds == ["fin", "eel"] and stats[0] == stats[1]
+
+
+def test_a_cache_that_cannot_be_written_is_no_matter_to_a_file_and_is_named_for_the_hub(tmp_path, monkeypatch):
+    import datasets
+    source = write(tmp_path / "mine.parquet", [*map(pair, range(3)), pair(3)])
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "file" / "cache")
+    assert len(seed_of(tmp_path, source, 3)[0]) == 3
+
+    def load_dataset(name, split):
+        raise PermissionError(13, "Permission denied", "/its/cache")
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert "/its/cache" in refused("00_inputs", source="some-one/pairs", output=tmp_path / "other")
+
+
+def test_parquet_s_types_that_json_lacks(tmp_path):
+    import pyarrow
+    from pyarrow import parquet
+
+    def columns(**more):
+        table = {key: pyarrow.array([f"{key} {k}" for k in range(4)]) for key in ("prompt", "chosen", "rejected")}
+        parquet.write_table(pyarrow.table(table | more), tmp_path / "mine.parquet")
+        return tmp_path / "mine.parquet"
+
+    days = pyarrow.array([datetime.datetime(2024, 1, 1 + k) for k in range(4)])
+    others = {"when": days, "day": days.cast("date32"), "for": pyarrow.array([datetime.timedelta(k) for k in range(4)]),
+              "price": pyarrow.array([decimal.Decimal(k) for k in range(4)]), "file": pyarrow.array([b"\xff"] * 4)}
+    seed, counts = seed_of(tmp_path, columns(**others), 3)
+    assert len(seed) == 3 and counts["columns not read"] == list(others)
+    # datasets writes fields of several types as JSON
+    messages = pyarrow.array([json.dumps([user(f"ask {k}")]) for k in range(4)], pyarrow.json_())
+    seed, _ = seed_of(tmp_path / "json", columns(prompt=messages), 3)
+    assert all(row["prompt"] == [user(f"ask {k}")] for k, row in seed.items())
+    for key, values in (("id", days), ("prompt", others["file"]), ("chosen", others["price"]), ("rejected", days)):
+        line = refused("00_inputs", source=columns(**{key: values}), **sizes(2, 1, 0), output=tmp_path / "other")
+        assert f"{tmp_path}/mine.parquet, row 0: " in line and f'"{key}"' in line
 
 
 def test_a_path_comes_before_a_name_on_the_hub_which_is_named_where_it_cannot_be_reached(tmp_path, monkeypatch):
