@@ -93,11 +93,8 @@ def read_table(args):
             from datasets import Dataset, load_dataset  # slow to import
             from pyarrow.parquet import ParquetFile
             name, split = HUB.get(source, (source, "train"))
-            if on_hub:
-                rows = load_dataset(name, split=args.split or split)
-            else:  # Dataset.from_parquet has a cache, which takes a file of the same path, size and time for the same
-                with open(source, "rb") as file:
-                    rows = Dataset(ParquetFile(file).read())
+            # not Dataset.from_parquet: to its cache a file of the same path, size and time is the same file
+            rows = load_dataset(name, split=args.split or split) if on_hub else Dataset(ParquetFile(source).read())
             table = [(f"{source}, row {k}", row) for k, row in enumerate(rows)]
         except Exception as error:  # datasets raises many kinds; it may be the Hub's cache that cannot be written
             reason = f"{type(error).__name__}: {str(error)[:200]}"

@@ -405,6 +405,11 @@ def test_the_last_prompt_set_may_be_short_by_one_in_twenty(tmp_path):
     assert [len(made(output, name)) for name in NAMES] == [6, 9, 21, 4]
     assert json.loads((output / "args.json").read_text())["counts"]["missing from the last prompt set"] == 1
     refused("00_inputs", **options, prompt_sizes=[8, 24], output=tmp_path / "other")
+    # with a smaller seed it is the same set and one row more, which was the seed's
+    smaller = run("00_inputs", **options | {"seed_size": 5}, prompt_sizes=[9, 22], output=tmp_path / "smaller")
+    short, more = made(output, "prompts_2"), {key: made(output, "seed")[0][key] for key in ("id", "prompt")}
+    assert [made(smaller, name) for name in NAMES[1:]] == [made(output, "prompts_1"), [*short, more],
+                                                           made(output, "eval")]
 
 
 # ---------------------------------------------------------------------------------------------
