@@ -145,8 +145,8 @@ def judging_examples(seed, orders):
     for k, row in enumerate(seed):
         for letter in LETTERS if orders == "both" else LETTERS[k % 2]:
             one, two = ("chosen", "rejected") if letter == "A" else ("rejected", "chosen")
-            yield {"id": f"{row['id']}-{letter}", "response": letter,
-                   "prompt": judging_prompt(row["prompt"], row[one], row[two], before)}
+            prompt = judging_prompt(row["prompt"], row[one], row[two], before)
+            yield {"id": f"{row['id']}-{letter}", "prompt": prompt, "response": letter}
 
 
 def judge_llm(rows, args, work, ranks):
