@@ -19,9 +19,9 @@ Writes a folder: seed.jsonl        {"id", "prompt", "chosen", "rejected"}, messa
     python 00_inputs.py --source my.jsonl --seed-size 500 --prompt-sizes 1000 2000 --output data
 
 Departs from the paper: rows that repeat a prompt are dropped, so that no two sets share one, and so are rows with an
-empty answer or equal ones. The last prompt set takes what is left, down to 95 %, where different prompts run short.
-judge_sft.jsonl asks about each seed pair in both orders, so that neither letter is the likelier one. The paper does not
-say in which: --llm-judge one takes one order of each pair.
+empty answer or equal ones. The last prompt set takes what is left, down to 95 %, where different prompts run short, and
+then has fewer rows the larger the seed is. judge_sft.jsonl asks about each seed pair in both orders, so that neither
+letter is the likelier one. The paper does not give the order: --llm-judge one takes one order of each pair.
 """
 
 import json
@@ -35,8 +35,9 @@ def split(rows, args):
     """(D_0, held-out rows, [X_1, ..., X_T]): lists that share no row. rows: shuffled, each prompt once.
 
     The prompt sets are taken from the front and the seed from the back: if every row is labelled, a larger seed leaves
-    the prompt sets as they are, as in Table 3. So does another sample of the seed (Table 4), the next block from the
-    back. Raises InputError where there are too few rows.
+    the prompt sets as they are (Table 3); only one that runs short loses its last rows to the seed. Another sample of
+    the seed, the next block from the back, changes no prompt set (Table 4). Raises InputError where there are too few
+    rows.
     """
     pairs = [row for row in rows if "chosen" in row]
     sizes = [args.eval_size, *args.prompt_sizes]
@@ -79,7 +80,8 @@ def parse_args():
     add("--seed-size", type=runs.natural, default=2000,
         help="|D_0|: of UltraFeedback 500, 1000, 2000, 6000 are the 0.8, 1.7, 3.3, 10 %% of Table 3")
     add("--prompt-sizes", type=runs.positive, nargs="+", default=[8000, 20000, 30000],
-        help="|X_1| ... |X_T|; they stay the same sets when --seed-size changes")
+        help="|X_1| ... |X_T|; they stay the same sets when --seed-size changes, if every row is labelled and the last "
+        "set does not run short")
     add("--eval-size", type=runs.natural, default=200, help="prompts held out for 05_eval.py")
     add("--seed", type=runs.natural, default=0, help="decides how the rows are shuffled")
     add("--seed-sample", type=runs.natural, default=0, help="another seed of the same size, with the same prompt sets: "
@@ -116,7 +118,7 @@ def main():
         rows, counts = read_source(args)
         for row in rows:
             if args.empty_system and row["prompt"][0]["role"] != "system":
-                row["prompt"].insert(0, runs.EMPTY_SYSTEM)
+                row["prompt"].insert(0, dict(runs.EMPTY_SYSTEM))
         if args.source == "ultrachat":
             runs.write_jsonl(folder / "sft.jsonl", rows)
             return runs.close_output(args, work, folder, counts)

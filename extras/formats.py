@@ -4,7 +4,8 @@ The format of preferences is decided once for a source: it is the one that more 
 
     Format                          prompt               chosen, rejected
     TRL, standard                   string               strings
-    TRL, standard, implicit         -                    strings: what both begin with, to a word's end, is the prompt
+    TRL, standard, implicit         -                    strings: what both begin with, to a word's end, is the prompt;
+                                                         no other column has text, which could be the prompt
     TRL, conversational             messages             messages
     TRL, conversational, implicit   -                    messages: all but the last are the prompt
     UltraFeedback-binarized         string               messages, the prompt's among them
@@ -14,8 +15,10 @@ The format of preferences is decided once for a source: it is the one that more 
 
 UltraChat, for SFT, has "messages" that end with the response.
 
-Messages are [{"role": "user", "content": ...}, ...]. A row may have "id" (default: its number), and what comes before
-its prompt: "system", a string, and "history", messages or [[user, assistant], ...]. Rows that cannot be used are
+Messages are [{"role": "user", "content": ...}, ...], of text alone: a row with tools or images, or with a message of
+which another field says something (tool calls, a thought, a name), cannot be used. A row may have "id" (default: its
+number), and what comes before its prompt: "system", "system_prompt" or "system_message", a string, and "history",
+messages or [[user, assistant], ...]. The summary names the columns that are not read. Rows that cannot be used are
 dropped and counted; more than one in twenty is an error. The stages with a tokenizer drop prompts that are too long.
 """
 
@@ -26,6 +29,8 @@ from support import runs
 
 HUB = {"ultrafeedback": ("argilla/ultrafeedback-binarized-preferences-cleaned", "train"),  # name, split
        "ultrachat": ("HuggingFaceH4/ultrachat_200k", "train_sft")}
+SYSTEM = ("system", "system_prompt", "system_message")
+READ = {"id", "prompt", "chosen", "rejected", "history", *SYSTEM}  # the columns; UltraChat has one more, "messages"
 HUB_NAME = re.compile(r"\w[\w.-]*/[\w.-]+(?<!\.json)(?<!\.jsonl)(?<!\.gz)(?<!\.parquet)")
 SOURCES = ("ultrafeedback, ultrachat or org/name (from the Hub: go online), world, or a JSON, JSON Lines or Parquet "
            "file (--source)")
@@ -57,7 +62,8 @@ def read_source(args):
                 raise runs.InputError(f"{where}: has the id {row_id!r} of {where_of[str(row_id)]}: ids must differ")
 
     counts = {f"dropped ({cause})": f"{len(places)}, first {places[0]}" for cause, places in dropped.items()}
-    columns = (f"columns found: {', '.join(dict.fromkeys(key for _, row in table for key in row))}; wanted: " + (
+    found = list(dict.fromkeys(key for _, row in table for key in row))
+    columns = (f"columns found: {', '.join(found)}; wanted: " + (
         "messages" if chats else "prompt, chosen and rejected, or the last two alone, in one of the formats that "
         "extras/formats.py lists"))
     lost = len(table) - len(rows)
@@ -71,6 +77,8 @@ def read_source(args):
         raise runs.InputError(f"{args.source}: no row is labelled, for --seed-size {args.seed_size}: {columns}")
     if name == "strings that repeat the prompt":
         counts["prompts cut off both answers"] = labelled
+    if unread := [key for key in found if key not in READ and not (chats and key == "messages")]:
+        counts["columns not read"] = unread
     return rows, {"rows read": len(table), "format": name, **counts}
 
 
@@ -83,11 +91,13 @@ def read_table(args):
     else:
         try:
             from datasets import Dataset, load_dataset  # slow to import
+            from pyarrow.parquet import ParquetFile
             name, split = HUB.get(source, (source, "train"))
-            rows = load_dataset(name, split=args.split or split) if on_hub else Dataset.from_parquet(source)
+            # not Dataset.from_parquet: to its cache a file of the same path, size and time is the same file
+            rows = load_dataset(name, split=args.split or split) if on_hub else Dataset(ParquetFile(source).read())
             table = [(f"{source}, row {k}", row) for k, row in enumerate(rows)]
-        except Exception as error:  # datasets raises many kinds
-            reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {str(error)[:200]}"
+        except Exception as error:  # datasets raises many kinds; it may be the Hub's cache that cannot be written
+            reason = f"{type(error).__name__}: {str(error)[:200]}"
             raise runs.InputError(f"{source}: cannot be read ({reason}): give {SOURCES}")
     for where, row in table:
         runs.check_row(row, {}, where)
@@ -141,8 +151,9 @@ def share_prompt(row):
         return row | {"prompt": prompt.rstrip(), "chosen": chosen, "rejected": rejected}
 
 
-FORMATS = {"transcripts": parse_transcripts, "strings that repeat the prompt": cut_prompt,
-           "strings without a prompt": share_prompt, "strings or messages": lambda row: row}
+IMPLICIT = "strings without a prompt"
+FORMATS = {"transcripts": parse_transcripts, "strings that repeat the prompt": cut_prompt, IMPLICIT: share_prompt,
+           "strings or messages": lambda row: row}
 
 
 def choose_format(rows):
@@ -157,12 +168,19 @@ def read_row(row, name):
 
     name: the source's format. Raises Unusable.
     """
+    for key in ("tools", "image", "images"):  # TRL's columns
+        if runs.has_content(row.get(key)):
+            raise Unusable(f'"{key}", and only text is read')
     if name == "chats":
         prompt, response = split_answer(row, "messages")
         return {"prompt": prompt, "response": response}
     read = FORMATS[name](row)
     if read is None and is_labelled(row):
         raise Unusable(f"not {name}, as most rows are")
+    others = [key for key, value in row.items() if key not in READ and runs.has_content(value)]
+    if others and read and name == IMPLICIT:
+        raise Unusable(f'no column "prompt", but text in {", ".join(map(repr, others))}: rename the one that is the '
+                       "prompt to prompt, and remove the others")
     row = read or row
     if not is_labelled(row):
         return {"prompt": find_prompt(row, [])}
@@ -192,22 +210,29 @@ def find_prompt(row, before):
         prompt = prompt + before
     elif before and prompt[-len(before):] != before:  # else the answer repeats the end of the prompt
         prompt = before
-    system = [{"role": "system", "content": row["system"]}] if row.get("system") else []
+    given = [row[key] for key in SYSTEM if row.get(key)]
+    if given != given[:1] * len(given):
+        raise Unusable(f"{' and '.join(key for key in SYSTEM if row.get(key))} differ")
+    system = [{"role": "system", "content": text} for text in given[:1]]
     prompt = (system if prompt[:1] != system else []) + clean(row.get("history") or []) + prompt
     if not runs.is_prompt(prompt):
-        raise Unusable('no "prompt" that ends with a text of the user')
+        raise Unusable('no "prompt" of system, user and assistant that ends with a text of the user')
     if any(message["role"] == "system" for message in prompt[1:]):
         raise Unusable("a system message that is not the first")
     return prompt
 
 
 def clean(messages):
-    """Messages, or [user, assistant] pairs of strings, as messages without other fields."""
+    """Messages, or [user, assistant] pairs of strings, as messages without other fields. Raises Unusable."""
     found = []
     for item in messages if isinstance(messages, list) else [None]:
         if isinstance(item, list) and len(item) == 2:
             found += [{"role": "user", "content": item[0]}, {"role": "assistant", "content": item[1]}]
         elif isinstance(item, dict):
+            if more := runs.more_than_text(item):
+                raise Unusable(f'a message with "{more[0]}", and only role and content are read')
+            if not isinstance(item.get("content"), str):
+                raise Unusable('a message whose "content" is no string')
             found.append({"role": item.get("role"), "content": item.get("content")})
         else:
             raise Unusable('"prompt", "history", "chosen" or "rejected" is no string and no list of messages')

@@ -118,13 +118,18 @@ def reward_scores(model, encoded):
 LETTERS = ("A", "B")  # the options of LLM-as-judge, in the order of its prompt
 
 
-def judging_prompt(messages, one, two):
-    """Listing 1, as messages. The answer is the letter of the better response."""
-    return runs.as_messages("Consider the following conversation between a human and an assistant:\n"
-                            f"{chat.as_text(messages)}\n"
-                            "Please choose the response that is the most helpful, honest, and harmless.\n"
-                            f"Options:\n(A) {one}\n(B) {two}\n"
-                            "The answer is:")
+def before_listing_1(rows):
+    """The empty system message, where prompts of the rows begin with it (--empty-system): then all of a run do."""
+    return [dict(runs.EMPTY_SYSTEM)] if any(row["prompt"][0] == runs.EMPTY_SYSTEM for row in rows) else []
+
+
+def judging_prompt(messages, one, two, before=()):
+    """Listing 1, as messages, after those of `before_listing_1`. The answer is the letter of the better response."""
+    return [*before, *runs.as_messages("Consider the following conversation between a human and an assistant:\n"
+                                       f"{chat.as_text(messages)}\n"
+                                       "Please choose the response that is the most helpful, honest, and harmless.\n"
+                                       f"Options:\n(A) {one}\n(B) {two}\n"
+                                       "The answer is:")]
 
 
 # the words that a judge's vocabulary needs besides those of prompts and responses
@@ -136,11 +141,12 @@ def judging_examples(seed, orders):
 
     orders: "both", or "one": A and B are the answer in turn
     """
+    before = before_listing_1(seed)
     for k, row in enumerate(seed):
         for letter in LETTERS if orders == "both" else LETTERS[k % 2]:
             one, two = ("chosen", "rejected") if letter == "A" else ("rejected", "chosen")
-            yield {"id": f"{row['id']}-{letter}", "prompt": judging_prompt(row["prompt"], row[one], row[two]),
-                   "response": letter}
+            prompt = judging_prompt(row["prompt"], row[one], row[two], before)
+            yield {"id": f"{row['id']}-{letter}", "prompt": prompt, "response": letter}
 
 
 def judge_llm(rows, args, work, ranks):
@@ -151,15 +157,16 @@ def judge_llm(rows, args, work, ranks):
     """
     tokenizer = chat.load_tokenizer(args.judge_model)
     model = models.load_model(args.judge_model, ranks.device, common.scoring_dtype(ranks.device))
-    (before, letters), logps = letter_ids(args.judge_model, tokenizer), common.ResponseLogps(model)
+    before, logps = before_listing_1(rows), common.ResponseLogps(model)
+    opening, letters = letter_ids(args.judge_model, tokenizer, before)
     orders = itertools.permutations if args.llm_order == "both" else itertools.combinations
 
     def pairs(row):
         return orders(range(len(row["responses"])), 2)
 
     def question(row, one, two):
-        messages = judging_prompt(row["prompt"], row["responses"][one]["text"], row["responses"][two]["text"])
-        ids = chat.prompt_ids(tokenizer, messages, f"{args.input}, id {row['id']}") + before
+        messages = judging_prompt(row["prompt"], *(row["responses"][k]["text"] for k in (one, two)), before)
+        ids = chat.prompt_ids(tokenizer, messages, f"{args.input}, id {row['id']}") + opening
         models.check_limits(args.input, [(row["id"], ids, letters)], model, "02's --max-new-tokens")
         return ids
 
@@ -181,13 +188,13 @@ def llm_rewards(count, options):
     return [sum(values) / len(values) for values in logps]
 
 
-def letter_ids(name, tokenizer):
+def letter_ids(name, tokenizer, before=()):
     """(ids that the template writes before a letter, [[id of A], [id of B]]), tokenised as by 00_sft.py.
 
     The letter is the token in which the two answers differ: a template may write a thought before, an EOS after it.
     Raises InputError unless it is one token.
     """
-    question = judging_prompt(runs.as_messages("x"), "y", "z")
+    question = judging_prompt(runs.as_messages("x"), "y", "z", before)
     prompt, eos = chat.prompt_ids(tokenizer, question, name), chat.eos_ids(name, tokenizer)
     answers = [chat.response_ids(tokenizer, question, prompt, letter, eos) for letter in LETTERS]
     differ = [k for k, (a, b) in enumerate(zip(*answers)) if a != b]

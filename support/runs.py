@@ -192,19 +192,32 @@ def is_text(value):
     return isinstance(value, str) and value.strip() != ""
 
 
+def has_content(value):
+    """Whether a field says anything: it does not where it is blank or empty, or a number such as a weight."""
+    if isinstance(value, (dict, list)):
+        return any(map(has_content, value.values() if isinstance(value, dict) else value))
+    return is_text(value) or not isinstance(value, (str, int, float, array, type(None)))
+
+
+def more_than_text(message):
+    """The fields of a message, besides role and content, that say something: tool calls, thoughts, images, a name."""
+    return [key for key, value in message.items() if key not in ("role", "content", "id") and has_content(value)]
+
+
 def is_prompt(value):
-    "a string, or a list of messages {role: system|user|assistant, content: string} that ends with the user's"
+    "a string, or a list of messages of only {role: system|user|assistant, content: string} that ends with the user's"
     if not isinstance(value, list):
         return is_text(value)
     messages = all(isinstance(m, dict) and m.get("role") in ("system", "user", "assistant")
-                   and isinstance(m.get("content"), str) for m in value)
+                   and isinstance(m.get("content"), str) and not more_than_text(m) for m in value)
     return bool(value) and messages and value[-1]["role"] == "user" and is_text(value[-1]["content"])
 
 
 def is_answer(value):
-    "a string that is not empty, or a list of one message {role: assistant, content: such a string}"
+    "a string that is not empty, or a list of one message of only {role: assistant, content: such a string}"
     if isinstance(value, list) and len(value) == 1 and isinstance(value[0], dict):
-        return value[0].get("role") == "assistant" and is_text(value[0].get("content"))
+        [m] = value
+        return m.get("role") == "assistant" and is_text(m.get("content")) and not more_than_text(m)
     return is_text(value)
 
 

@@ -12,6 +12,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassification, BertConfig, LlamaConfig,
                           PreTrainedTokenizerFast)
 
+import common
 import stages
 from extras import judges, small_world
 from support import chat, runs
@@ -211,6 +212,35 @@ def test_the_judge_s_training_data_ask_what_03_asks(world, tokenizer):
         assert tokenizer.unk_token_id not in ids and len(ids) + 2 <= 256  # the model's positions
 
 
+@pytest.mark.parametrize("empty_system", [True, False])
+def test_the_judge_is_trained_and_asked_with_the_same_token_ids(world, pi_0, tokenizer, tmp_path, monkeypatch,
+                                                                empty_system):
+    given = rows(world / "all_gold.jsonl")[:8]
+    given[0]["prompt"] = [{"role": "system", "content": "be brief"}, *given[0]["prompt"]]  # a prompt that has one
+    source = write_rows(tmp_path / "mine.jsonl", given)
+    data = run("00_inputs", source=source, seed_size=7, prompt_sizes=[1], eval_size=0, llm_judge=True,
+               **{"empty_system": True} if empty_system else {}, output=tmp_path / "data")
+    sft = Namespace(input=data / "judge_sft.jsonl", model=pi_0, all_turns=False, max_prompt_length=256, max_length=256)
+    examples, _ = stages.load("00_sft").read_examples(sft, tokenizer)
+    trained = {(*example["prompt"], example["response"][0]) for example in examples}
+    assert len(trained) == 2 * 7
+    mark = tokenizer.convert_tokens_to_ids("<system>")
+    assert all((mark in ids) == empty_system for ids in trained)
+
+    pairs = runs.read_jsonl(data / "seed.jsonl", runs.LABELLED)
+    responses = [{"id": row["id"], "prompt": row["prompt"], "prompt_ids": [5], "responses": [
+        {"text": row["chosen"], "ids": [5], "finish": "eos"},
+        {"text": row["rejected"], "ids": [6], "finish": "eos"}]} for row in pairs]
+    assert "be brief" in {row["prompt"][0]["content"] for row in pairs}
+    asked, collate = [], common.collate
+    monkeypatch.setattr(common, "collate", lambda batch, *rest: asked.extend(batch) or collate(batch, *rest))
+    run("03_judge", judge="llm", judge_model=pi_0, input=write_rows(tmp_path / "responses.jsonl", responses),
+        output=tmp_path / "out.jsonl")
+    # the last of them: before, the model is tried with other batches. The chosen one is A in the first order, then B
+    answers = [(*ids, *letters[k % 2]) for k, (ids, letters) in enumerate(asked[-len(trained):])]
+    assert set(answers) == trained
+
+
 def test_in_one_order_each_letter_is_right_for_every_second_pair(world, tmp_path):
     data = dict(source=world / "all_gold.jsonl", seed_size=20, prompt_sizes=[20], eval_size=1)
     both, one = (rows(run("00_inputs", **data, llm_judge=orders, output=tmp_path / orders) / "judge_sft.jsonl")
@@ -223,7 +253,7 @@ def test_each_of_several_turns_begins_with_its_role():
     [message] = judges.judging_prompt(turns, "x", "y")
     assert "\nuser: one\n\nassistant: two\n\nuser: three\nPlease" in message["content"]
     empty = {"role": "system", "content": ""}  # that of Zephyr's recipe is no turn
-    assert judges.judging_prompt([empty, *turns], "x", "y") == [message]
+    assert judges.judging_prompt([empty, *turns], "x", "y", [empty]) == [empty, message]
     assert chat.as_text([empty, turns[0]]) == "one"
 
 

@@ -1,7 +1,10 @@
 """00_inputs: other people's files: formats that are read, rows that are dropped, files that are refused."""
 
+import datetime
+import decimal
 import gzip
 import json
+import os
 import re
 
 import pytest
@@ -68,6 +71,8 @@ def test_a_format_is_read(tmp_path, name, kind):
 SYSTEM, *ASKED = TALK
 TURNS = {  # a conversation before the answer
     "system, history in pairs": dict(system="be brief", history=[["name a fish", "eel"]], prompt="another"),
+    "system_prompt": dict(system="", system_prompt="be brief", prompt=ASKED),
+    "system_message, twice": dict(system_message="be brief", system="be brief", prompt=ASKED),
     "system, history in messages": dict(system="be brief", history=ASKED[:2], prompt=ASKED[2:]),
     "whole conversations": dict(prompt="name a fish", chosen=[*TALK, assistant("yes 0")],
                                 rejected=[*TALK, assistant("no 0")]),
@@ -139,10 +144,57 @@ def test_ultrachat_gives_conversations_for_sft(tmp_path, on_the_hub):
         {"id": str(k), "prompt": TALK if k % 2 else [{"role": "system", "content": ""}, user(f"ask {k}")],
          "response": "roach" if k % 2 else f"yes {k}"} for k in range(40)]
     counts = json.loads((output / "args.json").read_text())["counts"]
-    assert counts["rows read"] == 42 and counts['dropped (no answer in "messages")'] == "2, first ultrachat, row 40"
+    assert counts["columns not read"] == ["prompt_id"] and counts["rows read"] == 42
+    assert counts['dropped (no answer in "messages")'] == "2, first ultrachat, row 40"
     given[:2] = [{"prompt": "a", "messages": None}] * 2
     line = refused("00_inputs", source="ultrachat", split="test_sft", output=tmp_path / "other")
     assert asked[1:] == [("HuggingFaceH4/ultrachat_200k", "test_sft")] and "4 of 42" in line and "messages" in line
+
+
+def test_the_same_path_size_and_time_may_be_another_parquet_file(tmp_path):
+    path, seeds, stats = tmp_path / "mine.parquet", [], []
+    for k, answer in enumerate(("fin", "eel")):
+        write(path, [pair(0, chosen=answer), MORE | {"chosen": None, "rejected": None}])
+        os.utime(path, (1, 1))
+        stats.append((path.stat().st_size, path.stat().st_mtime))
+        seeds.append(seed_of(tmp_path / str(k), path, 1)[0]["0"]["chosen"])
+    assert seeds == ["fin", "eel"] and stats[0] == stats[1]
+
+
+def test_a_cache_that_cannot_be_written_is_no_matter_to_a_file_and_is_named_for_the_hub(tmp_path, monkeypatch):
+    import datasets
+    source = write(tmp_path / "mine.parquet", [*map(pair, range(3)), pair(3)])
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "file" / "cache")
+    assert len(seed_of(tmp_path, source, 3)[0]) == 3
+
+    def load_dataset(name, split):
+        raise PermissionError(13, "Permission denied", "/its/cache")
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    assert "/its/cache" in refused("00_inputs", source="some-one/pairs", output=tmp_path / "other")
+
+
+def test_parquet_s_types_that_json_lacks(tmp_path):
+    import pyarrow
+    from pyarrow import parquet
+
+    def columns(**more):
+        table = {key: pyarrow.array([f"{key} {k}" for k in range(4)]) for key in ("prompt", "chosen", "rejected")}
+        parquet.write_table(pyarrow.table(table | more), tmp_path / "mine.parquet")
+        return tmp_path / "mine.parquet"
+
+    days = pyarrow.array([datetime.datetime(2024, 1, 1 + k) for k in range(4)])
+    others = {"when": days, "day": days.cast("date32"), "for": pyarrow.array([datetime.timedelta(k) for k in range(4)]),
+              "price": pyarrow.array([decimal.Decimal(k) for k in range(4)]), "file": pyarrow.array([b"\xff"] * 4)}
+    seed, counts = seed_of(tmp_path, columns(**others), 3)
+    assert len(seed) == 3 and counts["columns not read"] == list(others)
+    # datasets writes fields of several types as JSON
+    messages = pyarrow.array([json.dumps([user(f"ask {k}")]) for k in range(4)], pyarrow.json_())
+    seed, _ = seed_of(tmp_path / "json", columns(prompt=messages), 3)
+    assert all(row["prompt"] == [user(f"ask {k}")] for k, row in seed.items())
+    for key, values in (("id", days), ("prompt", others["file"]), ("chosen", others["price"]), ("rejected", days)):
+        line = refused("00_inputs", source=columns(**{key: values}), **sizes(2, 1, 0), output=tmp_path / "other")
+        assert f"{tmp_path}/mine.parquet, row 0: " in line and f'"{key}"' in line
 
 
 def test_a_path_comes_before_a_name_on_the_hub_which_is_named_where_it_cannot_be_reached(tmp_path, monkeypatch):
@@ -180,6 +232,55 @@ def test_a_row_of_another_format_than_most_is_dropped(tmp_path, name, other):
 
 
 # ---------------------------------------------------------------------------------------------
+# What other columns hold
+
+
+def code(k, **columns):
+    """Answers that begin alike without repeating their prompt, which is in another column."""
+    return {"chosen": f"def add(a, b):\n    return a + b  # {k}", "rejected": "def add(a, b):\n    return a", **columns}
+
+
+@pytest.mark.parametrize("columns", [
+    {"question": "How?"}, {"instruction": "How?", "input": ""}, {"input": "1, 2"}, {"source": "a forum", "score": 1.5},
+    {"trajectory": [{"from": "user", "value": "How?"}]}, {"context": {"messages": [user("How?")]}}])
+@pytest.mark.parametrize("shared", [40, 20, 10])  # rows that have the columns, of 40
+def test_a_common_beginning_is_no_prompt_where_it_may_be_in_another_column(tmp_path, columns, shared):
+    source = write_rows(tmp_path / "mine.jsonl", [code(k, **columns if k < shared else {}) for k in range(40)])
+    line = refused("00_inputs", source=source, **sizes(20, 10, 0), output=tmp_path / "out")
+    assert f"{source}:1: " in line and f"{shared} of 40" in line and repr(next(iter(columns))) in line
+
+
+def test_the_few_rows_whose_prompt_may_be_in_another_column_are_dropped(tmp_path):
+    given = [FORMATS["TRL, standard, implicit"](k) | {"question": " ", "score": k, "tags": [], "prompt": None}
+             for k in range(19)] + [code(0, question="How?"), MORE]
+    source = write_rows(tmp_path / "mine.jsonl", given)  # what says nothing is no prompt
+    write(source.with_suffix(".parquet"), [{key: None for key in given[0]} | {"question": None} | row for row in given])
+    for source, place in ((source, f"{source}:20"), (tmp_path / "mine.parquet", f"{tmp_path}/mine.parquet, row 19")):
+        seed, counts = seed_of(tmp_path / source.suffix, source, 19)
+        assert sorted(row["prompt"][0]["content"] for row in seed.values()) == sorted(f"ask {k}" for k in range(19))
+        assert [said for name, said in counts.items() if "'question'" in name] == [f"1, first {place}"]
+
+
+def test_transcripts_and_messages_have_their_prompt_whatever_other_columns_hold(tmp_path):
+    for name in ("hh-rlhf", "TRL, conversational, implicit", "TRL, standard"):
+        source = write_rows(tmp_path / "mine.jsonl", [FORMATS[name](k) | {"question": "How?"} for k in range(4)])
+        seed, _ = seed_of(tmp_path / name, source, 3)
+        assert all(row["prompt"] == [user(f"ask {k}")] for k, row in seed.items())
+
+
+@pytest.mark.parametrize("name, more, unread", [
+    ("TRL, standard", {"system_prompt": "be brief", "history": [], "id": None}, []),
+    ("TRL, standard", {"model": "eel", "score": 1}, ["model", "score"]), ("hh-rlhf", {"question": None}, []),
+    ("UltraFeedback-binarized", {}, ["prompt_id", "messages", "score_chosen", "score_rejected"])])
+def test_the_summary_names_the_columns_that_are_not_read(tmp_path, name, more, unread):
+    source = write_rows(tmp_path / "mine.jsonl", [FORMATS[name](k) | {"id": k} | (more if k % 2 else {})
+                                                  for k in range(8)])
+    ran = attempt("00_inputs", source=source, **sizes(7, 1, 0), output=tmp_path / "out")
+    counts = json.loads((tmp_path / "out" / "args.json").read_text())["counts"]
+    assert counts.get("columns not read", []) == unread and all(repr(column) in ran.out for column in unread)
+
+
+# ---------------------------------------------------------------------------------------------
 # What cannot be used
 
 
@@ -190,9 +291,22 @@ UNUSABLE = [
     (pair(0, chosen=talk(0, "yes"), rejected=talk(1, "no")), "different prompts"),
     (pair(0, prompt=""), '"prompt"'), (pair(0, prompt=3), '"prompt"'), (pair(0, prompt=["ask"]), '"prompt"'),
     (pair(0, prompt=talk(0, "eel")), '"prompt"'), (pair(0, prompt=[user("ask 0"), SYSTEM, user("ask")]), "system"),
-    (pair(0, system="a", prompt=TALK), "system"), (pair(0, history="ask 1"), '"history"'),
+    (pair(0, system="a", prompt=TALK), "system"), (pair(0, system="a", system_prompt="b"), "system_prompt"),
+    (pair(0, history="ask 1"), '"history"'),
     (pair(0, history=[["ask"]]), '"history"'), (pair(0, id=1.5), '"id"'), ({"text": "yes"}, '"prompt"'),
-    ({"chosen": "a yes", "rejected": "a no"}, '"prompt"')]
+    ({"chosen": "a yes", "rejected": "a no"}, '"prompt"'),
+    (pair(0, prompt=[user([{"type": "text", "text": "ask 0"}])]), '"content"'),
+    (pair(0, chosen=[assistant(None)]), '"content"'),
+    (pair(0, history=[assistant(["a", "b"]), user("ask")]), '"content"'),
+    (pair(0, tools=[{"name": "search"}]), '"tools"'), (pair(0, images=["0.png"]), '"images"'),
+    (pair(0, prompt=[{"role": "tool", "content": "found"}, user("ask 0")]), '"prompt"')]
+SEARCH = [{"type": "function", "function": {"name": "search", "arguments": "{}"}}]
+MORE_THAN_TEXT = {"tool_calls": SEARCH, "function_call": {"name": "search", "arguments": ""}, "name": "Ann",
+                  "reasoning_content": "so", "thinking": "so", "refusal": "no", "images": ["0.png"],
+                  "audio": {"id": "1"}, "tool_call_id": "call 1"}
+NOTHING_MORE = {"tool_calls": None, "function_call": {"name": None, "arguments": ""}, "reasoning_content": "\n\n",
+                "images": [], "audio": {"id": None}, "weight": 0.5, "masked": False,
+                "id": "message 1"}
 
 
 @pytest.mark.parametrize("row, cause", UNUSABLE)
@@ -202,6 +316,49 @@ def test_a_row_that_cannot_be_used_is_dropped_counted_and_named(tmp_path, row, c
     assert len(seed) == 18 and counts["rows read"] == 20
     [(name, said)] = [item for item in counts.items() if "dropped (" in item[0]]
     assert cause in name and said == f"1, first {source}:20"
+
+
+def turns_with(fields):
+    """Each place of a row for a message with more fields."""
+    ask, yes, no = user("ask 0") | fields, assistant("yes 0") | fields, assistant("no 0") | fields
+    return [pair(0, prompt=[ask]), pair(0, chosen=[yes]), pair(0, rejected=[no]), pair(0, history=[ask, yes]),
+            {"chosen": [ask, yes], "rejected": [ask, no]}, {"prompt": [ask]}]
+
+
+@pytest.mark.parametrize("name", MORE_THAN_TEXT)
+def test_a_message_that_is_more_than_text_is_dropped_counted_and_named(tmp_path, name):
+    rows = turns_with({name: MORE_THAN_TEXT[name]})
+    rows += [pair(0, chosen=[{"role": "assistant", "content": None, name: MORE_THAN_TEXT[name]}])]
+    _, counts = seed_of(tmp_path, write_rows(tmp_path / "mine.jsonl", [*rows, *map(pair, range(1, 150)), MORE]), 149)
+    [(cause, said)] = [item for item in counts.items() if "dropped (" in item[0]]
+    assert f'"{name}"' in cause and said == f"{len(rows)}, first {tmp_path / 'mine.jsonl'}:1"
+
+
+@pytest.mark.parametrize("name", MORE_THAN_TEXT)
+def test_the_stages_refuse_a_message_that_is_more_than_text(tmp_path, name):
+    path, more = tmp_path / "rows.jsonl", {name: MORE_THAN_TEXT[name]}
+    for row, field in ((pair(1, prompt=[user("ask") | more]), "prompt"),
+                       (pair(1, prompt=[user("ask"), assistant("yes") | more, user("ask")]), "prompt"),
+                       (pair(1, chosen=[assistant("yes") | more]), "chosen"),
+                       (pair(1, rejected=[assistant("no") | more]), "rejected")):
+        write_rows(path, [pair(0, id=0), row | {"id": 1}])
+        with pytest.raises(runs.InputError, match=f'{re.escape(str(path))}:2: "{field}" is '):
+            runs.read_jsonl(path, runs.LABELLED)
+
+
+def test_the_stages_read_messages_with_fields_that_say_nothing(tmp_path):
+    row = {"id": 0} | pair(0, prompt=[user("ask") | NOTHING_MORE], chosen=[assistant("yes") | NOTHING_MORE])
+    [read] = runs.read_jsonl(write_rows(tmp_path / "rows.jsonl", [row]), runs.LABELLED)
+    assert read["prompt"][0]["content"] == "ask" and read["chosen"] == "yes"
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_fields_that_say_nothing_are_left_out(tmp_path, kind):
+    given = [{"prompt": None} | turns_with(NOTHING_MORE)[4], {"prompt": [user("more") | NOTHING_MORE]}]
+    seed, counts = seed_of(tmp_path, write(tmp_path / f"mine.{kind}", given), 1)
+    assert seed == {"0": {"id": "0", "prompt": [user("ask 0")], "chosen": "yes 0", "rejected": "no 0"}}
+    assert made(tmp_path / "out", "prompts_1") == [{"id": "1", "prompt": [user("more")]}]
+    assert not any("dropped (" in name for name in counts)
 
 
 @pytest.mark.parametrize("chosen, rejected, cause", [
@@ -247,6 +404,11 @@ def test_the_last_prompt_set_may_be_short_by_one_in_twenty(tmp_path):
     assert [len(made(output, name)) for name in NAMES] == [6, 9, 21, 4]
     assert json.loads((output / "args.json").read_text())["counts"]["missing from the last prompt set"] == 1
     refused("00_inputs", **options, prompt_sizes=[8, 24], output=tmp_path / "other")
+    # with a smaller seed it is the same set and one row more, which was the seed's
+    smaller = run("00_inputs", **options | {"seed_size": 5}, prompt_sizes=[9, 22], output=tmp_path / "smaller")
+    short, more = made(output, "prompts_2"), {key: made(output, "seed")[0][key] for key in ("id", "prompt")}
+    assert [made(smaller, name) for name in NAMES[1:]] == [made(output, "prompts_1"), [*short, more],
+                                                           made(output, "eval")]
 
 
 # ---------------------------------------------------------------------------------------------
