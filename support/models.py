@@ -145,8 +145,16 @@ def find_fault(model, exact):
 
 
 def count_positions(model):
-    """The most tokens of a text that the model was made for."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    """The most tokens of a text that the model was made for, and that leave the other texts of its batch as they are.
+
+    Where one is longer than the original positions, longrope (Phi-3 128k; the paper's is a 4k) rotates all of its batch
+    by other factors, so p would depend on the batch. "dynamic" does so beyond max_position_embeddings.
+    """
+    config = model.config.get_text_config()
+    rope = getattr(config, "rope_parameters", None) or {}
+    original = [part["original_max_position_embeddings"] for part in (rope, *rope.values())  # of a type of layers
+                if isinstance(part, dict) and part.get("rope_type") == "longrope"]
+    return min([getattr(config, "max_position_embeddings", None) or math.inf, *original])
 
 
 def check_limits(path, rows, model, options, new_tokens=0):

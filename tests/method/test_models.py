@@ -7,8 +7,8 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import (AutoModelForSequenceClassification, BertConfig, CohereConfig, GPT2Config, LlamaConfig,
-                          MambaConfig, MixtralConfig, OPTConfig, Qwen3MoeConfig)
+from transformers import (AutoModelForSequenceClassification, BertConfig, CohereConfig, Gemma3TextConfig, GPT2Config,
+                          LlamaConfig, MambaConfig, MixtralConfig, OPTConfig, Phi3Config, Qwen3MoeConfig)
 
 from support import checkpoints, models, runs
 from conftest import save_tiny
@@ -96,7 +96,8 @@ MISREAD = {
 def test_weights_that_transformers_misreads_are_refused(tmp_path, kind):
     family, change, found = MISREAD[kind]
     folder = saved(tmp_path / "model", family, change)
-    with pytest.raises(runs.InputError, match=rf"^{folder}: model\..*{found}.*\Z"):  # in one line: `.` matches no line end
+    # in one line: `.` matches no line end
+    with pytest.raises(runs.InputError, match=rf"^{folder}: model\..*{found}.*\Z"):
         load(folder)
 
 
@@ -231,6 +232,34 @@ def test_more_sampled_tokens_than_the_model_has_positions(gpt2, pi_0, tmp_path, 
     more = {"init_model": gpt2} if name == "03_judge" else {"batch_size": 1}
     line = refused(name, model=gpt2, input=path, output=tmp_path / "out", **more)
     assert f"{path}, id 7: 41 tokens" in line and "40 positions" in line and "--max-" in line
+
+
+LONGROPE = dict(rope_type="longrope", rope_theta=1e4, short_factor=[1.0] * 8, long_factor=[4.0 + k for k in range(8)],
+                original_max_position_embeddings=32)
+BY_LAYER = dict(full_attention=LONGROPE, sliding_attention=dict(rope_type="default", rope_theta=1e4))
+SCALED = {  # with 64 positions
+    "longrope": (Phi3Config(**SHAPE, original_max_position_embeddings=32, rope_parameters=dict(LONGROPE)), 32, True),
+    "longrope by layer": (Gemma3TextConfig(**SHAPE, head_dim=16, layer_types=[*BY_LAYER], rope_parameters=BY_LAYER),
+                          32, True),
+    "dynamic": (LlamaConfig(**SHAPE, rope_parameters=dict(rope_type="dynamic", rope_theta=1e4, factor=2.0)), 64, True),
+    "linear": (LlamaConfig(**SHAPE, rope_parameters=dict(rope_type="linear", rope_theta=1e4, factor=2.0)), 64, False)}
+
+
+@pytest.mark.parametrize("name", SCALED)
+def test_a_row_that_changes_the_others_of_its_batch_is_refused(name):
+    config, limit, changes = SCALED[name]
+    model, row = make(config), ([5, 6, 7], [[8, 9, 10, 11, 2]])
+    assert models.count_positions(model) == limit
+
+    def beside(length):  # log p of the row's tokens in a batch with one that is so long
+        return models.logps(model, [row, ([5] * 20, [[6] * (length - 20)])])[:5]
+
+    # a row's last token is no input: it is predicted at the one before
+    torch.testing.assert_close(beside(limit + 1), beside(21), rtol=1e-5, atol=1e-5)
+    assert changes == ((beside(limit + 2) - beside(21)).abs().max() > 0.01)
+    models.check_limits("in.jsonl", [(7, [5] * 20, [[6] * (limit - 20)])], model, "--max-length")
+    with pytest.raises(runs.InputError, match=f"in.jsonl, id 7: .*{limit} positions.*--max-length"):
+        models.check_limits("in.jsonl", [(7, [5] * 20, [[6] * (limit - 19)])], model, "--max-length")
 
 
 @pytest.mark.parametrize("name", ["00_sft", "01_seed_dpo", "02_generate", "05_eval sample"])
