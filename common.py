@@ -240,7 +240,7 @@ def sample_token(logits, u, temperature):
 
     logits (B, V), u (B,) float64 in [0, 1) -> (B,)
     """
-    if temperature == 0:
+    if temperature < 1e-30:  # 0, or so small that logits / temperature would overflow
         return logits.argmax(-1)
     cdf = (logits.float() / temperature).softmax(-1).double().cumsum(-1)
     return torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True)[:, 0].clamp(max=logits.shape[-1] - 1)

@@ -42,7 +42,7 @@ def run(seed, args):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--seeds", type=int, nargs="+", default=range(41, 61), help="(no setting was tuned on 41 to 60)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=range(41, 61), help="(41 to 60 tuned nothing)")
     parser.add_argument("--runs", default=str(HERE.parent / "runs"), help="folder of the runs")
     parser.add_argument("--jobs", type=int, default=1, help="seeds at a time")
     args = parser.parse_args()

@@ -15,7 +15,6 @@ response, and the fields to store with its label ("scores", or "options" of llm,
 """
 
 import itertools
-import math
 
 import numpy as np
 import torch
@@ -66,7 +65,7 @@ def judge(judge_by_likelihood, rows, args, work, ranks):
 def judge_reward(rows, args, work, ranks):
     """An external reward model: its one output for (x, y), each response by itself."""
     model, tokenizer = load_reward_model(args.reward_model, ranks.device)
-    limit = min(getattr(model.config, "max_position_embeddings", math.inf), tokenizer.model_max_length)
+    limit = min(models.count_positions(model), tokenizer.model_max_length)
     for row in rows:
         longest = max(len(encode(tokenizer, row["prompt"], y["text"])["input_ids"]) for y in row["responses"])
         if longest > limit:

@@ -23,6 +23,7 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import common
+from support import checkpoints
 from support.runs import InputError, close_output
 
 huggingface_hub.utils.logging.set_verbosity_error()
@@ -54,8 +55,8 @@ def load_config(name):
 def load_weights(loader, name, what, **options):
     """loader's model of this name, from safetensors. Raises InputError where the files lack a weight of the model.
 
-    transformers would give it random values. It ignores weights that it does not know, which are told on stderr, and
-    adapters, which are refused.
+    transformers would give it random values. It ignores weights that it does not know, which are reported on stderr
+    where they are no part of its own (`checkpoints.check_weights`), and adapters, which are refused.
     """
     if (Path(name) / "adapter_config.json").is_file():
         raise InputError(f"{name}: has an adapter (adapter_config.json): merge it into the weights, or remove it")
@@ -66,6 +67,7 @@ def load_weights(loader, name, what, **options):
         raise InputError(f"{name}: {len(missing)} weights of the model are not in its files (the first: {missing[0]})"
                          + (f", which have {unknown[0]} instead" if unknown else "")
                          + f": save {what} with all its weights, under transformers' names")
+    checkpoints.check_weights(name, model, unknown)
     if unknown and os.environ.get("RANK", "0") == "0":
         print(f"{name}: {len(unknown)} weights in its files are not used (the first: {unknown[0]})", file=sys.stderr)
     return model
@@ -143,8 +145,16 @@ def find_fault(model, exact):
 
 
 def count_positions(model):
-    """The most tokens of a text that the model was made for."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or math.inf
+    """The most tokens of a text that the model was made for, and that leave the other texts of its batch as they are.
+
+    Where one is longer than the original positions, longrope (Phi-3 128k; the paper's is a 4k) rotates all of its batch
+    by other factors, so p would depend on the batch. "dynamic" does so beyond max_position_embeddings.
+    """
+    config = model.config.get_text_config()
+    rope = getattr(config, "rope_parameters", None) or {}
+    original = [part["original_max_position_embeddings"] for part in (rope, *rope.values())  # of a type of layers
+                if isinstance(part, dict) and part.get("rope_type") == "longrope"]
+    return min([getattr(config, "max_position_embeddings", None) or math.inf, *original])
 
 
 def check_limits(path, rows, model, options, new_tokens=0):
@@ -216,7 +226,7 @@ def save_trained(args, work, ranks, model, tokenizer, counts):
         weights = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
 
     def write():
-        if not all(torch.isfinite(weight).all() for weight in weights.values()):
+        if checkpoints.find_not_finite(weights):
             raise InputError("the last step left weights that are not finite: lower --lr; what was saved before is "
                              f"kept in {work}")
         shutil.rmtree(work / "model", ignore_errors=True)  # a kill may have left half of it

@@ -1,15 +1,19 @@
 """Other people's models: what is in their files, what they can do, their limits. Each is found when it is loaded."""
 
+import json
+import math
 import shutil
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import BertConfig, CohereConfig, GPT2Config, LlamaConfig, MambaConfig, MixtralConfig, OPTConfig
+from transformers import (AutoModelForSequenceClassification, BertConfig, CohereConfig, Gemma3TextConfig, GPT2Config,
+                          LlamaConfig, MambaConfig, MixtralConfig, OPTConfig, Phi3Config, Qwen3MoeConfig)
 
-from support import models, runs
+from conftest import save_tiny
 from families import SHAPE, make
 from stages import refused, write_rows
+from support import checkpoints, models, runs
 
 CPU = torch.device("cpu")
 
@@ -50,6 +54,101 @@ def test_an_adapter_beside_the_weights_is_refused(tmp_path):
     folder = saved(tmp_path / "model", "llama")
     (folder / "adapter_config.json").write_text("{}")
     with pytest.raises(runs.InputError, match=f"{folder}: has an adapter"):
+        load(folder)
+
+
+# ---------------------------------------------------------------------------------------------
+# Weights that are not what their values say. transformers would read them as if they were
+
+
+def quantised(weights, dtype, largest, scale="weight_scale", of="proj.weight"):
+    """Each matrix of these names as whole or 8-bit numbers up to `largest`, and beside it the scale that it needs."""
+    out = dict(weights)
+    for key in [key for key in weights if key.endswith(of)]:
+        factor = weights[key].abs().max() / largest
+        out[key] = (weights[key] / factor).to(dtype)
+        out[key.removesuffix("weight") + scale] = factor
+    return out
+
+
+def float8(weights, **names):
+    return quantised(weights, torch.float8_e4m3fn, 448, **names)
+
+
+Q = "model.layers.1.self_attn.q_proj"
+MISREAD = {
+    "float8": ("llama", float8, "down_proj.weight .*F8_E4M3"),
+    "float8, in blocks": ("llama", lambda weights: float8(weights, scale="weight_scale_inv"), "down_proj.weight .*F8"),
+    "float8, its scales lost": ("llama", lambda weights: {
+        key: value for key, value in float8(weights).items() if "scale" not in key}, "down_proj.weight .*F8"),
+    "float8 experts": ("mixtral", lambda weights: float8(weights, of=".w1.weight"), "experts.0.w1.weight .*F8"),
+    "int8": ("llama", lambda weights: quantised(weights, torch.int8, 127), "down_proj.weight .*I8"),
+    "uint8": ("llama", lambda weights: quantised(weights, torch.uint8, 127), "down_proj.weight .*U8"),
+    "scales of float weights": ("llama", lambda weights: quantised(weights, torch.float32, 448), "weight_scale"),
+    "scales of float experts": (Qwen3MoeConfig(**SHAPE, num_experts=4, moe_intermediate_size=16), lambda weights:
+                                quantised(weights, torch.float32, 448, of="0.mlp.experts.3.up_proj.weight"),
+                                "up_proj.*_scale"),
+    "a bias": ("llama", lambda weights: weights | {f"{Q}.bias": torch.ones(32)}, "q_proj.bias"),
+    "an adapter": ("llama", lambda weights: weights | {f"{Q}.lora_A.default.weight": torch.ones(2, 32)}, "lora_A")}
+
+
+@pytest.mark.parametrize("kind", MISREAD)
+def test_weights_that_transformers_misreads_are_refused(tmp_path, kind):
+    family, change, found = MISREAD[kind]
+    folder = saved(tmp_path / "model", family, change)
+    # in one line: `.` matches no line end
+    with pytest.raises(runs.InputError, match=rf"^{folder}: model\..*{found}.*\Z"):
+        load(folder)
+
+
+@pytest.mark.parametrize("method", [{"quant_method": "modelopt", "quant_algo": "FP8"}, None])
+def test_float8_is_refused_whatever_the_config_says(tmp_path, method):
+    make("llama").save_pretrained(tmp_path / "model", max_shard_size="20KB")
+    shards = [*(tmp_path / "model").glob("model-*.safetensors")]
+    assert len(shards) > 1
+    for shard in shards:
+        save_file(float8(load_file(shard)), shard, {"format": "pt"})
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config | ({"quantization_config": method} if method
+                                                                         else {})))
+    with pytest.raises(runs.InputError, match="model.layers.*F8_E4M3"):
+        load(tmp_path / "model")
+
+
+def test_what_belongs_to_no_weight_of_the_model_is_told_alone(tmp_path, capsys):
+    tower = float8({"vision_tower.q_proj.weight": torch.ones(4, 4)})
+    others = {"model.layers.0.self_attn.mask": torch.ones(4, 4, dtype=torch.bool), "position_ids": torch.arange(4),
+              "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)}  # which transformers does not even report
+    folder = saved(tmp_path / "model", "llama", lambda weights: tower | others | {
+        key: value.double() for key, value in weights.items()})
+    exact = {key: value.float() for key, value in load_file(folder / "model.safetensors").items()}
+    assert all(torch.equal(weight, exact[key]) for key, weight in load(folder).state_dict().items())
+    assert "4 weights in its files are not used" in capsys.readouterr().err
+
+
+def test_a_mask_among_the_weights_is_no_weight(tmp_path, capsys):
+    mask = {f"transformer.h.{k}.attn.bias": torch.ones(1, 1, 64, 64, dtype=torch.uint8).tril() for k in range(2)}
+    load(saved(tmp_path / "model", "gpt2", lambda weights: weights | mask))  # as in old files of GPT-2 and Pythia
+    assert capsys.readouterr().err == ""
+
+
+def test_weights_that_transformers_has_dequantised_are_used():
+    model, unknown = make("llama"), [f"{Q}.input_scale"]  # of the activations, which are not quantised any more
+    model.is_quantized = False  # as its quantizers do
+    checkpoints.check_weights("it", model, unknown)
+    model.is_quantized = True
+    with pytest.raises(runs.InputError, match="it: .*quantised"):
+        checkpoints.check_weights("it", model, unknown)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_weight_that_is_not_finite_is_named(tmp_path, value):
+    def change(weights):
+        weights[f"{Q}.weight"][-1, 3] = value
+        return weights
+
+    folder = saved(tmp_path / "model", "llama", change)
+    with pytest.raises(runs.InputError, match=f"^{folder}: {Q}.weight .*not finite"):
         load(folder)
 
 
@@ -133,6 +232,34 @@ def test_more_sampled_tokens_than_the_model_has_positions(gpt2, pi_0, tmp_path, 
     more = {"init_model": gpt2} if name == "03_judge" else {"batch_size": 1}
     line = refused(name, model=gpt2, input=path, output=tmp_path / "out", **more)
     assert f"{path}, id 7: 41 tokens" in line and "40 positions" in line and "--max-" in line
+
+
+LONGROPE = dict(rope_type="longrope", rope_theta=1e4, short_factor=[1.0] * 8, long_factor=[4.0 + k for k in range(8)],
+                original_max_position_embeddings=32)
+BY_LAYER = dict(full_attention=LONGROPE, sliding_attention=dict(rope_type="default", rope_theta=1e4))
+SCALED = {  # with 64 positions
+    "longrope": (Phi3Config(**SHAPE, original_max_position_embeddings=32, rope_parameters=dict(LONGROPE)), 32, True),
+    "longrope by layer": (Gemma3TextConfig(**SHAPE, head_dim=16, layer_types=[*BY_LAYER], rope_parameters=BY_LAYER),
+                          32, True),
+    "dynamic": (LlamaConfig(**SHAPE, rope_parameters=dict(rope_type="dynamic", rope_theta=1e4, factor=2.0)), 64, True),
+    "linear": (LlamaConfig(**SHAPE, rope_parameters=dict(rope_type="linear", rope_theta=1e4, factor=2.0)), 64, False)}
+
+
+@pytest.mark.parametrize("name", SCALED)
+def test_a_row_that_changes_the_others_of_its_batch_is_refused(name):
+    config, limit, changes = SCALED[name]
+    model, row = make(config), ([5, 6, 7], [[8, 9, 10, 11, 2]])
+    assert models.count_positions(model) == limit
+
+    def beside(length):  # log p of the row's tokens in a batch with one that is so long
+        return models.logps(model, [row, ([5] * 20, [[6] * (length - 20)])])[:5]
+
+    # a row's last token is no input: it is predicted at the one before
+    torch.testing.assert_close(beside(limit + 1), beside(21), rtol=1e-5, atol=1e-5)
+    assert changes == ((beside(limit + 2) - beside(21)).abs().max() > 0.01)
+    models.check_limits("in.jsonl", [(7, [5] * 20, [[6] * (limit - 20)])], model, "--max-length")
+    with pytest.raises(runs.InputError, match=f"in.jsonl, id 7: .*{limit} positions.*--max-length"):
+        models.check_limits("in.jsonl", [(7, [5] * 20, [[6] * (limit - 19)])], model, "--max-length")
 
 
 @pytest.mark.parametrize("name", ["00_sft", "01_seed_dpo", "02_generate", "05_eval sample"])

@@ -78,7 +78,8 @@ NEVER = -float("inf")
     (np.log([1, 2, 3, 4]), 1.0, [0, 0.099, 0.101, 0.299, 0.301, 0.599, 0.601, 0.999], [0, 0, 1, 1, 2, 2, 3, 3]),
     # at temperature 1/2 the odds are squared, 1 : 4 : 9 : 16 of 30: the boundaries lie at 0.033, 0.167, 0.467
     (np.log([1, 2, 3, 4]), 0.5, [0, 0.032, 0.034, 0.166, 0.168, 0.466, 0.468, 0.999], [0, 0, 1, 1, 2, 2, 3, 3]),
-    ([0.0, 2.0, 1.0], 0, [0, 0.999], [1, 1]),  # the likeliest
+    # the likeliest
+    *(([-1.0, 2.0, 1.0], temperature, [0, 0.999], [1, 1]) for temperature in (0, 5e-324, 1e-39, 1e-20)),
     # none of probability 0, with the least and the largest u that numpy draws
     ([NEVER, 0.0, NEVER, 1.0, NEVER], 1.0, [0, 0.5, 1 - 2 ** -53], [1, 3, 3]),
     # where sums of float32 probabilities are least exact

@@ -48,7 +48,8 @@ def test_imports_go_one_way_and_common_knows_little_of_runs():
     imported = {name: imports(path) for name, path in PAGE.items()}
     assert imported["runs"] == {} and imported["common"].keys() == {"runs"}
     assert "*" not in imported["common"]["runs"] and len(imported["common"]["runs"]) <= 5
-    assert imported["models"].keys() == {"common", "runs"} and imported["chat"].keys() == {"models", "runs"}
+    assert imported["models"].keys() == {"common", "checkpoints", "runs"} and imported["checkpoints"].keys() == {"runs"}
+    assert imported["chat"].keys() == {"models", "runs"}
 
     def below(name, *above):
         assert name not in above, (*above, name)

@@ -1,0 +1,65 @@
+"""What the files of a model hold, which transformers may read as something else.
+
+    check_weights     float8 and int8 without their scales, and values that are not finite, are refused
+"""
+
+import math
+from pathlib import Path
+
+import huggingface_hub
+import torch
+from transformers.utils import cached_file
+
+from support.runs import InputError
+
+
+def check_weights(name, model, unknown):
+    """Raises InputError where a loaded model's weights are not those that its files mean, or are not finite.
+
+    unknown: the names in its files that transformers has not used
+    """
+    if getattr(model, "is_quantized", False):
+        fault = "its weights are quantised"
+    elif hasattr(model, "is_quantized"):  # transformers knew the format, and has made plain weights of it
+        fault = None
+    else:
+        fault = find_misread(name, model, unknown)
+    if fault:
+        raise InputError(f"{name}: {fault}: give the model as transformers saves it, in float32, bfloat16 or float16")
+    bad = find_not_finite(model.state_dict())
+    if bad:
+        raise InputError(f"{name}: {bad} has values that are not finite: give another copy of the model")
+
+
+def find_misread(name, model, unknown):
+    """What was read as if it were plain, in words; None where nothing was found. unknown: as for `check_weights`.
+
+    In a format that it does not know, transformers takes float8 and int8 for the weights and ignores their scales.
+    """
+    weights, stored = model.state_dict(), stored_dtypes(name)
+    for key, dtype in stored.items():
+        is_mask = dtype in ("BOOL", "U8", "I32", "I64") and not (key in weights and weights[key].is_floating_point())
+        if dtype not in ("F64", "F32", "BF16", "F16") and key not in unknown and not is_mask:
+            return f"{key} is stored as {dtype}"
+    parts = tuple(key.removesuffix("weight") for key in (weights.keys() | stored.keys()) - {*unknown})
+    for key in unknown:
+        if key.startswith(parts):  # q_proj.weight_scale, q_proj.bias, q_proj.lora_A.weight beside q_proj.weight
+            return f"{key} is not used, but is a part of a weight that is"
+
+
+def stored_dtypes(name):
+    """{name of a weight: its dtype in the model's safetensors files, such as "BF16"}"""
+    try:  # of a model on the Hub the files are in the cache by now
+        folder = Path(cached_file(name, "config.json")).parent
+        files = huggingface_hub.get_local_safetensors_metadata(folder).files_metadata.values()
+    except (OSError, huggingface_hub.errors.NotASafetensorsRepoError):
+        return {}  # the Hub has converted them, from torch's own format, which it keeps in another branch
+    return {key: tensor.dtype for file in files for key, tensor in file.tensors.items()}
+
+
+def find_not_finite(weights):
+    """The first name in {name: weight} with a NaN or an infinity among its values; None where all are finite."""
+    for key, weight in weights.items():
+        # the least and the largest are NaN where a value is; a tenth of the time of isfinite, which makes a copy
+        if weight.numel() and not all(map(math.isfinite, torch.aminmax(weight))):
+            return key
