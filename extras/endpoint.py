@@ -140,25 +140,30 @@ class Endpoint:
 
     def ask(self, job):
         """("answered", the answer), or (how it ended, why there is none): "failed", may be answered another time;
-        "refused", never will; "fault", nor will any other. What may be temporary is tried again; where there is
-        always a reply, but without an answer, it is refused."""
-        retries = 0
+        "refused", never will; "fault", nor will any other. What may be temporary is tried again; where each reply has
+        a choice, but none an answer, it is refused."""
+        retries, replied = 0, True
         while True:
             with self.lock:
                 if self.stop.is_set() or self.requests == self.max_requests:
                     return "failed", f"--max-requests {self.max_requests} is reached"
                 self.requests += 1
-            body, pause, replied = self.body(job), min(60, PAUSE * 2 ** retries), False
+            body, pause, choice = self.body(job), min(60, PAUSE * 2 ** retries), None
             try:
                 response = self.send("POST", self.url, json=body)
                 if re.fullmatch(r"\d+(\.\d+)?", wait := response.headers.get("retry-after", "")):
                     pause = min(600, float(wait))
-                replied = response.status_code == 200 and self.works
-                how, found = self.read(response, body)
+                status, found = read_reply(response, "choices")
+                if status == 200:
+                    choice = found[0]
+                    how, found = self.read_choice(choice, body)
+                else:
+                    how = self.refusal(status, found, body)
             except Exception as error:  # many kinds: a timeout, a broken connection, a reply without an answer
                 how, found = "failed", f"{type(error).__name__}: {error}"
             if how == "other body":
                 continue
+            replied = replied and choice is not None
             if how == "answered":
                 self.works = True
                 return how, found
@@ -182,14 +187,28 @@ class Endpoint:
         """An answer. A short key is a word such as EMPTY, which vLLM's users set, and may stand in any answer."""
         return text.replace(self.key, "***") if len(self.key) >= 16 else text
 
-    def read(self, response, body):
-        """As `ask`, of the response to `body`; or ("other body", None) where another must be sent at once. Raises an
-        Exception of any kind at a reply without an answer, which another try may have."""
-        status = response.status_code
-        if status != 200:
-            how = "failed" if status in RETRIED else "refused" if status in REFUSED else "fault"
-            return how, f"HTTP {status} {response.text}"
-        return self.read_choice(response.json()["choices"][0], body)
+    def refusal(self, status, said, body):
+        """How a request with this HTTP status has ended, as in `ask`, or "other body" where another must be sent."""
+        return "failed" if status in RETRIED else "refused" if status in REFUSED else "fault"
+
+
+def read_reply(response, field):
+    """(200, the reply's list `field`), or (an HTTP status, what is said), where the body has an error its own code.
+
+    Proxies send such errors with HTTP 200; one without a code may be temporary, like a 500. Raises an Exception of any
+    kind at a reply of another form.
+    """
+    if response.status_code != 200:
+        return response.status_code, f"HTTP {response.status_code} {response.text}"
+    reply = response.json()
+    found = reply.get(field)
+    error = reply.get("error") or (found[0].get("error") if found else reply)
+    if found and not error:
+        return 200, found
+    fields = error if isinstance(error, dict) else {"message": error}
+    code = str(fields.get("code") or "without a code")
+    status = int(code) if re.fullmatch(r"[45]\d\d", code) else 500
+    return status, f"HTTP 200, error {code}: {fields.get('message') or response.text}"
 
 
 class JudgeEndpoint(Endpoint):
@@ -204,14 +223,16 @@ class JudgeEndpoint(Endpoint):
         options = dict(temperature=1, logprobs=True, top_logprobs=TOP_LOGPROBS) if self.logprobs else {"temperature": 0}
         return {"model": self.model, "messages": messages, self.limit: 1 if self.logprobs else MAX_TOKENS} | options
 
-    def read(self, response, body):
-        if response.status_code == 400 and LIMITS[0] in body and LIMITS[1] in response.text:
+    def refusal(self, status, said, body):
+        if status == 400 and LIMITS[0] in body and LIMITS[1] in said:
             self.limit = LIMITS[1]
-            return "other body", None
-        return super().read(response, body)
+            return "other body"
+        return super().refusal(status, said, body)
 
     def read_choice(self, choice, body):
         text, finish = choice["message"].get("content"), choice.get("finish_reason")
+        if finish in ("error", "abort"):
+            return "failed", f"finish_reason {finish}"
         if text is None or finish == "content_filter":
             return "refused", f"no content, finish_reason {finish}"
         if not self.logprobs:

@@ -111,6 +111,11 @@ def test_neither_token_is_a_missing_preference_and_identical_outputs_are_a_tie(t
     assert {round(row["preference"], 9) for row in rows[1:3] + rows[4:]} == {1.1, 1.9}
 
 
+def with_200(error):
+    """As proxies and gateways send it."""
+    return 200, json.dumps({"error": error}), {}
+
+
 TROUBLE = {
     "overloaded": lambda: (503, "busy", {"Retry-After": KEY}),
     "deep": lambda: (200, "[" * 100_000, {}),
@@ -119,6 +124,14 @@ TROUBLE = {
     "NaN for a log-prob": lambda: top_logprobs(("m", float("nan"))),
     "one too large": lambda: top_logprobs(("m", 1e4)),
     "slow": lambda: 1.0,
+    "a status in the body": lambda: with_200({"code": 429, "message": "too fast"}),
+    "one as a string": lambda: with_200({"code": "503", "message": "busy"}),
+    "a name for a code": lambda: with_200({"code": "rate_limit_exceeded", "message": "too fast"}),
+    "no code": lambda: with_200({"message": "overloaded"}),
+    "an error that is a string": lambda: with_200("overloaded"),
+    "an error that is no error object": lambda: (200, '{"code": 429, "message": "too fast"}', {}),
+    "a choice with an error": lambda: prefers_m(0.5) | {"error": {"code": 502, "message": "the provider is down"}},
+    "a choice that is cut by an error": lambda: prefers_m(0.5) | {"finish_reason": "error"},
 }
 
 
@@ -163,6 +176,18 @@ def test_what_fails_is_named_and_only_that_is_asked_for_again(tmp_path, pair):
     assert [row["preference"] for row in rows] == pytest.approx([1.9] * N)
 
 
+@pytest.mark.parametrize("error", [{"code": 429, "message": "quota is used up"}, "quota is used up"])
+def test_an_error_in_the_body_is_shown_and_never_a_missing_preference(tmp_path, pair, error):
+    def respond(request, before):
+        return with_200(error) if "say 4 " in str(request) else prefers_ours(request, before)
+    with serving(respond) as server:
+        line = fails(server, pair, tmp_path / "a.json", judge_retries=1)
+        assert "1 of 12" in line and "quota is used up" in line
+        server.respond = prefers_ours
+        rows = judge(server, pair, tmp_path / "a.json")
+    assert [row["preference"] for row in rows] == pytest.approx([1.9] * N) and len(server.requests) == N + 2
+
+
 def test_max_requests_of_a_run(tmp_path, pair):
     with serving(prefers_ours) as server:
         for asked in (5, 10):
@@ -177,6 +202,7 @@ def test_max_requests_of_a_run(tmp_path, pair):
 
 FILTERED = {"finish_reason": "content_filter", "logprobs": {"content": []}}
 REFUSALS = {"HTTP 400": (400, '{"error": {"code": "content_filter"}}', {}), "HTTP 422": (422, "too long", {}),
+            "400 in the body": with_200({"code": 400, "message": "flagged"}),
             "null content": says(None), "a content filter": says("") | FILTERED}
 
 
@@ -192,9 +218,20 @@ def test_a_row_that_is_refused_for_ever_is_missing_and_not_asked_for_again(tmp_p
     assert found == [None, *[pytest.approx(1.9)] * 2, None, *[pytest.approx(1.9)] * 8]
 
 
+def test_a_run_of_which_only_a_row_without_an_answer_is_left_ends(tmp_path, pair):
+    def respond(request, before):
+        return (500, "busy", {}) if "say 4 " in str(request) else prefers_ours(request, before)
+    with serving(respond) as server:
+        fails(server, pair, tmp_path / "a.json", judge_retries=0)
+        server.respond = lambda request, before: top_logprobs(("m", float("nan")))
+        found = [row["preference"] for row in judge(server, pair, tmp_path / "a.json", judge_retries=2)]
+    assert found == [*[pytest.approx(1.9)] * 4, None, *[pytest.approx(1.9)] * 7] and len(server.requests) == N + 3
+
+
 FAULTS = {"a wrong key": (401, f"wrong key {KEY}", {}), "not allowed": (403, "", {}), "no such model": (404, "", {}),
           "a redirect": (307, "", {"Location": "/v1/chat/completions"}), "no log-probs": says("m"),
-          "empty log-probs": says("m") | {"logprobs": {"content": []}}}
+          "empty log-probs": says("m") | {"logprobs": {"content": []}},
+          "401 in the body": with_200({"code": 401, "message": f"wrong key {KEY}"})}
 
 
 @pytest.mark.parametrize("fault", FAULTS)
