@@ -46,7 +46,8 @@ class Sampler:
             u = np.array([[common.uniforms(args.seed, keys[i], 0, args.max_new_tokens)] for i in batch])
             sampled = common.sample_responses(self.model, [prompts[i] for i in batch], u, temperatures[batch[0]],
                                               args.max_new_tokens, self.eos)
-            return [(chat.response_text(self.tokenizer, ids), finish, ids) for [(ids, finish)] in sampled]
+            return [(chat.response_text(self.tokenizer, prompts[i], ids), finish, ids)
+                    for i, [(ids, finish)] in zip(batch, sampled)]
 
         answers = common.map_batches(generate, batches, work, self.ranks, label)
         return [answers[i] for i in range(len(prompts))]

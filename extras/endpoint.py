@@ -41,7 +41,8 @@ def check_url(option, url, azure=False):
 
 
 def ask_judge(args, work, jobs, logprobs):
-    """{k: answer} to jobs {k: messages}: a text; with logprobs, [(token, log-prob)] of the most likely first tokens.
+    """{k: answer} to jobs {k: messages}: [text, finish_reason, "length" where it is cut at MAX_TOKENS]; with logprobs,
+    [(token, log-prob)] of the most likely first tokens.
 
     None where the endpoint refuses for ever, as a content filter does; see `ask_all`.
     """
@@ -113,7 +114,7 @@ def ask_local_model(args, work, jobs, logprobs):
     if logprobs:
         return dict(zip(jobs, sampler.most_likely(work, prompts, TOP_LOGPROBS)))
     answers = sampler.generate_answers(work, prompts, list(jobs), label="judging")
-    return {k: text for k, (text, *_) in zip(jobs, answers)}
+    return {k: [text, finish] for k, (text, finish, _) in zip(jobs, answers)}
 
 
 class Endpoint:
@@ -237,7 +238,7 @@ class JudgeEndpoint(Endpoint):
             return "refused", f"no content, finish_reason {finish}"
         if not self.logprobs:
             text.encode()  # a ValueError for a lone surrogate, which cannot be written
-            return "answered", self.without_key(text)
+            return "answered", [self.without_key(text), finish]
         tokens = (choice.get("logprobs") or {}).get("content")
         if not tokens:
             return "failed" if self.works else "fault", "the endpoint gave no log-probs"
