@@ -52,8 +52,11 @@ class Sampler:
         answers = common.map_batches(generate, batches, work, self.ranks, label)
         return [answers[i] for i in range(len(prompts))]
 
-    def most_likely(self, work, prompts, count):
-        """For each prompt (a list of ids) the `count` most likely first tokens of an answer: [(token, log-prob)]."""
+    def most_likely(self, work, prompts, count, label):
+        """For each prompt (a list of ids) the `count` most likely first tokens of an answer: [(token, log-prob)].
+
+        label: of the journal
+        """
         self.check_limits(prompts)
 
         @torch.no_grad()
@@ -66,7 +69,7 @@ class Sampler:
                     for row in zip(tokens.tolist(), logps.tolist())]
 
         rows = [{"prompt_ids": ids} for ids in prompts]
-        return common.map_rows(compute, rows, self.args.micro_batch_size, work, self.ranks, "judging")
+        return common.map_rows(compute, rows, self.args.micro_batch_size, work, self.ranks, label)
 
 
 def is_string(value):

@@ -128,7 +128,7 @@ def judge(args):
     others = [row for row in read_rows(path, {"model": is_string}) if row["model"] != model] if path.exists() else []
     args.output = str(Path(args.output) / "model_score" / f"{model}_{judge_name}.json")
     work = runs.open_output(args, "questions", "answers", "judge_prompts", "reference_answers", free=FREE)
-    for k, answer in ask_judge(args, work, jobs, logprobs=False).items():
+    for k, answer in ask_judge(args, work, jobs).items():
         text, finish = answer or (ERROR, "stop")
         rows[k] |= {"judgment": text, "score": read_rating(text, finish == "length"), "tstamp": time.time()}
     path.parent.mkdir(parents=True, exist_ok=True)
