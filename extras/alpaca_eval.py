@@ -13,7 +13,8 @@ annotations.json  [{"dataset", "instruction", "output_1", "generator_1" (the bas
 alpaca_eval_clf.txt is in the alpaca_eval package. The judge is an OpenAI-compatible endpoint that gives log-probs, or a
 model on this machine (no --judge-url). The key is read from OPENAI_API_KEY and written nowhere. Answers are kept as
 they come: after a stop, failed requests or --max-requests the same command resumes. A pair that the judge would always
-refuse (HTTP 400, no content, a content filter) has the preference null.
+refuse (HTTP 400, no content, a content filter) has the preference null, and so has one of which neither m nor M is
+likely, but where this is so of the first five, the command ends.
 
 The official tool, `pip install alpaca_eval==0.6.6 "setuptools<81"`, gives these outputs to the judge by itself, and
 scores these annotations; it takes df_gamed.csv from the Hub. alpaca-score reads what it writes:
@@ -37,8 +38,11 @@ import numpy as np
 
 import common
 from extras.answers import Sampler, file_name, fill, is_string, read_rows, write_output
-from extras.endpoint import FREE, ask_judge
+from extras.endpoint import FREE, ask_judge, letter
 from support import runs
+
+
+LETTERS = ("m", "M")  # of the first and the second output, as the judge sees them
 
 
 def is_preference(value):
@@ -197,7 +201,7 @@ def judge(args):
             m, big_m = (ours, base) if swapped[k] else (base, ours)
             fields = {"instruction": base["instruction"], "output_1": m["output"], "output_2": big_m["output"]}
             jobs[k] = [part | {"content": fill(part["content"], fields)} for part in template]
-    for k, most_likely in ask_judge(args, work, jobs, logprobs=True).items():
+    for k, most_likely in ask_judge(args, work, jobs, LETTERS).items():
         rows[k]["preference"] = preference_of(most_likely or [], swapped[k])
     missing = sum(row["preference"] is None for row in rows)
     write_output(args, work, rows, {"annotations": len(rows), "missing preferences": missing})
@@ -208,7 +212,7 @@ def preference_of(most_likely, swapped):
 
     most_likely: [(token, log-prob)]. None where neither m nor M is among them: a missing preference, not a guess.
     """
-    m, big_m = (sum(math.exp(logp) for token, logp in most_likely if token.strip() == name) for name in "mM")
+    m, big_m = (sum(math.exp(logp) for token, logp in most_likely if letter(token) == name) for name in LETTERS)
     if m + big_m == 0:
         return None
     preference = 2 - m / (m + big_m)

@@ -46,13 +46,17 @@ class Sampler:
             u = np.array([[common.uniforms(args.seed, keys[i], 0, args.max_new_tokens)] for i in batch])
             sampled = common.sample_responses(self.model, [prompts[i] for i in batch], u, temperatures[batch[0]],
                                               args.max_new_tokens, self.eos)
-            return [(chat.response_text(self.tokenizer, ids), finish, ids) for [(ids, finish)] in sampled]
+            return [(chat.response_text(self.tokenizer, prompts[i], ids), finish, ids)
+                    for i, [(ids, finish)] in zip(batch, sampled)]
 
         answers = common.map_batches(generate, batches, work, self.ranks, label)
         return [answers[i] for i in range(len(prompts))]
 
-    def most_likely(self, work, prompts, count):
-        """For each prompt (a list of ids) the `count` most likely first tokens of an answer: [(token, log-prob)]."""
+    def most_likely(self, work, prompts, count, label):
+        """For each prompt (a list of ids) the `count` most likely first tokens of an answer: [(token, log-prob)].
+
+        label: of the journal
+        """
         self.check_limits(prompts)
 
         @torch.no_grad()
@@ -65,7 +69,7 @@ class Sampler:
                     for row in zip(tokens.tolist(), logps.tolist())]
 
         rows = [{"prompt_ids": ids} for ids in prompts]
-        return common.map_rows(compute, rows, self.args.micro_batch_size, work, self.ranks, "judging")
+        return common.map_rows(compute, rows, self.args.micro_batch_size, work, self.ranks, label)
 
 
 def is_string(value):

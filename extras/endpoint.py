@@ -6,6 +6,7 @@
 """
 
 import argparse
+import json
 import os
 import re
 import threading
@@ -23,7 +24,7 @@ MAX_TOKENS = 2048  # of an answer that is a text, as in FastChat
 LIMITS = ("max_tokens", "max_completion_tokens")  # its name, and its name for OpenAI's newer models
 RETRIED = {408, 409, 425, 429, *range(500, 600)}  # HTTP statuses that may be temporary
 REFUSED = {400, 413, 422}  # those that may be about one request; any other is about all
-PROBES = 5  # requests without an answer before the first that has one: then the rest is not sent
+PROBES = 5  # requests without an answer, or one with a letter, before the first that has it: then the rest is not sent
 PAUSE = 1.0  # seconds before the first retry, doubled for each further one; Retry-After takes precedence
 
 
@@ -40,14 +41,35 @@ def check_url(option, url, azure=False):
         raise runs.InputError(f"{option}: must look like {example}; the key belongs in OPENAI_API_KEY")
 
 
-def ask_judge(args, work, jobs, logprobs):
-    """{k: answer} to jobs {k: messages}: a text; with logprobs, [(token, log-prob)] of the most likely first tokens.
+def ask_judge(args, work, jobs, letters=()):
+    """{k: answer} to jobs {k: messages}: [text, finish_reason], "length" where it is cut at MAX_TOKENS; with letters,
+    one of which is to be the answer, [(token, log-prob)] of the most likely first tokens.
 
-    None where the endpoint refuses for ever, as a content filter does; see `ask_all`.
+    None where the endpoint refuses for ever, as a content filter does; see `ask_all`. Raises InputError where the first
+    answers hold no letter.
     """
     if not args.judge_url:
-        return ask_local_model(args, work, jobs, logprobs)
-    return ask_all(JudgeEndpoint(args, logprobs), jobs, args.judge_requests, work, "judged")
+        return ask_local_model(args, work, jobs, letters)
+    return ask_all(JudgeEndpoint(args, letters), jobs, args.judge_requests, work, "judged")
+
+
+def letter(token):
+    """A token without the space before it, which some servers give as the tokenizer writes it: "Ġm", "▁m"."""
+    return token.strip().lstrip("Ġ▁")
+
+
+def has_letter(answer, letters):
+    """Whether one of `letters` is among the most likely tokens of an answer, [(token, log-prob)]."""
+    return any(letter(token) in letters for token, _ in answer)
+
+
+def check_letters(work, answers, letters):
+    """Raises InputError where none of these answers holds one of `letters`: hardly any other would."""
+    if answers and not any(has_letter(answer, letters) for answer in answers):
+        tokens = json.dumps([token for token, _ in answers[0]], ensure_ascii=False)[:160]
+        raise runs.InputError(f"{str(work).removesuffix('.partial')}: {' and '.join(letters)} are not among the most "
+                              f"likely tokens of the first {len(answers)} answers, such as {tokens}: give a judge that "
+                              "begins with the letter, without a thought, at a server that gives tokens as text")
 
 
 def ask_all(endpoint, jobs, requests, work, label):
@@ -69,7 +91,7 @@ def ask_all(endpoint, jobs, requests, work, label):
         def ask_one(k):
             how, found = endpoint.ask(jobs[k])
             with endpoint.lock:
-                if how == "answered":
+                if how == "answered" or how == "no letter" and answers:  # a missing preference, as in the official tool
                     keep(k, found)
                 else:
                     unanswered[k] = how, found
@@ -88,6 +110,8 @@ def ask_all(endpoint, jobs, requests, work, label):
             refused = [k for k, (how, _) in unanswered.items() if how == "refused"]
             for k in refused if answers and len(refused) <= max(PROBES, len(jobs) // 5) else ():
                 keep(k, None)
+            for k in [k for k, (how, _) in unanswered.items() if how == "no letter" and answers]:
+                keep(k, unanswered.pop(k)[1])
     report_unanswered(endpoint, unanswered, len(jobs), len(jobs.keys() - answers.keys()), work)
     return answers
 
@@ -95,8 +119,11 @@ def ask_all(endpoint, jobs, requests, work, label):
 def report_unanswered(endpoint, unanswered, count, missing, work):
     """Raises InputError where `missing` of `count` jobs have no answer, else says how many were refused for ever."""
     output = str(work).removesuffix(".partial")
+    if unanswered and all(how == "no letter" for how, _ in unanswered.values()):
+        check_letters(work, [answer for _, answer in unanswered.values()], endpoint.letters)
     # the reason that matters most
-    how, why = min(unanswered.values(), key=lambda end: ("fault", "failed", "refused").index(end[0]), default=("", ""))
+    order = ("fault", "failed", "refused", "no letter")
+    how, why = min(unanswered.values(), key=lambda end: order.index(end[0]), default=("", ""))
     if missing:
         check = f"check {endpoint.options}, OPENAI_API_KEY; " if how != "failed" else ""
         raise runs.InputError(f"{output}: {missing} of {count} have no answer ({why}): {check}the others are "
@@ -105,15 +132,16 @@ def report_unanswered(endpoint, unanswered, count, missing, work):
         print(f"{output}: {len(unanswered)} of {count} refused by the endpoint, so missing: {why}", flush=True)
 
 
-def ask_local_model(args, work, jobs, logprobs):
+def ask_local_model(args, work, jobs, letters):
     """As `ask_judge`, of the model --judge-model on this machine."""
     greedy = {"temperature": 0, "max_new_tokens": MAX_TOKENS, "seed": 0}  # the seed then decides nothing
     sampler = Sampler(argparse.Namespace(**vars(args) | greedy), args.judge_model)
     prompts = sampler.prompt_ids(jobs.values(), "the judging prompts")
-    if logprobs:
-        return dict(zip(jobs, sampler.most_likely(work, prompts, TOP_LOGPROBS)))
+    if letters:
+        check_letters(work, sampler.most_likely(work, prompts[:PROBES], TOP_LOGPROBS, "first answers"), letters)
+        return dict(zip(jobs, sampler.most_likely(work, prompts, TOP_LOGPROBS, "judging")))
     answers = sampler.generate_answers(work, prompts, list(jobs), label="judging")
-    return {k: text for k, (text, *_) in zip(jobs, answers)}
+    return {k: [text, finish] for k, (text, finish, _) in zip(jobs, answers)}
 
 
 class Endpoint:
@@ -139,28 +167,33 @@ class Endpoint:
         self.requests, self.lock, self.stop = 0, threading.Lock(), threading.Event()
 
     def ask(self, job):
-        """("answered", the answer), or (how it ended, why there is none): "failed", may be answered another time;
-        "refused", never will; "fault", nor will any other. What may be temporary is tried again; where there is
-        always a reply, but without an answer, it is refused."""
-        retries = 0
+        """("answered", the answer), ("no letter", an answer that holds none), or (how it ended, why there is none):
+        "failed", may be answered another time; "refused", never will; "fault", nor will any other. What may be
+        temporary is tried again; where each reply has a choice, but none an answer, it is refused."""
+        retries, replied = 0, True
         while True:
             with self.lock:
                 if self.stop.is_set() or self.requests == self.max_requests:
                     return "failed", f"--max-requests {self.max_requests} is reached"
                 self.requests += 1
-            body, pause, replied = self.body(job), min(60, PAUSE * 2 ** retries), False
+            body, pause, choice = self.body(job), min(60, PAUSE * 2 ** retries), None
             try:
                 response = self.send("POST", self.url, json=body)
                 if re.fullmatch(r"\d+(\.\d+)?", wait := response.headers.get("retry-after", "")):
                     pause = min(600, float(wait))
-                replied = response.status_code == 200 and self.works
-                how, found = self.read(response, body)
+                status, found = read_reply(response, "choices")
+                if status == 200:
+                    choice = found[0]
+                    how, found = self.read_choice(choice, body)
+                else:
+                    how = self.refusal(status, found, body)
             except Exception as error:  # many kinds: a timeout, a broken connection, a reply without an answer
                 how, found = "failed", f"{type(error).__name__}: {error}"
             if how == "other body":
                 continue
-            if how == "answered":
-                self.works = True
+            replied = replied and choice is not None
+            if how in ("answered", "no letter"):
+                self.works = self.works or how == "answered"
                 return how, found
             if how == "fault":
                 self.stop.set()
@@ -182,45 +215,62 @@ class Endpoint:
         """An answer. A short key is a word such as EMPTY, which vLLM's users set, and may stand in any answer."""
         return text.replace(self.key, "***") if len(self.key) >= 16 else text
 
-    def read(self, response, body):
-        """As `ask`, of the response to `body`; or ("other body", None) where another must be sent at once. Raises an
-        Exception of any kind at a reply without an answer, which another try may have."""
-        status = response.status_code
-        if status != 200:
-            how = "failed" if status in RETRIED else "refused" if status in REFUSED else "fault"
-            return how, f"HTTP {status} {response.text}"
-        return self.read_choice(response.json()["choices"][0], body)
+    def refusal(self, status, said, body):
+        """How a request with this HTTP status has ended, as in `ask`, or "other body" where another must be sent."""
+        return "failed" if status in RETRIED else "refused" if status in REFUSED else "fault"
+
+
+def read_reply(response, field):
+    """(200, the reply's list `field`), or (an HTTP status, what is said), where the body has an error its own code.
+
+    Proxies send such errors with HTTP 200; one without a code may be temporary, like a 500. Raises an Exception of any
+    kind at a reply of another form.
+    """
+    if response.status_code != 200:
+        return response.status_code, f"HTTP {response.status_code} {response.text}"
+    reply = response.json()
+    found = reply.get(field)
+    error = reply.get("error") or (found[0].get("error") if found else reply)
+    if found and not error:
+        return 200, found
+    fields = error if isinstance(error, dict) else {"message": error}
+    code = str(fields.get("code") or "without a code")
+    status = int(code) if re.fullmatch(r"[45]\d\d", code) else 500
+    return status, f"HTTP 200, error {code}: {fields.get('message') or response.text}"
 
 
 class JudgeEndpoint(Endpoint):
     """Asked for a chat completion to messages."""
 
-    def __init__(self, args, logprobs):
+    def __init__(self, args, letters):
         super().__init__("--judge-url, --judge-model", args.judge_url, "/chat/completions", args.judge_timeout,
                          args.judge_retries, args.max_requests)
-        self.model, self.logprobs, self.limit = args.judge_model, logprobs, LIMITS[0]
+        self.model, self.letters, self.limit = args.judge_model, letters, LIMITS[0]
 
     def body(self, messages):
-        options = dict(temperature=1, logprobs=True, top_logprobs=TOP_LOGPROBS) if self.logprobs else {"temperature": 0}
-        return {"model": self.model, "messages": messages, self.limit: 1 if self.logprobs else MAX_TOKENS} | options
+        options = dict(temperature=1, logprobs=True, top_logprobs=TOP_LOGPROBS) if self.letters else {"temperature": 0}
+        return {"model": self.model, "messages": messages, self.limit: 1 if self.letters else MAX_TOKENS} | options
 
-    def read(self, response, body):
-        if response.status_code == 400 and LIMITS[0] in body and LIMITS[1] in response.text:
+    def refusal(self, status, said, body):
+        if status == 400 and LIMITS[0] in body and LIMITS[1] in said:
             self.limit = LIMITS[1]
-            return "other body", None
-        return super().read(response, body)
+            return "other body"
+        return super().refusal(status, said, body)
 
     def read_choice(self, choice, body):
         text, finish = choice["message"].get("content"), choice.get("finish_reason")
+        if finish in ("error", "abort"):
+            return "failed", f"finish_reason {finish}"
         if text is None or finish == "content_filter":
             return "refused", f"no content, finish_reason {finish}"
-        if not self.logprobs:
+        if not self.letters:
             text.encode()  # a ValueError for a lone surrogate, which cannot be written
-            return "answered", self.without_key(text)
+            return "answered", [self.without_key(text), finish]
         tokens = (choice.get("logprobs") or {}).get("content")
         if not tokens:
             return "failed" if self.works else "fault", "the endpoint gave no log-probs"
-        answer = [(self.without_key(top["token"]), float(top["logprob"])) for top in tokens[0]["top_logprobs"]]
+        likely = tokens[0].get("top_logprobs") or []
+        answer = [(self.without_key(top["token"]), float(top["logprob"])) for top in likely]
         if not all(logp < 0.1 for _, logp in answer):  # NaN too; 0.1 for an endpoint that rounds
             raise ValueError("the endpoint gave log-probs that are not log-probs")
-        return "answered", answer
+        return "answered" if has_letter(answer, self.letters) else "no letter", answer

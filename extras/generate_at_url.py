@@ -20,7 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import common
-from extras.endpoint import Endpoint, ask_all, check_url
+from extras.endpoint import Endpoint, ask_all, check_url, read_reply
 from support import chat, models, runs
 
 FREE = ("output", "url", "url_requests")  # options that change no response
@@ -69,7 +69,10 @@ class SamplingEndpoint(Endpoint):
                       "frequency_penalty": 0, "stop_token_ids": eos, "return_token_ids": True}
         try:
             response = self.send("GET", self.url.removesuffix("/completions") + "/models")
-            names = [model["id"] for model in response.raise_for_status().json()["data"]]
+            status, found = read_reply(response, "data")
+            if status != 200:
+                raise ValueError(found)
+            names = [model["id"] for model in found]
         except Exception as error:  # as in `ask`
             raise runs.InputError(f"--url: cannot list its models ({type(error).__name__}: {self.shown(str(error))}): "
                                   "give the address of a running server, .../v1")

@@ -11,8 +11,9 @@ folder mt_bench:
     model_judgment/gpt-4_single.jsonl  {"question_id", "model", "judge", "user_prompt", "judgment", "score", "turn",
                                        "tstamp"} of all models that were judged; this model's older ones are replaced
     model_score/spa_3_gpt-4.json       mean ratings, 1 to 10: of both turns, each turn, each of the eight categories
-A judgment without a rating has the score -1 and is left out of the means. It is "$ERROR$" where the judge would always
-refuse. The judge, its key and how mt-judge resumes are as for alpaca-judge (alpaca_eval.py).
+A judgment without a rating in 1 to 10 after the judge's thought, if it has one, has the score -1 and is left out of the
+means. It is "$ERROR$" where the judge would always refuse. The judge, its key and how mt-judge resumes are as for
+alpaca-judge (alpaca_eval.py).
 
 FastChat, `pip install fschat==0.2.36 "openai<1" anthropic torch transformers accelerate pandas`, rates these answers
 itself, or takes these ratings and shows the same means. In its fastchat/llm_judge, with the folder mt_bench in it:
@@ -21,6 +22,10 @@ itself, or takes these ratings and shows the same means. In its fastchat/llm_jud
     python -m fastchat.llm_judge.gen_judgment --model-list spa_3 --judge-model gpt-4
     cp -r mt_bench/model_judgment data/mt_bench/      # instead of the line above
     python -m fastchat.llm_judge.show_result --judge-model gpt-4
+
+Departs from FastChat: the prompts of mt-sample come from the tokenizer's chat template, not from FastChat's
+conversation templates, of which some have a system message. No rating is read in a thought, in a judgment that is cut
+at 2,048 tokens and may be one, or outside 1 to 10.
 """
 
 import hashlib
@@ -55,10 +60,17 @@ ANSWERS = {"question_id": runs.is_id, "choices": is_choices}
 JUDGE_PROMPTS = {"name": runs.is_text, "system_prompt": is_string, "prompt_template": runs.is_text}
 
 
-def read_rating(judgment):
-    """The first [[rating]] of a judgment, otherwise the first [rating] as FastChat does, otherwise -1."""
-    found = re.search(r"\[\[(\d{1,9}(\.\d*)?)\]\]", judgment) or re.search(r"\[(\d{1,9}(\.\d*)?)\]", judgment)
-    return float(found[1]) if found else -1
+def read_rating(judgment, cut=False):
+    """The first [[rating]] of a judgment, otherwise the first [rating] as FastChat does; -1 unless it is in [1, 10].
+
+    Of a judge that thinks, what follows the thought is read; nothing where the thought does not end. A judgment that
+    is cut at the limit may be a thought that the judge's prompt has opened.
+    """
+    _, end, answer = judgment.rpartition("</think>")
+    if not end and (cut or judgment.lstrip().startswith("<think>")):
+        return -1
+    found = re.search(r"\[\[(\d{1,9}(\.\d*)?)\]\]", answer) or re.search(r"\[(\d{1,9}(\.\d*)?)\]", answer)
+    return float(found[1]) if found and 1 <= float(found[1]) <= 10 else -1
 
 
 def mt_bench_metrics(rows, category):
@@ -116,9 +128,9 @@ def judge(args):
     others = [row for row in read_rows(path, {"model": is_string}) if row["model"] != model] if path.exists() else []
     args.output = str(Path(args.output) / "model_score" / f"{model}_{judge_name}.json")
     work = runs.open_output(args, "questions", "answers", "judge_prompts", "reference_answers", free=FREE)
-    for k, text in ask_judge(args, work, jobs, logprobs=False).items():
-        text = ERROR if text is None else text
-        rows[k] |= {"judgment": text, "score": read_rating(text), "tstamp": time.time()}
+    for k, answer in ask_judge(args, work, jobs).items():
+        text, finish = answer or (ERROR, "stop")
+        rows[k] |= {"judgment": text, "score": read_rating(text, finish == "length"), "tstamp": time.time()}
     path.parent.mkdir(parents=True, exist_ok=True)
     runs.write_jsonl(path, others + rows)
     metrics = mt_bench_metrics(rows, {row["question_id"]: row["category"] for row in questions})

@@ -130,8 +130,8 @@ def make_records(path, rows, responses, tokenizer, max_new_tokens, counts):
 
     responses: [[(token ids, "eos" or "length") of each response] of each row]. Raises InputError where no row has two.
     """
-    records = [row | {"responses": [{"text": response_text(tokenizer, ids), "ids": ids, "finish": finish}
-                                    for ids, finish in of_prompt]}
+    records = [row | {"responses": [{"text": response_text(tokenizer, row["prompt_ids"], ids), "ids": ids,
+                                     "finish": finish} for ids, finish in of_prompt]}
                for row, of_prompt in zip(rows, responses, strict=True) if len(of_prompt) >= 2]
     counts |= {"prompts dropped for them": len(rows) - len(records), "prompts kept": len(records)}
     if not records:
@@ -175,15 +175,19 @@ def response_ids(tokenizer, messages, prompt, text, eos):
     return ids + [eos[0]] if first is None else ids[:first + 1]
 
 
-def response_text(tokenizer, ids):
-    """What judges and benchmarks read of a response: no special tokens, no thought before the answer."""
+def response_text(tokenizer, prompt, ids):
+    """What judges and benchmarks read of a response (ids): no special tokens, no thought before the answer.
+
+    prompt: its ids; a template may open a thought at its end.
+    """
     ids, tokens = list(ids), tokenizer.added_tokens_encoder
     # gpt-oss; DeepSeek-R1, Qwen3 and others
     for opening, closing in (("<|channel|>", "<|channel|>final<|message|>"), ("<think>", "</think>")):
         if opening in tokens:  # the model has such a token
             mark = tokenizer.encode(closing, add_special_tokens=False)
             ends = [k + len(mark) for k in range(len(ids)) if ids[k:k + len(mark)] == mark]
-            if ends or tokens[opening] in ids:  # a thought, which without an end has no answer after it
+            opened = tokenizer.decode([*prompt[-4:]]).rstrip().endswith(opening)  # white space may follow
+            if ends or opened or tokens[opening] in ids:  # a thought, which without an end has no answer after it
                 ids = ids[ends[-1]:] if ends else []
     return tokenizer.decode(ids, skip_special_tokens=True).strip()
 

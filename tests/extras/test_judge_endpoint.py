@@ -98,6 +98,9 @@ def test_preference_of_the_most_likely_tokens():
     assert alpaca_eval.preference_of(logs(M=0.4, other=0.6), False) == 2  # one of them missing: the other is certain
     assert alpaca_eval.preference_of(logs(m=0.4, other=0.6), False) == 1
     assert alpaca_eval.preference_of(logs(other=1.0), False) is None
+    # a space before the letter, as text or as tokenizers write it
+    for raw in (logs(**{" m": 0.6, "M": 0.2}), logs(Ġm=0.6, ĠM=0.2), logs(**{"▁m": 0.3, "m": 0.3, "▁M": 0.2})):
+        assert alpaca_eval.preference_of(raw, False) == pytest.approx(2 - 0.75)
 
 
 def test_neither_token_is_a_missing_preference_and_identical_outputs_are_a_tie(tmp_path, pair):
@@ -111,6 +114,63 @@ def test_neither_token_is_a_missing_preference_and_identical_outputs_are_a_tie(t
     assert {round(row["preference"], 9) for row in rows[1:3] + rows[4:]} == {1.1, 1.9}
 
 
+def no_letter(*tokens):
+    return top_logprobs(*((token, -1.0 - k) for k, token in enumerate(tokens)))
+
+
+NO_LETTERS = {"a thought": (no_letter("<think>", "Okay"), "<think>"), "ids": (no_letter("token_id:76"), "token_id:76"),
+              "none": (says("m") | {"logprobs": {"content": [{"token": "m", "top_logprobs": []}]}}, "[]"),
+              "null": (says("m") | {"logprobs": {"content": [{"token": "m", "top_logprobs": None}]}}, "[]")}
+
+
+@pytest.mark.parametrize("tokens", NO_LETTERS)
+def test_a_judge_whose_first_answers_hold_neither_letter_is_asked_a_few_times(tmp_path, pair, tokens):
+    choice, named = NO_LETTERS[tokens]
+    with serving(lambda request, before: choice) as server:
+        for asked in (5, 10):  # nothing is recorded of it
+            line = fails(server, pair, tmp_path / "a.json")
+            assert named in line and "m and M" in line and len(server.requests) == asked
+        server.respond = prefers_ours
+        assert [row["preference"] for row in judge(server, pair, tmp_path / "a.json")] == pytest.approx([1.9] * N)
+    write_outputs(pair[0], "base", ["base 0", "base 1"] + [f"ours {k}" for k in range(2, N)])  # two to ask about
+    with serving(lambda request, before: choice) as server:
+        assert named in fails(server, pair, tmp_path / "b.json") and len(server.requests) == 2
+
+
+def test_answers_without_a_letter_before_and_after_the_first_with_one_are_kept(tmp_path, pair):
+    def respond(request, before):
+        return no_letter("Both") if re.search("say [0123] |say 8 ", str(request)) else prefers_ours(request, before)
+    with serving(respond) as server:
+        fails(server, pair, tmp_path / "a.json", max_requests=6)
+        rows = judge(server, pair, tmp_path / "a.json")
+    assert [k for k, row in enumerate(rows) if row["preference"] is None] == [0, 1, 2, 3, 8]
+    assert len(server.requests) == N
+
+
+def test_a_resumed_run_of_which_only_answers_without_a_letter_are_left_ends(tmp_path, pair):
+    with serving(prefers_ours) as server:
+        fails(server, pair, tmp_path / "a.json", max_requests=5)
+        server.respond = lambda request, before: no_letter("Both")
+        rows = judge(server, pair, tmp_path / "a.json")
+    assert sum(row["preference"] is None for row in rows) == 7 and len(server.requests) == N
+
+
+def test_a_local_judge_that_gives_neither_letter_is_asked_a_few_times(tmp_path, pair, pi_init, monkeypatch):
+    asked, original = [], common.map_rows
+
+    def map_rows(compute, rows, *rest, **options):
+        asked.append(len(rows))
+        return original(compute, rows, *rest, **options)
+    monkeypatch.setattr(common, "map_rows", map_rows)
+    line = alpaca_judge(stages.refused, pair, judge_model=pi_init, output=tmp_path / "a.json")
+    assert "m and M" in line and asked == [5]
+
+
+def with_200(error):
+    """As proxies and gateways send it."""
+    return 200, json.dumps({"error": error}), {}
+
+
 TROUBLE = {
     "overloaded": lambda: (503, "busy", {"Retry-After": KEY}),
     "deep": lambda: (200, "[" * 100_000, {}),
@@ -119,6 +179,14 @@ TROUBLE = {
     "NaN for a log-prob": lambda: top_logprobs(("m", float("nan"))),
     "one too large": lambda: top_logprobs(("m", 1e4)),
     "slow": lambda: 1.0,
+    "a status in the body": lambda: with_200({"code": 429, "message": "too fast"}),
+    "one as a string": lambda: with_200({"code": "503", "message": "busy"}),
+    "a name for a code": lambda: with_200({"code": "rate_limit_exceeded", "message": "too fast"}),
+    "no code": lambda: with_200({"message": "overloaded"}),
+    "an error that is a string": lambda: with_200("overloaded"),
+    "an error that is no error object": lambda: (200, '{"code": 429, "message": "too fast"}', {}),
+    "a choice with an error": lambda: prefers_m(0.5) | {"error": {"code": 502, "message": "the provider is down"}},
+    "a choice that is cut by an error": lambda: prefers_m(0.5) | {"finish_reason": "error"},
 }
 
 
@@ -163,6 +231,18 @@ def test_what_fails_is_named_and_only_that_is_asked_for_again(tmp_path, pair):
     assert [row["preference"] for row in rows] == pytest.approx([1.9] * N)
 
 
+@pytest.mark.parametrize("error", [{"code": 429, "message": "quota is used up"}, "quota is used up"])
+def test_an_error_in_the_body_is_shown_and_never_a_missing_preference(tmp_path, pair, error):
+    def respond(request, before):
+        return with_200(error) if "say 4 " in str(request) else prefers_ours(request, before)
+    with serving(respond) as server:
+        line = fails(server, pair, tmp_path / "a.json", judge_retries=1)
+        assert "1 of 12" in line and "quota is used up" in line
+        server.respond = prefers_ours
+        rows = judge(server, pair, tmp_path / "a.json")
+    assert [row["preference"] for row in rows] == pytest.approx([1.9] * N) and len(server.requests) == N + 2
+
+
 def test_max_requests_of_a_run(tmp_path, pair):
     with serving(prefers_ours) as server:
         for asked in (5, 10):
@@ -177,6 +257,7 @@ def test_max_requests_of_a_run(tmp_path, pair):
 
 FILTERED = {"finish_reason": "content_filter", "logprobs": {"content": []}}
 REFUSALS = {"HTTP 400": (400, '{"error": {"code": "content_filter"}}', {}), "HTTP 422": (422, "too long", {}),
+            "400 in the body": with_200({"code": 400, "message": "flagged"}),
             "null content": says(None), "a content filter": says("") | FILTERED}
 
 
@@ -192,9 +273,20 @@ def test_a_row_that_is_refused_for_ever_is_missing_and_not_asked_for_again(tmp_p
     assert found == [None, *[pytest.approx(1.9)] * 2, None, *[pytest.approx(1.9)] * 8]
 
 
+def test_a_run_of_which_only_a_row_without_an_answer_is_left_ends(tmp_path, pair):
+    def respond(request, before):
+        return (500, "busy", {}) if "say 4 " in str(request) else prefers_ours(request, before)
+    with serving(respond) as server:
+        fails(server, pair, tmp_path / "a.json", judge_retries=0)
+        server.respond = lambda request, before: top_logprobs(("m", float("nan")))
+        found = [row["preference"] for row in judge(server, pair, tmp_path / "a.json", judge_retries=2)]
+    assert found == [*[pytest.approx(1.9)] * 4, None, *[pytest.approx(1.9)] * 7] and len(server.requests) == N + 3
+
+
 FAULTS = {"a wrong key": (401, f"wrong key {KEY}", {}), "not allowed": (403, "", {}), "no such model": (404, "", {}),
           "a redirect": (307, "", {"Location": "/v1/chat/completions"}), "no log-probs": says("m"),
-          "empty log-probs": says("m") | {"logprobs": {"content": []}}}
+          "empty log-probs": says("m") | {"logprobs": {"content": []}},
+          "401 in the body": with_200({"code": 401, "message": f"wrong key {KEY}"})}
 
 
 @pytest.mark.parametrize("fault", FAULTS)
@@ -368,6 +460,7 @@ def test_offline_is_said_before_anything_is_tried(tmp_path, pair, monkeypatch):
 def test_a_local_model_by_the_same_log_probs(tmp_path, pair, pi_init, tokenizer, monkeypatch):
     """Both orders of a prompt, read at its last position; the preference is that of the model's own logits."""
     monkeypatch.setattr(endpoint, "TOP_LOGPROBS", len(tokenizer))
+    monkeypatch.setattr(alpaca_eval, "LETTERS", ("my", "lid"))  # words that it knows
     monkeypatch.setattr(alpaca_eval, "preference_of", lambda most_likely, swapped: most_likely)
     output = alpaca_judge(stages.run, pair, judge_model=pi_init, output=tmp_path / "a.json", micro_batch_size=5)
     rows = json.loads(output.read_text())

@@ -91,10 +91,18 @@ def test_temperatures_and_rating():
         "writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities"]  # Figure 5a's order
     for text, score in [("Rating: [[5]]", 5), ("[[7.5]] then [[2]]", 7.5), ("no rating", -1), ("[[rating]]", -1),
                         ("Rating: [8]", 8), ("[1] is cited, [[3]]", 3), ("", -1), ("[[7.]]", 7),
+                        # a thought is not read, however it is opened, and one that does not end has no rating
+                        ("<think>\nMaybe [[3]].\n</think>\n\nRating: [[8]]", 8), ("Maybe [[3]].</think> [[8]]", 8),
+                        (" <think>\nMaybe [[3]], or", -1), ("<think>[[3]]</think> well", -1),
+                        ("It writes <think> twice. Rating: [[4]]", 4),
+                        # not between 1 and 10
+                        ("It was in [2023].", -1), ("[[0]]", -1), ("[[10.5]]", -1), ("[[1]]", 1), ("[[10]]", 10),
                         # numbers that are none, found without delay
                         ("[[" + "1" * 400 + "]]", -1), ("[[" + "1" * 200_000, -1), ("[" * 200_000, -1),
                         ("[[1" * 50_000, -1)]:
         assert mt_bench.read_rating(text) == score
+    # cut at the limit, it may be a thought that the prompt has opened
+    assert [mt_bench.read_rating(text, cut=True) for text in ("Maybe [[3]], or", "a</think> [[8]] since")] == [-1, 8]
 
 
 def respond(request, before):
@@ -154,6 +162,20 @@ def test_a_judgment_that_is_refused_for_ever_is_fastchat_s_error(tmp_path, judge
     assert [row["judgment"] for row in rows[2:4]] == ["$ERROR$"] * 2
     scores = json.loads((tmp_path / "bench" / "model_score" / "ours_gpt-x.json").read_text())
     assert scores["n_without_rating"] == 2 and scores["mt_bench"] == 5  # (10 + 5 x 4) / 6
+
+
+def test_a_judge_that_thinks_is_read_after_its_thought(tmp_path, judge_options):
+    def thinks(request, before):
+        text = request["messages"][1]["content"]
+        ends = not text.startswith("two")  # the thoughts about the second turns are cut
+        return says("Maybe [[3]]." + " </think> Rating: [[8]]" * ends) | {"finish_reason": "stop" if ends else "length"}
+    with serving(thinks) as server:
+        rows = judge(write_answers(tmp_path, "ours"), server, judge_options)
+    assert [row["score"] for row in rows if row["turn"] == 1] == [8] * 4
+    assert [row["score"] for row in rows if row["judge"][1] == "single-v1-multi-turn"] == [-1] * 3
+    assert rows[1]["judgment"] == "Maybe [[3]]."
+    scores = json.loads((tmp_path / "bench" / "model_score" / "ours_gpt-x.json").read_text())
+    assert scores["n_without_rating"] == 3 and scores["mt_bench"] == 8
 
 
 def test_a_judgment_that_cannot_be_written_is_not_an_answer(tmp_path, judge_options):

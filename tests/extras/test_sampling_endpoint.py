@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import types
 
 import huggingface_hub
 import numpy as np
@@ -15,7 +16,7 @@ import common
 from chat_server import KEY, serving
 from extras import endpoint
 from support import chat, runs
-from stages import NO_RANKS, ROOT, attempt, command_line, digest, parsed, refused, rows, run
+from stages import NO_RANKS, ROOT, attempt, command_line, digest, load, parsed, refused, rows, run
 
 AT_URL, LIMIT = "extras/generate_at_url", 12
 
@@ -113,6 +114,7 @@ def test_how_a_response_ends(tmp_path, options, eos, kind):
 
 def test_what_may_pass_is_asked_again(tmp_path, options, sampler):
     trouble = [(429, "slow down", {"Retry-After": "0"}), (500, "busy", {}), (200, "not json", {}),
+               (200, '{"error": {"code": 429, "message": "slow down"}}', {}),
                {"finish_reason": "abort", "token_ids": [20]}]
 
     def troubled(request, before):
@@ -141,6 +143,23 @@ def test_a_prompt_that_is_refused_for_ever_is_dropped_and_counted(tmp_path, opti
         ran = attempt(AT_URL, **options, url=server.url, samples=6, output=tmp_path / "out")
     assert ran.status == 0 and "prompts refused by the server 1," in ran.out, ran
     assert [row["id"] for row in rows(tmp_path / "out")] == [str(row["id"]) for row in prompts]
+
+
+@pytest.mark.parametrize("error", [{"code": "503", "message": "tired"}, "tired"])
+def test_an_error_in_the_body_drops_no_prompt(tmp_path, options, sampler, error, monkeypatch):
+    monkeypatch.setattr(load(AT_URL), "RETRIES", 1)
+    body = (200, json.dumps({"error": error}), {})
+    with serving(lambda request, before: body if len(server.requests) in (9, 10) else sampler(request, before),
+                 [options["model"]]) as server:
+        assert "tired" in refused(AT_URL, **options, url=server.url, url_requests=1, output=tmp_path / "out")
+        assert len(rows(run(AT_URL, **options, url=server.url, output=tmp_path / "out"))) == len(rows(options["input"]))
+
+
+def test_an_error_in_place_of_the_models_is_shown(tmp_path, options, monkeypatch):
+    said = {"error": {"code": 503, "message": "no server is up"}}
+    reply = types.SimpleNamespace(status_code=200, text=json.dumps(said), json=lambda: said)
+    monkeypatch.setattr(endpoint.Endpoint, "send", lambda *_, **options: reply)
+    assert "no server is up" in refused(AT_URL, **options, url="http://host/v1", output=tmp_path / "out")
 
 
 def stops(request, **change):

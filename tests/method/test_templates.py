@@ -2,6 +2,7 @@
 
 import json
 import re
+from array import array
 from datetime import datetime, timedelta
 
 import pytest
@@ -44,6 +45,8 @@ CHAT = {
                "{% endfor %}{% if add_generation_prompt %}<|start|>assistant{% endif %}",
     "llama-2": "{% for m in messages %}{% if m.role == 'user' %}{{ bos_token }}[INST] {{ m.content.strip() }} [/INST]"
                "{% else %} {{ m.content.strip() }} {{ eos_token }}{% endif %}{% endfor %}"}
+CHAT["qwen3-not-thinking"] = CHAT["qwen3"].replace("assistant\n{% endif %}", "assistant\n<think>\n\n</think>\n\n"
+                                                   "{% endif %}")
 CHAT["qwen3-thinking"] = CHAT["qwen3"].replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
 ASKED, ANSWER = [{"role": "user", "content": "name a fish"}], "the eel"
 SYSTEM = {"role": "system", "content": "be brief"}
@@ -214,18 +217,39 @@ def test_thoughts_of_earlier_turns_may_be_left_out_of_a_prompt(made, name):
     ("gpt-oss", "<|channel|>final<|message|>the eel<|return|>", ANSWER),
     ("gpt-oss", "<|channel|>analysis<|message|>a fish", ""),  # cut at the limit: it has not answered
     ("deepseek-r1", "an eel is a fish\n</think>\n\nthe eel</s>", ANSWER),
+    ("deepseek-r1", "an eel is a fish", ""), ("qwen3-thinking", "an eel is a fish", ""),  # the prompt has opened it
     ("qwen3", THOUGHT + "<|im_end|>", ANSWER), ("qwen3", "<think>\na fish", ""), ("qwen3", "the eel<|im_end|>", ANSWER),
-    ("gemma", "the eel<end_of_turn>", ANSWER)])
+    ("qwen3-not-thinking", "the eel<|im_end|>", ANSWER), ("gemma", "the eel<end_of_turn>", ANSWER)])
 def test_what_judges_and_benchmarks_read_is_the_answer_after_the_thought(made, name, sampled, text):
     tokenizer, _ = made(name)
-    assert chat.response_text(tokenizer, ids_of(tokenizer, sampled)) == text
+    prompt = array("i", chat.prompt_ids(tokenizer, ASKED, "here"))
+    assert chat.response_text(tokenizer, prompt, ids_of(tokenizer, sampled)) == text
+
+
+def test_a_thought_that_a_message_spells_is_not_opened_by_the_prompt(made):
+    tokenizer, _ = made("qwen3")
+    prompt = chat.prompt_ids(tokenizer, [{"role": "user", "content": "what is <think>"}], "here")
+    assert tokenizer.convert_tokens_to_ids("<think>") in prompt
+    assert chat.response_text(tokenizer, prompt, ids_of(tokenizer, "the eel<|im_end|>")) == ANSWER
 
 
 def test_a_tokenizer_without_thoughts_keeps_a_text_that_spells_their_end():
     tokenizer = make_tokenizer()
-    assert chat.response_text(tokenizer, ids_of(tokenizer, "a </think> b</s>")) == "a </think> b"
+    assert chat.response_text(tokenizer, [5], ids_of(tokenizer, "a </think> b</s>")) == "a </think> b"
     words = make_tokenizer("whole words")  # to it the end of a thought is an unknown word like others
-    assert chat.response_text(words, ids_of(words, "the whale eel")) == "the eel"
+    assert chat.response_text(words, [5], ids_of(words, "the whale eel")) == "the eel"
+
+
+def test_responses_cut_within_a_thought_that_the_prompt_opened_are_empty(tmp_path, tokenizer, world):
+    thinking = type(tokenizer).from_pretrained(world / "base")
+    thinking.add_tokens(["<think>", "</think>"])
+    thinking.chat_template += "{% if add_generation_prompt %}<think>{% endif %}"
+    options = dict(model=save_tiny(tmp_path / "model", thinking, vocab_size=len(thinking) - 1),  # it cannot end it
+                   max_new_tokens=9)
+    sampled = rows(run("02_generate", **options, input=world / "prompts_1.jsonl", output=tmp_path / "out"))
+    assert {y["text"] for row in sampled for y in row["responses"]} == {""}
+    evaluated = run("05_eval", "sample", **options, input=world / "eval.jsonl", output=tmp_path / "eval")
+    assert {row["response"] for row in rows(evaluated / "responses.jsonl")} == {""}
 
 
 # ---------------------------------------------------------------------------------------------
