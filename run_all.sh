@@ -9,6 +9,7 @@
 # The environment can set every variable of `settings`: SEED=1 LR=1e-6 bash run_all.sh mistral-7b
 # Results are in runs/$RUN_NAME here. Run again, the script skips what is complete and resumes the stage that is not.
 set -euo pipefail
+unset CDPATH PYTHONSAFEPATH          # with these, cd may enter another folder, and a stage does not find common.py
 caller=$PWD && cd "$(dirname "$0")"  # a relative path in a variable starts at the caller's folder
 
 settings() {
@@ -40,8 +41,7 @@ settings() {
   default EPSILON=0.2 RESOLVE_STEPS=        # of worst-case, not the paper's: the best of three in benchmarks/TABLES.md
   default JUDGE=init REWARD_MODEL= JUDGE_MODEL= LENGTH_PENALTY=             # Tables 2, 7, 10
   default JUDGE_LR=2e-5 JUDGE_EPOCHS=3 JUDGE_BATCH_SIZE=32                                             # App. B.2
-  default NNODES=1 NODE_RANK=0 RDZV_ENDPOINT= MAX_RESTARTS=0                                           # torchrun's
-  default NPROC="$(tr , '\n' <<< "${CUDA_VISIBLE_DEVICES-$(nvidia-smi --list-gpus 2>/dev/null)}" | grep -c . || true)"
+  default NPROC= NNODES=1 NODE_RANK=0 RDZV_ENDPOINT= MAX_RESTARTS=0      # torchrun's; NPROC: see count_gpus
 }
 
 algorithm_1() {  # `stage` runs a script on all GPUs, `single` in one process
@@ -139,7 +139,8 @@ evaluate() {  # folder, name in the table, share of gold labels, model, more opt
 check_settings() {  # and makes the options that several stages share
   must_be "a whole number" "$WHOLE" SEED SEED_SIZE SEED_SAMPLE EVAL_SIZE ITERATIONS SEED_EPOCHS BATCH_SIZE \
     MICRO_BATCH_SIZE MAX_NEW_TOKENS SAMPLING_BATCH_SIZE SAVE_EVERY SFT_EPOCHS SFT_BATCH_SIZE JUDGE_EPOCHS \
-    JUDGE_BATCH_SIZE NPROC NNODES NODE_RANK MAX_RESTARTS
+    JUDGE_BATCH_SIZE NNODES NODE_RANK MAX_RESTARTS
+  must_be "a whole number" "$WHOLE|" NPROC
   must_be "a number" "$NUMBER" BETA LR TEMPERATURE ALPHA K_PERCENT EPSILON SFT_LR JUDGE_LR
   must_be "0 or 1" "0|1" EMPTY_SYSTEM
   must_be "a whole number, not 0" "[1-9][0-9]*|" RESOLVE_STEPS
@@ -204,6 +205,17 @@ find_python() {  # $PYTHON, else that of .venv, with requirements.txt installed
   cp requirements.txt .venv/requirements.txt
 }
 
+count_gpus() {  # into NPROC, where it is not given, those that CUDA can use; nvidia-smi lists MIG slices, errors too
+  local count='import torch.cuda as gpu; gpu.is_available() and gpu.init(); print(gpu.device_count())'
+  [ -z "$NPROC" ] || return 0
+  NPROC=$("$PYTHON" -c "$count" 2>/dev/null) || {
+    [ -n "$DRY_RUN" ] || fail "$PYTHON cannot count the GPUs: $PYTHON -c 'import torch; torch.cuda.init()' says why"
+    NPROC=1  # a plan can be printed before anything is installed
+  }
+  [ "$NPROC$WORLD" != 0 ] || echo "run_all.sh: CUDA finds no GPU, so $SETTING runs on the CPU:" \
+    "$PYTHON -c 'import torch; torch.cuda.init()' says why" >&2
+}
+
 single() { [ "$NODE_RANK" != 0 ] || run "$1" "$PYTHON" "$@"; }
 
 stage() {
@@ -244,6 +256,7 @@ main() {
   settings
   check_settings
   find_python
+  count_gpus
   export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-3600}  # seconds that a stage has to save
   trap 'signal=INT; kill -s INT $child 2>/dev/null || exit 130' INT
   trap 'signal=TERM; kill -s TERM $child 2>/dev/null || exit 143' TERM HUP

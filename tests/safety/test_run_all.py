@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -285,6 +286,47 @@ def test_several_gpus_share_the_stages_that_have_work_to_share():
         assert ("torch.distributed.run" in line and "--nproc-per-node 4 --standalone" in line) != single, line
 
 
+@pytest.fixture
+def torch_with(tmp_path):
+    """A function of a number of GPUs -> variables with which Python imports a torch that finds them, once it has
+    initialised CUDA: until then it asks the driver, which counts a MIG slice that CUDA would not use."""
+    def variables(gpus):
+        folder = tmp_path / f"{gpus}" / "torch"
+        folder.mkdir(parents=True)
+        (folder / "__init__.py").touch()
+        (folder / "cuda.py").write_text(
+            f"found = [{gpus} + 1]\ndef is_available(): return {gpus} > 0\ndef init(): found[0] -= 1\n"
+            f"def device_count(): return found[0] if {gpus} else 0\n")
+        return dict(PYTHON=sys.executable, PYTHONPATH=str(folder.parent), NPROC="", CUDA_VISIBLE_DEVICES="0,-1,1")
+    return variables
+
+
+@pytest.mark.parametrize("gpus", [1, 3])
+def test_the_gpus_that_are_used_are_those_that_cuda_finds(torch_with, gpus):
+    done = bash("mistral-7b", "--dry-run", **torch_with(gpus))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert ("--nproc-per-node 3 " in done.stdout) == ("torch.distributed.run" in done.stdout) == (gpus == 3)
+    assert "--nproc-per-node 2 " in bash("mistral-7b", "--dry-run", **torch_with(7) | {"NPROC": "2"}).stdout
+
+
+def test_a_model_s_setting_without_a_gpu_says_so_and_the_small_world_does_not(torch_with):
+    none = torch_with(0)
+    done = bash("mistral-7b", "--dry-run", **none)
+    assert done.returncode == 0 and done.stderr.count("\n") == 1 and "on the CPU" in done.stderr
+    assert "torch.distributed" not in done.stdout
+    assert bash("--dry-run", **none).stderr == ""
+
+
+def test_a_plan_is_printed_without_python_and_a_run_without_torch_is_refused(tmp_path):
+    (tmp_path / "torch.py").write_text("raise ImportError")
+    nothing = dict(PYTHON=sys.executable, PYTHONPATH=str(tmp_path), NPROC="")
+    for variables in (nothing, dict(PYTHON="/no/such/python", NPROC="")):
+        printed, done = bash("phi-2", "--dry-run", **variables), bash("phi-2", RUNS=str(tmp_path / "runs"), **variables)
+        assert (printed.returncode, printed.stderr, "torch.distributed" in printed.stdout) == (0, "", False)
+        assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done
+        assert variables["PYTHON"] in done.stderr and not (tmp_path / "runs").exists()
+
+
 @pytest.mark.parametrize("words", [["no-such-setting"], ["--no-such-option"], ["mistral-7b", "--no-such-option"]])
 def test_an_unknown_word_is_refused_before_anything_is_installed(clone, words):
     bash, log = clone
@@ -399,6 +441,45 @@ def test_paths_are_the_caller_s_wherever_the_script_is_called_from(stub, tmp_pat
         assert refused.returncode == 2 and name in refused.stderr and f"{there}/README.md" in refused.stderr
     assert bash("--dry-run", cwd=there).stdout == bash("--dry-run").stdout
     assert bash("--dry-run", cwd=ROOT.parent, RUNS=f"{ROOT.name}/runs").stdout == bash("--dry-run").stdout
+
+
+def test_cdpath_sends_it_to_no_other_folder(stub, tmp_path):
+    program, log = stub
+    for folder in (tmp_path / "here" / "spa", tmp_path / "other" / "spa"):
+        folder.mkdir(parents=True)
+    shutil.copy(ROOT / "run_all.sh", tmp_path / "here" / "spa")
+    program.write_text(program.read_text() + f'echo "$PWD ${{PYTHONSAFEPATH-none}}" >> {log}\n')
+    done = subprocess.run(["bash", "spa/run_all.sh", "test"], cwd=tmp_path / "here", env=CLEAN | {
+        "CDPATH": f"{tmp_path}/other:.", "PYTHON": str(program), "PYTHONSAFEPATH": "1"}, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    assert log.read_text() == f"-m pytest tests \n{tmp_path}/here/spa none\n"
+
+
+def test_a_checkout_on_windows_has_the_line_ends_that_bash_reads(tmp_path):
+    if not shutil.which("git"):
+        pytest.skip("takes git")
+    git = ["git", "-C", tmp_path, "-c", "user.name=a", "-c", "user.email=a@b", "-c", "core.autocrlf=true"]
+    for name in (".gitattributes", "run_all.sh"):
+        shutil.copy(ROOT / name, tmp_path)
+    for words in (["init", "-q"], ["add", "."], ["commit", "-qm", "x"], ["rm", "-q", "run_all.sh"],
+                  ["checkout", "-q", "HEAD", "run_all.sh"]):
+        subprocess.run([*git, *words], check=True, capture_output=True)
+    assert (tmp_path / "run_all.sh").read_bytes() == (ROOT / "run_all.sh").read_bytes()
+
+
+# what bash 3.2, which macOS has, takes for an error or for something else, and since when it is there
+LATER = {"4.0": r"(declare|local|typeset) +-\w*A|\$\{!?\w+(\[\S\])?(\^|,)|\b(mapfile|readarray|coproc|globstar)\b|&>>"
+                r"|\|&|;;?&|BASHPID|read +-\w*[iN]", "4.1": r"\{\w+\}[<>]",
+         "4.2": r"\[ -v |(declare|local|typeset) +-\w*g|\$\{\w+:[^}:]+: *-\d|\\[uU][0-9a-f]|printf +\S?%\(|lastpipe",
+         "4.3": r"\bwait +-|(declare|local|typeset) +-\w*n|\w\[-\d",
+         "4.4": r"\$\{\w+(\[\S\])?@[A-Z]", "5.0": "EPOCH[SR]E"}
+
+
+def test_bash_3_2_can_run_it():
+    code = [re.sub(r"(^|\s)#.*", "", line) for line in (ROOT / "run_all.sh").read_text().splitlines()]
+    assert {since: line for line in code for since in LATER if re.search(LATER[since], line)} == {}
+    # before 4.4 "${a[@]}" of an empty array is an error under set -u: these two are not empty where they are expanded
+    assert set(re.findall(r"(\w+)=\(\)", "\n".join(code))) == {"samples", "evaluated"}
 
 
 def test_the_seed_joins_each_round_and_has_its_own_refinement():
