@@ -7,10 +7,9 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import (AutoModelForSequenceClassification, BertConfig, CohereConfig, Gemma3TextConfig, GPT2Config,
-                          LlamaConfig, MambaConfig, MixtralConfig, OPTConfig, Phi3Config, Qwen3MoeConfig)
+from transformers import (BertConfig, CohereConfig, Gemma3TextConfig, GPT2Config, LlamaConfig, MambaConfig,
+                          MixtralConfig, OPTConfig, Phi3Config, Qwen3MoeConfig)
 
-from conftest import save_tiny
 from families import SHAPE, make
 from stages import refused, write_rows
 from support import checkpoints, models, runs
