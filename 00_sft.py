@@ -90,6 +90,9 @@ def main():
     examples, counts = read_examples(args, tokenizer)
 
     model, policy = models.load_policy(args, ranks)
+    fits = [row for row in examples if common.row_length(row) <= models.count_positions(model)]
+    counts["dropped as too long"] += len(examples) - len(fits)
+    examples = fits or examples  # where none fits, the first is named
     models.check_limits(args.input, ((row["id"], row["prompt"], [row["response"]]) for row in examples), model,
                         "--max-length")
     batches = common.epoch_batches(len(examples), args.batch_size, args.epochs, args.seed, args.input)

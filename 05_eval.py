@@ -40,6 +40,7 @@ def sample(args):
     kept, counts = chat.short_prompts(args.input, rows, sampler.tokenizer, args.max_prompt_length)
     rows, prompts = zip(*kept)
     answers = sampler.generate_answers(work, prompts, [row["id"] for row in rows])
+    counts |= sampler.counts
     beside_init = {}
     if args.init_model:
         beside_init = held_out.evaluate(args, sampler, rows, prompts, [ids for *_, ids in answers], work)

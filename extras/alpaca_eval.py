@@ -185,6 +185,7 @@ def sample(args):
     rows = [{"dataset": row.get("dataset", ""), "instruction": row["instruction"], "output": text,
              "generator": args.name or file_name(args.model)} for row, (text, *_) in zip(asked, answers)]
     counts = {"answers": len(rows), "cut at the limit": sum(finish == "length" for _, finish, _ in answers)}
+    counts |= sampler.counts
     sampler.ranks.on_first(lambda: write_output(args, work, rows, counts))
 
 

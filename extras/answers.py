@@ -19,6 +19,7 @@ class Sampler:
         self.tokenizer = chat.load_tokenizer(name, args.tokenizer, args.chat_template)
         self.eos = chat.eos_ids(name, self.tokenizer)
         self.model = models.load_model(name, self.ranks.device, common.scoring_dtype(self.ranks.device))
+        self.counts = {}  # for the summary
 
     def prompt_ids(self, conversations, where):
         """The token ids of each conversation (a list of messages). where: the file, for errors"""
@@ -27,25 +28,35 @@ class Sampler:
 
     def check_limits(self, prompts, new_tokens=0):
         models.check_limits("the prompts", ((k, ids, []) for k, ids in enumerate(prompts, 1)), self.model,
-                            "--max-new-tokens, or the prompt's length", new_tokens)
+                            "--max-prompt-length (of sample), or shorten that prompt", new_tokens)
 
-    def generate_answers(self, work, prompts, keys, temperatures=None, label="sampling"):
+    def generate_answers(self, work, prompts, keys, temperatures=None, label="sampling", least=None):
         """[(text, "eos" or "length", token ids)] for prompts (lists of ids).
 
+        An answer has at most --max-new-tokens, and no more than its prompt leaves of the model's positions. Raises
+        InputError where a prompt leaves none; given the prompts `least`, where one of these does, and then the answer
+        to a prompt that leaves none is empty.
         keys: decide the samples, with --seed; temperatures: of each prompt, else --temperature; label: of the journal
         """
         args, batches = self.args, []
-        self.check_limits(prompts, args.max_new_tokens)
-        temperatures = temperatures or [args.temperature] * len(prompts)
-        for temperature in sorted(set(temperatures)):  # a batch has one temperature
-            rows = [i for i in range(len(prompts)) if temperatures[i] == temperature]
+        self.check_limits(least or prompts, 1)
+        positions = models.count_positions(self.model)
+        limits = [max(0, min(args.max_new_tokens, positions - len(prompt))) for prompt in prompts]
+        if short := sum(limit < args.max_new_tokens for limit in limits):
+            name = "answers with less room than --max-new-tokens"
+            self.counts[name] = self.counts.get(name, 0) + short
+        kinds = list(zip(temperatures or [args.temperature] * len(prompts), limits))
+        for kind in sorted(set(kinds)):  # a batch has one temperature and one limit
+            rows = [i for i in range(len(prompts)) if kinds[i] == kind]
             lengths = [len(prompts[i]) for i in rows]
             batches += [[rows[j] for j in batch] for batch in common.length_batches(lengths, args.micro_batch_size)]
 
         def generate(batch):
-            u = np.array([[common.uniforms(args.seed, keys[i], 0, args.max_new_tokens)] for i in batch])
-            sampled = common.sample_responses(self.model, [prompts[i] for i in batch], u, temperatures[batch[0]],
-                                              args.max_new_tokens, self.eos)
+            temperature, limit = kinds[batch[0]]
+            if limit == 0:
+                return [("", "length", [])] * len(batch)
+            u = np.array([[common.uniforms(args.seed, keys[i], 0, limit)] for i in batch])
+            sampled = common.sample_responses(self.model, [prompts[i] for i in batch], u, temperature, limit, self.eos)
             return [(chat.response_text(self.tokenizer, prompts[i], ids), finish, ids)
                     for i, [(ids, finish)] in zip(batch, sampled)]
 

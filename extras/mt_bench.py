@@ -102,12 +102,15 @@ def sample(args):
     sampler = Sampler(args, args.model)
     temperatures = [TEMPERATURES.get(row["category"], 0.7) for row in questions]
     start = [runs.EMPTY_SYSTEM] if args.empty_system else []
+    # the second turns' prompts, were the first answers as short as can be
+    least = sampler.prompt_ids([[*start, *runs.as_messages(row["turns"][0]), {"role": "assistant", "content": "."},
+                                 *runs.as_messages(row["turns"][1])] for row in questions], args.questions)
     conversations, finishes = [start for _ in questions], []
     for turn in (0, 1):
         conversations = [asked + runs.as_messages(row["turns"][turn]) for asked, row in zip(conversations, questions)]
         prompts = sampler.prompt_ids(conversations, args.questions)
         keys = [[row["question_id"], turn] for row in questions]
-        answers = sampler.generate_answers(work, prompts, keys, temperatures, f"turn_{turn + 1}")
+        answers = sampler.generate_answers(work, prompts, keys, temperatures, f"turn_{turn + 1}", least)
         conversations = [asked + [{"role": "assistant", "content": text}]
                          for asked, (text, *_) in zip(conversations, answers)]
         finishes += [finish for _, finish, _ in answers]
@@ -115,7 +118,7 @@ def sample(args):
              "answer_id": hashlib.sha256(json.dumps([name, row["question_id"], messages]).encode()).hexdigest()[:22],
              "model_id": name, "choices": [{"index": 0, "turns": [messages[-3]["content"], messages[-1]["content"]]}],
              "tstamp": time.time()} for row, messages in zip(questions, conversations)]
-    counts = {"questions": len(questions), "turns cut at the limit": finishes.count("length")}
+    counts = {"questions": len(questions), "turns cut at the limit": finishes.count("length")} | sampler.counts
     sampler.ranks.on_first(lambda: write_output(args, work, rows, counts, runs.write_jsonl))
 
 

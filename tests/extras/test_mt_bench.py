@@ -84,6 +84,23 @@ def test_answers_of_two_turns(tmp_path, questions, tokenizer, monkeypatch, empty
     assert {n for _, n, _ in asked} == {1024}
 
 
+def test_turns_for_which_the_model_has_no_positions(tmp_path, questions, tokenizer):
+    """Too few for the questions alone are seen before anything is sampled; else each turn has what there is."""
+    options = dict(questions=questions, max_new_tokens=30)
+    least = len(tokenizer.apply_chat_template([
+        {"role": "user", "content": "the lid is wet ."}, {"role": "assistant", "content": "."},
+        {"role": "user", "content": "and now ?"}], add_generation_prompt=True, return_dict=False))
+    small = save_tiny(tmp_path / "small", tokenizer, max_position_embeddings=least)
+    ran = stages.attempt("05_eval", "mt-sample", **options, model=small, output=tmp_path / "bench")
+    assert ran.status == 2 and ran.err.count("\n") == 1 and f"{least} positions" in ran.err, ran
+    assert not list(tmp_path.rglob("turn_1*"))
+    model = save_tiny(tmp_path / "model", tokenizer, max_position_embeddings=least + 1, eos_token_id=None)
+    ran = stages.attempt("05_eval", "mt-sample", **options, model=model, output=tmp_path / "bench")
+    assert ran.status == 0 and "answers with less room than --max-new-tokens 8" in ran.out, ran
+    turns = [row["choices"][0]["turns"] for row in stages.rows(tmp_path / "bench" / "model_answer" / "model.jsonl")]
+    assert all(first for first, _ in turns) and "" in {second for _, second in turns}
+
+
 def test_temperatures_and_rating():
     assert mt_bench.TEMPERATURES == {"writing": 0.7, "roleplay": 0.7, "stem": 0.1, "humanities": 0.1, "extraction": 0,
                                      "math": 0, "coding": 0, "reasoning": 0}

@@ -11,7 +11,7 @@ from transformers import (BertConfig, CohereConfig, Gemma3TextConfig, GPT2Config
                           MixtralConfig, OPTConfig, Phi3Config, Qwen3MoeConfig)
 
 from families import SHAPE, make
-from stages import refused, write_rows
+from stages import attempt, metrics, refused, run, write_rows
 from support import checkpoints, models, runs
 
 CPU = torch.device("cpu")
@@ -214,13 +214,24 @@ LONG = {"prompt": "my lid " * 20, "response": "my lid " * 20, "chosen": "my lid 
 
 @pytest.mark.parametrize("name, option", [
     ("00_sft", "--max-length"), ("01_seed_dpo", "--max-length"), ("02_generate", "--max-new-tokens"),
-    ("05_eval sample", "--max-new-tokens")])
+    ("05_eval sample", "--max-prompt-length")])
 def test_more_tokens_than_the_model_has_positions(gpt2, tmp_path, name, option):
     path = write_rows(tmp_path / "in.jsonl", [{**LONG, "id": 7}, {**LONG, "id": 8}])
     line = refused(*name.split(), model=gpt2, input=path, output=tmp_path / "out", **(
         {"batch_size": 1} if option == "--max-length" else {"max_new_tokens": 8}))
     assert "id 7: " in line or "the prompts, id 1: " in line and name.startswith("05")
     assert "40 positions" in line and option in line
+
+
+def test_00_drops_and_counts_the_conversations_for_which_the_model_has_no_positions(gpt2, tmp_path):
+    """As of LLM-as-judge with Phi-2, whose examples have up to 4,100 tokens."""
+    short = [{"id": k, "prompt": "my lid", "response": "my lid"} for k in range(4)]
+    options = dict(model=gpt2, batch_size=2, max_length=4100, max_prompt_length=4096)
+    mixed = write_rows(tmp_path / "in.jsonl", [short[0], {**LONG, "id": 7}, *short[1:], {**LONG, "id": 8}])
+    ran = attempt("00_sft", **options, input=mixed, output=tmp_path / "out")
+    assert ran.status == 0 and "rows read 6, dropped as too long 2, steps 2" in ran.out, ran
+    alone = run("00_sft", **options, input=write_rows(tmp_path / "in.jsonl", short), output=tmp_path / "alone")
+    assert metrics(tmp_path / "out") == metrics(alone)
 
 
 @pytest.mark.parametrize("name", ["03_judge", "04_refined_dpo"])
