@@ -17,9 +17,11 @@ settings() {
     world)  # 36 tokens a response, not 300: the margin, a sum over tokens, needs a larger beta (README.md)
       default BETA=10 LR=2e-4 BATCH_SIZE=16 MICRO_BATCH_SIZE=16 SEED_SIZE=200 PROMPT_SIZES="800 2000 3000"
       default EVAL_SIZE=500 MAX_NEW_TOKENS=56 ON_LENGTH_LIMIT=drop SAMPLING_BATCH_SIZE=128 GOLD_LABEL_SHARE="3.3 %"
-      default SFT_SIZE=8000 SFT_LR=5e-3 SFT_EPOCHS=3 SFT_BATCH_SIZE=32
+      default SOURCE=world SFT_SIZE=8000 SFT_LR=5e-3 SFT_EPOCHS=3 SFT_BATCH_SIZE=32
       default JUDGE_LR=1e-3 JUDGE_EPOCHS=20 JUDGE_BATCH_SIZE=16 ;;
     mistral-7b)   default INIT=alignment-handbook/zephyr-7b-sft-full EMPTY_SYSTEM=1 ;;                 # Section 5.1
+    mistral-7b-base) default BASE=mistralai/Mistral-7B-v0.1 INIT_TOKENIZER=alignment-handbook/zephyr-7b-sft-full
+                     default EMPTY_SYSTEM=1 ;;                                                         # App. B.1
     phi-2)        default INIT=lole25/phi-2-sft-ultrachat-full LR=5e-6 ITERATIONS=1 EMPTY_SYSTEM=1 ;;  # App. B.3
     phi-2-base)   default BASE=microsoft/phi-2 INIT_TOKENIZER=lole25/phi-2-sft-ultrachat-full SFT_EPOCHS=3
                   default SFT_BATCH_SIZE=64 LR=5e-6 ITERATIONS=1 EMPTY_SYSTEM=1 ;;                     # App. B.1
@@ -29,7 +31,7 @@ settings() {
       default INIT=mistralai/Mistral-7B-v0.1 PI_0=mistralai/Mistral-7B-Instruct-v0.1 SEED_SIZE=0
       default INIT_TOKENIZER="$PI_0"  # a base model has no chat template
       default INIT_NAME="Mistral-7B-v0.1 (pi_init)" PI_0_NAME="Mistral-7B-Instruct-v0.1 (pi_0)" ;;
-    *) fail "\"$SETTING\" is not test world mistral-7b phi-2 phi-2-base llama-3-8b phi-3-medium mistral-7b-no-seed" ;;
+    *) fail "\"$SETTING\" is not test world mistral-7b[-base|-no-seed] phi-2[-base] llama-3-8b phi-3-medium" ;;
   esac
   default SEED=0 RUN_NAME="$SETTING-seed${SEED:-0}" RUNS="$PWD/runs" SOURCE=ultrafeedback SPLIT=train
   default INIT= INIT_NAME="SFT (pi_init)" INIT_TOKENIZER= PI_0= PI_0_NAME="DPO on the seed (pi_0)"
@@ -37,9 +39,9 @@ settings() {
   default SEED_SIZE=2000 SEED_SAMPLE=0 PROMPT_SIZES="8000 20000 30000" EVAL_SIZE=200 EMPTY_SYSTEM=0 ITERATIONS=3
   default BETA=0.1 LR=5e-7 SEED_EPOCHS=3 BATCH_SIZE=32 MICRO_BATCH_SIZE=2
   default TEMPERATURE=0.7 MAX_NEW_TOKENS=300 ON_LENGTH_LIMIT=eos SAMPLING_BATCH_SIZE=32 SAVE_EVERY=100
-  default REFINE=decoupled MERGE_SEED= SEED_REFINE= ALPHA=0.1 K_PERCENT=10 LAMBDAS="0.5 0.25 0.125"
+  default REFINE=decoupled MERGE_SEED=0 SEED_REFINE= ALPHA=0.1 K_PERCENT=10 LAMBDAS="0.5 0.25 0.125"
   default EPSILON=0.2 RESOLVE_STEPS=        # of worst-case, not the paper's: the best of three in benchmarks/TABLES.md
-  default JUDGE=init REWARD_MODEL= JUDGE_MODEL= LENGTH_PENALTY=             # Tables 2, 7, 10
+  default JUDGE=init REWARD_MODEL= JUDGE_MODEL= LLM_ORDER=both LENGTH_PENALTY=                     # Tables 2, 7, 10
   default JUDGE_LR=2e-5 JUDGE_EPOCHS=3 JUDGE_BATCH_SIZE=32                                             # App. B.2
   default NPROC= NNODES=1 NODE_RANK=0 RDZV_ENDPOINT= MAX_RESTARTS=0      # torchrun's; NPROC: see count_gpus
 }
@@ -48,12 +50,12 @@ algorithm_1() {  # `stage` runs a script on all GPUs, `single` in one process
   # Input: pi_init, D_0, {X_t}
   single 00_inputs.py --source "$SOURCE" --split "$SPLIT" --seed-size "$SEED_SIZE" --prompt-sizes "${sizes[@]}" \
     --seed "$SEED" --seed-sample "$SEED_SAMPLE" --eval-size "$EVAL_SIZE" --output "$R/data" \
-    ${WORLD:+--all-gold --sft-size "$SFT_SIZE"} $LLM $EMPTY
+    ${WORLD:+--all-gold --sft-size "$SFT_SIZE"} $LLM ${EMPTY:+--empty-system}
   [ -z "$WORLD$BASE" ] || INIT=$R/pi_init
   if [ -n "$WORLD" ]; then
     sft SFT "$R/data/base" "$R/data/sft.jsonl" "$INIT" --micro-batch-size "$SFT_BATCH_SIZE"
   elif [ -n "$BASE" ]; then
-    single 00_inputs.py --source ultrachat --output "$R/ultrachat" $EMPTY
+    single 00_inputs.py --source ultrachat --output "$R/ultrachat" ${EMPTY:+--empty-system}
     sft SFT "$BASE" "$R/ultrachat/sft.jsonl" "$INIT" --micro-batch-size "$MICRO_BATCH_SIZE" --all-turns \
       ${INIT_TOKENIZER:+--tokenizer "$INIT_TOKENIZER"}
   fi
@@ -85,7 +87,7 @@ algorithm_1() {  # `stage` runs a script on all GPUs, `single` in one process
     # pi_theta, pi_ref <- pi_{t-1}; de-coupled noise detection, refined labels, update; pi_t
     choose_update "$REFINE" "${lambdas[t-1]}"  # 04_refined_dpo.py
     stage "${update[@]}" --model "$policy" --output "$R/pi_$t" \
-      --input "$R/preferences_$t.jsonl" ${MERGE_SEED:+"$R/data/seed.jsonl"} "${training[@]}"
+      --input "$R/preferences_$t.jsonl" ${MERGED:+"$R/data/seed.jsonl"} "${training[@]}"
     previous=$policy policy=$R/pi_$t
   done
   [ -z "$WORLD" ] || stage 01_seed_dpo.py --model "$INIT" --input "$R/data/all_gold.jsonl" --epochs 1 \
@@ -110,7 +112,7 @@ other_judge() {  # what the paper compares with
     none)     judge=(--judge none --model "$policy" --beta "$BETA") ;;
     pairrm)   judge=(--judge pairrm --reward-model "${REWARD_MODEL:-llm-blender/PairRM-hf}") ;;
     reward)   judge=(--judge reward --reward-model "$REWARD_MODEL") ;;
-    llm)      judge=(--judge llm --judge-model "$JUDGE_MODEL") ;;
+    llm)      judge=(--judge llm --judge-model "$JUDGE_MODEL" --llm-order "${LLM_ORDER/one/first}") ;;
   esac
 }
 
@@ -137,33 +139,44 @@ evaluate() {  # folder, name in the table, share of gold labels, model, more opt
 
 # ---- The settings are checked before the first stage ---------------------------------------------------------------
 check_settings() {  # and makes the options that several stages share
-  must_be "a whole number" "$WHOLE" SEED SEED_SIZE SEED_SAMPLE EVAL_SIZE ITERATIONS SEED_EPOCHS BATCH_SIZE \
-    MICRO_BATCH_SIZE MAX_NEW_TOKENS SAMPLING_BATCH_SIZE SAVE_EVERY SFT_EPOCHS SFT_BATCH_SIZE JUDGE_EPOCHS \
-    JUDGE_BATCH_SIZE NNODES NODE_RANK MAX_RESTARTS
+  must_be "a whole number" "$WHOLE" SEED SEED_SIZE SEED_SAMPLE ITERATIONS NODE_RANK MAX_RESTARTS
   must_be "a whole number" "$WHOLE|" NPROC
+  must_be "a whole number, not 0" "$COUNT" EVAL_SIZE SEED_EPOCHS BATCH_SIZE MICRO_BATCH_SIZE MAX_NEW_TOKENS \
+    SAMPLING_BATCH_SIZE SAVE_EVERY SFT_EPOCHS SFT_BATCH_SIZE JUDGE_EPOCHS JUDGE_BATCH_SIZE NNODES
+  must_be "a whole number, not 0" "$COUNT|" RESOLVE_STEPS
   must_be "a number" "$NUMBER" BETA LR TEMPERATURE ALPHA K_PERCENT EPSILON SFT_LR JUDGE_LR
-  must_be "0 or 1" "0|1" EMPTY_SYSTEM
-  must_be "a whole number, not 0" "[1-9][0-9]*|" RESOLVE_STEPS
-  must_be "a whole number for each of $ITERATIONS iterations" "( *$WHOLE( |\$)){$ITERATIONS,} *" PROMPT_SIZES
+  awk "BEGIN { exit !($TEMPERATURE > 0 && $ALPHA <= 1 && $K_PERCENT <= 100) }" || fail \
+    "TEMPERATURE is \"$TEMPERATURE\", ALPHA \"$ALPHA\", K_PERCENT \"$K_PERCENT\": above 0, at most 1, at most 100"
+  must_be "0 or 1" "0|1" EMPTY_SYSTEM MERGE_SEED
+  must_be "a whole number for each of $ITERATIONS iterations" "( *$COUNT( |\$)){${ITERATIONS/#0/1},} *" PROMPT_SIZES
   must_be "a number for each of $ITERATIONS iterations" "( *$NUMBER( |\$)){$ITERATIONS,} *" LAMBDAS
   must_be "a number or auto" "-?$NUMBER|auto|" LENGTH_PENALTY
   must_be "eos, open or drop" "eos|open|drop" ON_LENGTH_LIMIT
   must_be "decoupled, self, none or worst-case" "decoupled|self|none|worst-case" REFINE
   must_be "self or worst-case" "self|worst-case|" SEED_REFINE
   must_be "init, previous, none, pairrm, reward or llm" "init|previous|none|pairrm|reward|llm" JUDGE
+  must_be "both or one" "both|one" LLM_ORDER
   [ "$JUDGE" != reward ] || must_be "a model for JUDGE=reward" ".+" REWARD_MODEL
+  [ -z "$REWARD_MODEL" ] || must_be "pairrm or reward, which take a REWARD_MODEL" "pairrm|reward" JUDGE
+  [ -z "$JUDGE_MODEL" ] || must_be "llm, which takes a JUDGE_MODEL" llm JUDGE
+  [ -z "$PI_0" ] || must_be "left out, since PI_0 is given" "" SEED_REFINE
+  [ "$SEED_SIZE" != 0 ] || must_be "a model, since SEED_SIZE is 0" ".+" PI_0
+  [ "$SEED_SIZE$JUDGE" != 0llm ] || must_be "a model, since SEED_SIZE is 0" ".+" JUDGE_MODEL
+  [ "$SEED_SIZE" != 0 ] || must_be "0, since SEED_SIZE is 0" 0 MERGE_SEED
+  [ "$NNODES" -gt "$NODE_RANK" ] || fail "NODE_RANK is \"$NODE_RANK\": the first of $NNODES machines has 0"
   [ "$NNODES" -le 1 ] || must_be "the host:port of one of the $NNODES nodes" ".+:[0-9]+" RDZV_ENDPOINT
   local name path all=60000  # rows of UltraFeedback, as the paper counts
   for name in RUNS SOURCE BASE INIT PI_0 INIT_TOKENIZER REWARD_MODEL JUDGE_MODEL; do
-    case ${!name} in "" | ultrafeedback) continue ;; /*) path=${!name} ;; *) path=$caller/${!name} ;; esac
+    case ${!name} in "" | ultrafeedback | world) continue ;; /*) path=${!name} ;; *) path=$caller/${!name} ;; esac
     [[ $name = RUNS || -e $path || ! -e ${!name} && ! ${!name} =~ $PATH_LIKE ]] || fail "$name: there is no $path"
     path=${path#"$PWD/"}
     [[ $name != RUNS && ! -e $path ]] || printf -v "$name" %s "${path/#-/./-}"  # or it would be read as an option
   done
-  WORLD= LLM= EMPTY= R=$RUNS/$RUN_NAME sizes=($PROMPT_SIZES) lambdas=($LAMBDAS)
-  [ "$SETTING" != world ] || WORLD=1 SOURCE=world
-  [ "$JUDGE" != llm ] || LLM=--llm-judge
-  [ "$EMPTY_SYSTEM" = 0 ] || EMPTY=--empty-system
+  WORLD= LLM= EMPTY=${EMPTY_SYSTEM#0} MERGED=${MERGE_SEED#0} R=$RUNS/$RUN_NAME sizes=($PROMPT_SIZES) lambdas=($LAMBDAS)
+  [ "$SETTING" != world ] || WORLD=1
+  [ -z "$WORLD" ] || must_be "left out: the small world has its own" "world|" SOURCE BASE
+  [ -z "$WORLD$BASE" ] || [ -z "$GIVEN" ] || fail "INIT is \"$INIT\": it must be left out: SFT makes pi_init here"
+  [ "$JUDGE" != llm ] || LLM="--llm-judge $LLM_ORDER"
   [ "$SOURCE" = ultrafeedback ] || all=$(IFS=+; echo $(( SEED_SIZE + ${sizes[*]} )))
   default GOLD_LABEL_SHARE="$(awk "BEGIN { printf $SEED_SIZE ? \"%.1f %%\" : \"0 %%\", 100 * $SEED_SIZE / $all }")"
   shared=(--save-every "$SAVE_EVERY")
@@ -174,7 +187,8 @@ check_settings() {  # and makes the options that several stages share
             "${shared[@]}")
 }
 
-WHOLE='(0|[1-9][0-9]*)' NUMBER='([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?' PATH_LIKE='^[-./~]|/.*/|/$'
+COUNT='[1-9][0-9]{0,17}' WHOLE='(0|[1-9][0-9]{0,17})' PATH_LIKE='^[-./~]|/.*/|/$'
+NUMBER='([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]{1,2})?'
 
 default() {  # NAME=VALUE...: where the environment gives none
   local pair
@@ -207,13 +221,10 @@ find_python() {  # $PYTHON, else that of .venv, with requirements.txt installed
 
 count_gpus() {  # into NPROC, where it is not given, those that CUDA can use; nvidia-smi lists MIG slices, errors too
   local count='import torch.cuda as gpu; gpu.is_available() and gpu.init(); print(gpu.device_count())'
-  [ -z "$NPROC" ] || return 0
-  NPROC=$("$PYTHON" -c "$count" 2>/dev/null) || {
-    [ -n "$DRY_RUN" ] || fail "$PYTHON cannot count the GPUs: $PYTHON -c 'import torch; torch.cuda.init()' says why"
-    NPROC=1  # a plan can be printed before anything is installed
-  }
-  [ "$NPROC$WORLD" != 0 ] || echo "run_all.sh: CUDA finds no GPU, so $SETTING runs on the CPU:" \
-    "$PYTHON -c 'import torch; torch.cuda.init()' says why" >&2
+  local why="$PYTHON -c 'import torch; torch.cuda.init()' says why"
+  [ -n "$NPROC" ] || NPROC=$("$PYTHON" -c "$count" 2>/dev/null) || NPROC=${DRY_RUN:+1}  # before it is installed
+  [ -n "$NPROC" ] || fail "$PYTHON cannot count the GPUs: $why"
+  [ "$NPROC$WORLD" != 0 ] || echo "run_all.sh: CUDA finds no GPU, so $SETTING runs on the CPU: $why" >&2
 }
 
 single() { [ "$NODE_RANK" != 0 ] || run "$1" "$PYTHON" "$@"; }
@@ -253,6 +264,7 @@ main() {
   if [ "$SETTING" = test ]; then find_python; exec "$PYTHON" -m pytest tests "$@"; fi
   if [ "${1:-}" = --dry-run ]; then DRY_RUN=1; shift; fi
   [ $# = 0 ] || fail "\"$1\" is not known: only --dry-run can follow a setting"
+  GIVEN=${INIT:-}
   settings
   check_settings
   find_python

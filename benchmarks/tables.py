@@ -195,7 +195,7 @@ def world_options(seed):
                 values = options[word[2:].replace("-", "_")] = []
             elif options:  # before the first option: the command of 05_eval.py
                 values.append(word)
-        for key in ("name", "label_share", "judge", "llm_judge", "refine"):
+        for key in ("name", "label_share", "judge", "llm_judge", "llm_order", "refine"):
             options.pop(key, None)
         found[script].append({key: True if values == [] else values[0] if len(values) == 1 else values
                               for key, values in options.items() if not any(v.startswith("runs/") for v in values)})

@@ -186,6 +186,8 @@ PHI_2 = of_the_paper(lr=5e-6, empty_system=True)  # App. B.3; the system message
 OTHERS = of_the_paper(lr=1e-5, beta=0.01, seed_epochs=1)  # App. B.3
 PAPER = {  # pi_init, iterations, values
     "mistral-7b": ("alignment-handbook/zephyr-7b-sft-full", 3, of_the_paper(empty_system=True)),
+    "mistral-7b-base": ("runs/mistral-7b-base-seed0/pi_init", 3, of_the_paper(empty_system=True) | {
+        "00_sft": dict(model="mistralai/Mistral-7B-v0.1", batch_size=128, epochs=1, lr=2e-5, max_length=2048)}),
     "phi-2": ("lole25/phi-2-sft-ultrachat-full", 1, PHI_2),  # Section 5.3, App. B.3
     "phi-2-base": ("runs/phi-2-base-seed0/pi_init", 1, PHI_2 | {
         "00_sft": dict(model="microsoft/phi-2", batch_size=64, epochs=3, lr=2e-5)}),  # App. B.1
@@ -225,16 +227,16 @@ def test_a_setting_is_algorithm_1_with_the_paper_s_values(setting):
         assert evaluated[0].tokenizer or evaluated[0].chat_template
 
 
-@pytest.mark.parametrize("setting, base, batch_size, epochs", [  # App. B.1
-    ("phi-2-base", "microsoft/phi-2", 64, 3), ("mistral-7b", "mistralai/Mistral-7B-v0.1", 128, 1)])
-def test_pi_init_is_made_from_a_base_model_and_ultrachat(setting, base, batch_size, epochs):
-    printed = commands(setting, BASE=base)
+@pytest.mark.parametrize("setting, given, tokenizer", [  # App. B.1; a base model has no chat template
+    ("phi-2-base", {}, "lole25/phi-2-sft-ultrachat-full"),
+    ("mistral-7b-base", {}, "alignment-handbook/zephyr-7b-sft-full"), ("mistral-7b", {"BASE": "org/mine"}, None)])
+def test_pi_init_is_made_from_a_base_model_and_ultrachat(setting, given, tokenizer):
+    printed = commands(setting, **given)
     [sft], [_, chats] = only("00_sft", printed), only("00_inputs", printed)
-    assert (sft.model, sft.batch_size, sft.epochs, sft.lr) == (base, batch_size, epochs, 2e-5)
+    assert sft.tokenizer == tokenizer and sft.model == given.get("BASE", sft.model)
     assert (chats.source, chats.split, chats.empty_system) == ("ultrachat", None, True)
     assert sft.input == f"{chats.output}/sft.jsonl" and sft.all_turns
     assert sft.output == only("01_seed_dpo", printed)[0].model == only("03_judge", printed)[0].init_model
-    assert sft.tokenizer or setting != "phi-2-base"  # whose base model has no chat template
 
 
 def test_variables_of_the_environment_come_first():
@@ -252,6 +254,13 @@ def test_variables_of_the_environment_come_first():
 def test_pairrm_can_judge(environment, name):
     judges = only("03_judge", commands("mistral-7b", JUDGE="pairrm", **environment))
     assert [(args.judge, args.reward_model) for args in judges] == [("pairrm", name)] * 3
+
+
+@pytest.mark.parametrize("order, examples, asked", [("both", "both", "both"), ("one", "one", "first")])
+def test_the_llm_judge_learns_and_judges_in_both_orders_or_in_one(order, examples, asked):  # App. B.2
+    printed = commands("mistral-7b", JUDGE="llm", LLM_ORDER=order)
+    assert {args.llm_judge for args in only("00_inputs", printed)} == {examples}
+    assert {args.llm_order for args in only("03_judge", printed)} == {asked}
 
 
 def test_the_row_of_zephyr_has_its_recipe_s_values():  # App. B.2
@@ -343,7 +352,10 @@ def test_an_unknown_word_is_refused_before_anything_is_installed(clone, words):
     "JUDGE_EPOCHS=many", "LENGTH_PENALTY=some", "NNODES=2 RDZV_ENDPOINT=", "NNODES=2 RDZV_ENDPOINT=host",
     "ON_LENGTH_LIMIT=cut", "REFINE=yes", "JUDGE=gpt-4", "JUDGE=reward REWARD_MODEL=", "INIT=/no/such/model",
     "JUDGE=llm JUDGE_MODEL=../no/such/model", "PI_0=./pi_0", "SOURCE=/no/such.jsonl", "BASE=/no/such/model",
-    "EMPTY_SYSTEM=yes", "SEED_SAMPLE=1st", "SFT_LR=high"])
+    "EMPTY_SYSTEM=yes", "SEED_SAMPLE=1st", "SFT_LR=high", "MERGE_SEED=yes", "LLM_ORDER=first", "SEED_SIZE=0 PI_0=",
+    "SEED_SIZE=0 PI_0=org/pi MERGE_SEED=1", "SEED_SIZE=0 PI_0=org/pi JUDGE=llm JUDGE_MODEL=", "NODE_RANK=1",
+    "PI_0=org/pi SEED_REFINE=self", "REWARD_MODEL=org/rm JUDGE=llm", "JUDGE_MODEL=org/judge JUDGE=init",
+    "NNODES=2 RDZV_ENDPOINT=host:1 NODE_RANK=2"])
 def test_a_plan_that_cannot_be_carried_out_is_refused_before_the_first_stage(clone, setting, variables):
     bash, log = clone
     environment = dict(pair.split("=", 1) for pair in shlex.split(variables))
@@ -351,6 +363,26 @@ def test_a_plan_that_cannot_be_carried_out_is_refused_before_the_first_stage(clo
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert all(word in done.stderr for word in list(environment.items())[-1])
     assert not log.exists() and not list(log.parent.rglob("evil"))
+
+
+@pytest.mark.parametrize("setting, variable, value", [
+    ("world", "SOURCE", "org/data"), ("world", "BASE", "org/pi"), ("world", "INIT", "org/pi"),
+    ("phi-2-base", "INIT", "org/pi")])
+def test_what_a_setting_makes_by_itself_cannot_be_given(setting, variable, value):
+    done = bash(setting, "--dry-run", **{variable: value})
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+    assert variable in done.stderr and value in done.stderr
+
+
+@pytest.mark.parametrize("variable", """SEED SEED_SIZE SEED_SAMPLE PROMPT_SIZES EVAL_SIZE SFT_LR SFT_EPOCHS
+    SFT_BATCH_SIZE BETA LR SEED_EPOCHS BATCH_SIZE MICRO_BATCH_SIZE TEMPERATURE MAX_NEW_TOKENS SAMPLING_BATCH_SIZE
+    SAVE_EVERY ALPHA K_PERCENT LAMBDAS EPSILON RESOLVE_STEPS LENGTH_PENALTY JUDGE_LR JUDGE_EPOCHS
+    JUDGE_BATCH_SIZE""".split())
+def test_a_number_that_a_stage_would_refuse_is_refused_before_the_first(variable):
+    every = dict(RESOLVE_STEPS="5", JUDGE="llm", LENGTH_PENALTY="1", BASE="org/base", SEED_REFINE="worst-case")
+    for value in ("0", "1.5", "101", "1e999", "-1", "0 0 0"):
+        done = bash("phi-3-medium", "--dry-run", **every | {variable: value})
+        assert done.returncode == 2 and variable in done.stderr or commands("phi-3-medium", **every | {variable: value})
 
 
 # ---------------------------------------------------------------------------------------------
@@ -484,7 +516,9 @@ def test_bash_3_2_can_run_it():
 
 def test_the_seed_joins_each_round_and_has_its_own_refinement():
     plain = [options.input for stage, options in commands("mistral-7b") if stage == "04_refined_dpo"]
-    merged = [options.input for stage, options in commands("mistral-7b", MERGE_SEED="1") if stage == "04_refined_dpo"]
+    merged, separate = ([options.input for options in only("04_refined_dpo", commands("mistral-7b", MERGE_SEED=merge))]
+                        for merge in "10")
+    assert separate == plain
     seed = plain[0][0].replace("preferences_1", "data/seed")
     assert len(plain) == 3 and merged == [[*paths, seed] for paths in plain]
     (_, _), (stage, first), *_ = commands("mistral-7b", SEED_REFINE="self", K_PERCENT="30")
