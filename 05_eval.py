@@ -157,7 +157,7 @@ def add_sampling(add, max_new_tokens, temperature=True):
     add("--name", help='the model in tables and files (default: --model); "METHOD, iteration T" for Figure 3')
     if temperature:
         add("--temperature", type=runs.nonnegative, default=0.7, help="0: greedy")
-    add("--max-new-tokens", type=runs.positive, default=max_new_tokens)
+    add("--max-new-tokens", type=runs.positive, default=max_new_tokens, help="fewer where the positions end before")
     add("--seed", type=runs.natural, default=0, help="random seed")
 
 

@@ -24,8 +24,8 @@ itself, or takes these ratings and shows the same means. In its fastchat/llm_jud
     python -m fastchat.llm_judge.show_result --judge-model gpt-4
 
 Departs from FastChat: the prompts of mt-sample come from the tokenizer's chat template, not from FastChat's
-conversation templates, of which some have a system message. No rating is read in a thought, in a judgment that is cut
-at 2,048 tokens and may be one, or outside 1 to 10.
+conversation templates, of which some have a system message; an answer ends where the model's positions do. No rating is
+read in a thought, in a judgment that is cut at 2,048 tokens and may be one, or outside 1 to 10.
 """
 
 import hashlib
