@@ -190,7 +190,23 @@ def load_policy(args, ranks):
     """(the model of --model in train mode, its dropout 0; what the training loop calls, see `common.make_policy`)"""
     # unsharded it may not fit on a GPU
     model = load_model(args.model, torch.device("cpu") if common.is_sharded(args, ranks) else ranks.device)
+    freeze_unused(model)
     return model, common.make_policy(model, args, ranks)
+
+
+def freeze_unused(model):
+    """Weights that a text does not reach, such as those for images, require no gradient: DDP would wait for theirs."""
+    def note(weight):
+        used.add(weight)
+        weight.grad = None  # at once: the gradients of all weights may not fit
+
+    used = set()
+    hooks = [weight.register_post_accumulate_grad_hook(note) for weight in model.parameters()]
+    common.ResponseLogps(model)(common.collate([([1], [[3, 4]])], model.device)).sum().backward()
+    for hook in hooks:
+        hook.remove()
+    for weight in model.parameters():
+        weight.requires_grad_(weight in used)
 
 
 def load_reference(name, pairs, args, ranks):

@@ -1,9 +1,9 @@
 """Models of several families, of a few thousand random weights, with a vocabulary of 40."""
 
 import torch
-from transformers import (AutoModelForCausalLM, Gemma3TextConfig, GPT2Config, GraniteMoeHybridConfig, Lfm2Config,
-                          LlamaConfig, Mamba2Config, MistralConfig, MixtralConfig, Phi3Config, PhiConfig, Qwen2Config,
-                          Qwen3Config, Qwen3NextConfig)
+from transformers import (AutoModelForCausalLM, Gemma3Config, Gemma3TextConfig, GPT2Config, GraniteMoeHybridConfig,
+                          Lfm2Config, LlamaConfig, Mamba2Config, MistralConfig, MixtralConfig, Phi3Config, PhiConfig,
+                          Qwen2Config, Qwen3Config, Qwen3NextConfig)
 
 SHAPE = dict(vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2,
              num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.3, pad_token_id=0,
@@ -31,6 +31,15 @@ HYBRIDS = {  # with a recurrence or a convolution, which runs from one response 
         **SHAPE, layer_types=["mamba", "attention"], mamba_n_heads=4, mamba_d_head=16, mamba_d_state=4,
         num_local_experts=4, num_experts_per_tok=2, shared_intermediate_size=16)}
 FAMILIES |= HYBRIDS
+
+
+def with_images(vocab_size):
+    """The config of a model that reads images too, of whose weights a text reaches a part."""
+    return Gemma3Config(
+        text_config=SHAPE | dict(vocab_size=vocab_size, head_dim=16, sliding_window=4, max_position_embeddings=256,
+                                 layer_types=["sliding_attention", "full_attention"], tie_word_embeddings=False),
+        vision_config=dict(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+                           image_size=28, patch_size=14), mm_tokens_per_image=4, tie_word_embeddings=False)
 
 
 def make(config, seed=1):

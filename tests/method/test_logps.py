@@ -174,6 +174,12 @@ def test_dropout_is_zero_in_the_config_of_a_multimodal_model(tmp_path):
     assert models.load_config(str(tmp_path)).get_text_config().attention_dropout == 0
 
 
+def test_a_text_reaches_every_weight_of_a_text_model(model):
+    model.zero_grad()
+    models.freeze_unused(model)
+    assert all(weight.requires_grad and weight.grad is None for weight in model.parameters())
+
+
 def test_a_bf16_checkpoint_with_dropout_is_trained_in_float32_without(tmp_path):
     # attention dropout is a number in the config, which eval() and train() do not reach
     make(LlamaConfig(**SHAPE, attention_dropout=0.5)).to(torch.bfloat16).save_pretrained(tmp_path / "model")

@@ -5,13 +5,23 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 import stages
-from stages import digest, farthest, metrics, run
+from families import make, with_images
+from stages import digest, farthest, metrics, run, weights
 
 
 @pytest.fixture(scope="module")
-def jobs(world, pi_init, pi_0, preferences, tmp_path_factory):
+def reads_images(tokenizer, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("images")
+    make(with_images(len(tokenizer))).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def jobs(world, pi_init, pi_0, preferences, reads_images, tmp_path_factory):
     """{name: (stage, options)}; 04's last step and 02's last batches leave one of two ranks without work."""
     sampling = dict(model=pi_0, max_new_tokens=8)
     responses = run("02_generate", **sampling, input=world / "prompts_1.jsonl",
@@ -28,6 +38,8 @@ def jobs(world, pi_init, pi_0, preferences, tmp_path_factory):
         "02": ("02_generate", dict(sampling, input=world / "prompts_1.jsonl", micro_batch_size=5)),
         "sft": ("00_sft", sft), "sft fsdp": ("00_sft", dict(sft, fsdp=True)),
         "01": ("01_seed_dpo", seed), "01 fsdp": ("01_seed_dpo", dict(seed, fsdp=True)),
+        "images": ("01_seed_dpo", dict(seed, model=reads_images)),
+        "images fsdp": ("01_seed_dpo", dict(seed, model=reads_images, fsdp=True)),
         "04": ("04_refined_dpo", refined), "04 fsdp": ("04_refined_dpo", dict(refined, fsdp=True)),
         "04 odd": ("04_refined_dpo", dict(refined, batch_size=20, lr=1e-4, gradient_checkpointing=True)),
         "worst case": ("extras/worst_case_dpo", worst),
@@ -56,8 +68,8 @@ def test_two_processes_write_the_same_bytes(outputs, name, files):
     assert one.is_file() or {path.name for path in one.iterdir()} == {path.name for path in two.iterdir()}
 
 
-@pytest.mark.parametrize("name", ["sft", "sft fsdp", "01", "01 fsdp", "04", "04 fsdp", "04 odd", "worst case",
-                                  "worst case fsdp"])
+@pytest.mark.parametrize("name", ["sft", "sft fsdp", "01", "01 fsdp", "images", "images fsdp", "04", "04 fsdp",
+                                  "04 odd", "worst case", "worst case fsdp"])
 def test_two_processes_train_the_same_weights(outputs, jobs, name):
     one, two = outputs[name]
     assert farthest(one, two) < 2e-5 < farthest(one, jobs[name][-1]["model"])
@@ -67,14 +79,27 @@ def test_two_processes_train_the_same_weights(outputs, jobs, name):
     assert "04" not in name or sum(line["flagged"] for line in metrics(one)) > 0
 
 
-def test_sharded_training_resumes_where_it_stopped(outputs, jobs, tmp_path):
-    stage, options = jobs["04 fsdp"]
-    options = options | {"output": tmp_path / "out"}
-    stopped, resumed = stages.run_ranks(tmp_path, (stage, options | {"stop_after": 5}), (stage, options))
-    assert [rank.status for rank in stopped] == [143, 143], stopped
-    assert [rank.status for rank in resumed] == [0, 0] and "after step 5\n" in resumed[0].out, resumed
-    assert farthest(tmp_path / "out", outputs["04 fsdp"][1]) == 0
-    assert metrics(tmp_path / "out") == metrics(outputs["04 fsdp"][1])
+@pytest.mark.parametrize("name", ["images", "images fsdp"])
+def test_of_a_model_that_reads_images_the_text_part_is_trained(outputs, reads_images, name):
+    before = weights(reads_images)
+    for after in map(weights, outputs[name]):
+        assert after.keys() == before.keys()
+        trained = {key for key in before if not torch.equal(before[key], after[key])}
+        assert trained == {key for key in before if key.startswith("language_model.")}
+
+
+def test_training_resumes_where_it_stopped(outputs, jobs, tmp_path):
+    names, both = ["04 fsdp", "images", "images fsdp"], []
+    for name in names:
+        stage, options = jobs[name]
+        options = options | {"output": tmp_path / name}
+        both += [(stage, options | {"stop_after": 5}), (stage, options)]
+    ran = stages.run_ranks(tmp_path, *both)
+    for name, stopped, resumed in zip(names, ran[::2], ran[1::2]):
+        assert [rank.status for rank in stopped] == [143, 143], stopped
+        assert [rank.status for rank in resumed] == [0, 0] and "after step 5\n" in resumed[0].out, resumed
+        assert farthest(tmp_path / name, outputs[name][1]) == 0
+        assert metrics(tmp_path / name) == metrics(outputs[name][1])
 
 
 def test_each_rank_has_its_part_of_the_weights(pi_init, tmp_path):
