@@ -9,7 +9,6 @@
 import contextlib
 import errno
 import math
-import os
 import re
 import shutil
 import sys
@@ -23,7 +22,7 @@ import transformers
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import common
-from support.runs import InputError, close_output
+from support.runs import InputError, close_output, first_rank
 
 huggingface_hub.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
@@ -66,7 +65,7 @@ def load_weights(loader, name, what, **options):
         raise InputError(f"{name}: {len(missing)} weights of the model are not in its files (the first: {missing[0]})"
                          + (f", which have {unknown[0]} instead" if unknown else "")
                          + f": save {what} with all its weights, under transformers' names")
-    if unknown and os.environ.get("RANK", "0") == "0":
+    if unknown and first_rank():
         print(f"{name}: {len(unknown)} weights in its files are not used (the first: {unknown[0]})", file=sys.stderr)
     return model
 

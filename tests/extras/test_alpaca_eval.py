@@ -360,5 +360,6 @@ def test_a_file_without_metrics_is_named(tmp_path, metrics):
                                    "alpaca-judge x --baseline b --judge-template t --judge-model m",
                                    "mt-judge x --questions q --judge-prompts p --reference-answers r --judge-model m"])
 def test_commands_of_one_process_refuse_torchrun(tmp_path, words, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert "torchrun" in stages.refused("05_eval", *words.split(), output=tmp_path / "out")
+    for name, value in stages.AS_TORCHRUN.items():
+        monkeypatch.setenv(name, value)
+    assert "without torchrun" in stages.refused("05_eval", *words.split(), output=tmp_path / "out")
