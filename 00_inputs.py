@@ -103,6 +103,7 @@ def parse_args():
 
 def main():
     args = parse_args()
+    runs.in_one_process("this stage")
     work = runs.open_output(args, "source")
     folder = work / "data"
     folder.mkdir(exist_ok=True)

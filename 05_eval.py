@@ -19,7 +19,6 @@ that sample run under torchrun too. `python 05_eval.py COMMAND --help` lists the
 Departs from the paper: see extras/alpaca_eval.py.
 """
 
-import os
 import sys
 
 import numpy as np
@@ -138,8 +137,8 @@ def parse_args(words=None):
     add = add_command(commands, "report", "put evaluated models side by side: tables, samples, a figure")
     add("evaluated", nargs="+", help="folders and metrics files, in the order of the rows; a name has one row")
     args = parser.parse_args(words)
-    if not args.command.endswith("sample") and int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise runs.InputError(f"{args.command}: runs in one process: start it without torchrun")
+    if not args.command.endswith("sample"):
+        runs.in_one_process(args.command)
     if getattr(args, "judge_url", None):
         check_url("--judge-url", args.judge_url, azure=True)
     return args

@@ -31,7 +31,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 from transformers import get_cosine_schedule_with_warmup
 
-from support.runs import InputError, journal, progress, read_journal
+from support.runs import InputError, journal, progress, read_journal, torchrun_ranks
 
 # ---------------------------------------------------------------------------------------------
 # Batches
@@ -343,10 +343,13 @@ class Ranks:
 
 def start_ranks():
     """Meet the other processes that torchrun has started, when rank 0 has made the output's folder."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    rank, world, local_rank = torchrun_ranks()
     device = torch.device("cpu")
     if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE") or local_rank + 1), torch.cuda.device_count()
+        if processes > gpus:
+            raise InputError(f"{processes} processes on a machine where CUDA finds {gpus} GPUs: start no more than that")
+        device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     if dist.is_initialized():  # by an earlier command of this start
         dist.barrier()

@@ -21,6 +21,7 @@ HERE = Path(__file__).resolve().parent
 from shared import cell, mean_row
 
 from extras.report import figure
+from support import runs
 
 ROWS = ["sft", "dpo", "spa_1", "spa_2", "spa_3", "dpo_all_gold"]
 COLUMNS = {"win_rate": "Win rate (%)", "judge_accuracy": "Judge accuracy (%)", "agreement": "Held-out agreement (%)",
@@ -37,7 +38,7 @@ def run(seed, args):
         subprocess.run(["bash", str(HERE.parent / "run_all.sh"), "world"], env=environment, stdout=log, stderr=log,
                        check=True)
     evaluated = Path(args.runs) / f"world-seed{seed}" / "eval"
-    return {row: json.loads((evaluated / row / "metrics.json").read_text()) for row in ROWS}
+    return {row: json.loads((evaluated / row / "metrics.json").read_text(encoding="utf-8")) for row in ROWS}
 
 
 def main():
@@ -54,7 +55,8 @@ def main():
     for row in ROWS:
         cells = [cell([seed[row].get(key) for seed in seeds], 3 if key == "kl_per_token" else 1) for key in COLUMNS]
         print("| " + " | ".join([seeds[0][row]["name"], seeds[0][row]["gold_labels"], *cells]) + " |")
-    (HERE / "small_world.svg").write_text(figure([mean_row([seed[row] for seed in seeds]) for row in ROWS]))
+    drawn = figure([mean_row([seed[row] for seed in seeds]) for row in ROWS])
+    (HERE / "small_world.svg").write_text(drawn, encoding="utf-8")
     wins = {row: [seed[row]["win_rate"] for seed in seeds] for row in ROWS}
     print("\nWin rate by seed")
     for row in ROWS:
@@ -76,4 +78,5 @@ def main():
 
 
 if __name__ == "__main__":
+    runs.escape_output()
     main()

@@ -530,7 +530,7 @@ def main():
         blocks.append(markdown(key, rows, values))
         if key in FIGURES and args.output:
             drawn = [mean_row(of_row) | {"name": row.label} for row, of_row in zip(rows, zip(*metrics))]
-            (args.output.parent / f"figure_{key[1:]}.svg").write_text(figure(drawn))
+            (args.output.parent / f"figure_{key[1:]}.svg").write_text(figure(drawn), encoding="utf-8")
     tasks = list(itertools.chain(*tasks))
     records = [read(runs.args_path(task.output)) for task in tasks]
     versions = ", ".join(f"{name} {version}" for name, version in records[0]["versions"].items())
@@ -550,4 +550,5 @@ def main():
 
 
 if __name__ == "__main__":
+    runs.escape_output()
     main()

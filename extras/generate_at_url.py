@@ -13,7 +13,6 @@ is missing as the first would have. But how a server rounds depends on its load,
 Departs from the paper: as 02_generate.py. A prompt of which the server refuses a response for ever is dropped.
 """
 
-import os
 import sys
 from pathlib import Path
 
@@ -48,8 +47,7 @@ def parse_args():
     add("--max-prompt-length", type=runs.positive, default=1024, help="longer prompts are dropped")
     args = parser.parse_args()
     check_url("--url", args.url)
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise runs.InputError("--url: the server samples, so one process is enough: start it without torchrun")
+    runs.in_one_process("--url: the server samples, so this")
     args.url_model = args.url_model or args.model
     return args
 

@@ -145,7 +145,7 @@ def main():
         if subprocess.run([sys.executable, ROOT / "04_refined_dpo.py", *files, *words], stdout=subprocess.DEVNULL,
                           env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}).returncode:  # float32 on the CPU, as here
             sys.exit(2)  # it has said why
-        theirs = [runs.parse_json(line, folder) for line in open(f"{folder}/pi_1/metrics.jsonl")]
+        theirs = [runs.parse_json(line, folder) for line in open(f"{folder}/pi_1/metrics.jsonl", encoding="utf-8")]
         pi_1 = load(f"{folder}/pi_1")
     ours = []
     train(pi_theta, pi_0, pairs, refine=True, **options, log=ours.append)

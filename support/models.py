@@ -9,7 +9,6 @@
 import contextlib
 import errno
 import math
-import os
 import re
 import shutil
 import sys
@@ -24,7 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import common
 from support import checkpoints
-from support.runs import InputError, close_output
+from support.runs import InputError, close_output, first_rank
 
 huggingface_hub.utils.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
@@ -68,7 +67,7 @@ def load_weights(loader, name, what, **options):
                          + (f", which have {unknown[0]} instead" if unknown else "")
                          + f": save {what} with all its weights, under transformers' names")
     checkpoints.check_weights(name, model, unknown)
-    if unknown and os.environ.get("RANK", "0") == "0":
+    if unknown and first_rank():
         print(f"{name}: {len(unknown)} weights in its files are not used (the first: {unknown[0]})", file=sys.stderr)
     return model
 

@@ -57,9 +57,11 @@ def run(main):
     """
     global this_run
     this_run = ThisRun()
+    escape_output()
     handlers = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         try:
+            torchrun_ranks()
             main()
         finally:  # finish printing: torchrun stops the other ranks as soon as one exits
             for number in handlers:
@@ -90,6 +92,13 @@ def run(main):
         this_run = ThisRun()
 
 
+def escape_output():
+    """From now on print what stdout and stderr cannot encode, say a path outside ASCII, as escapes: it is no error."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError):  # no stream of Python's own
+            stream.reconfigure(errors="backslashreplace")
+
+
 def on_signal(number, frame):
     """Stop at once. In training: after the step is done and saved, unless it is the second Ctrl-C."""
     if not this_run.training or this_run.asked and number == signal.SIGINT:
@@ -110,8 +119,35 @@ def resume_hint():
     return "nothing was saved yet: rerun the command to start again"
 
 
+TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+def torchrun_ranks():
+    """(rank, number of ranks, rank on this machine), which torchrun sets; (0, 1, 0) without it.
+
+    Raises InputError where there is more than one rank and a part of it is missing.
+    """
+    found = {name: os.environ.get(name, "") for name in TORCHRUN}
+    if found["WORLD_SIZE"] in ("", "1"):
+        return 0, 1, 0
+    rank, world, local_rank = (int(found[name]) if found[name].isdecimal() else -1 for name in TORCHRUN[:3])
+    if min(rank, local_rank) < 0 or rank >= world or not (found["MASTER_ADDR"] and found["MASTER_PORT"].isdecimal()):
+        given = ", ".join(f"{name}={value!r}" for name, value in found.items())
+        raise InputError(f"{given}: torchrun sets all of them: start the stage with it, or unset WORLD_SIZE")
+    return rank, world, local_rank
+
+
 def first_rank():
-    return os.environ.get("RANK", "0") == "0"
+    try:
+        return torchrun_ranks()[0] == 0
+    except InputError:  # every process says so
+        return True
+
+
+def in_one_process(what):
+    """Raises InputError where torchrun has started several processes: `what` is no work to share."""
+    if torchrun_ranks()[1] > 1:
+        raise InputError(f"{what} runs in one process: start it without torchrun")
 
 
 def exit_with(message, status=2):
@@ -391,6 +427,10 @@ def args_path(output):
     return output / "args.json" if output.is_dir() else output.with_name(output.name + ".args.json")
 
 
+def read_record(output):
+    return json.loads(args_path(output).read_text(encoding="utf-8"))
+
+
 def fingerprint(path):
     """A short hash of a file, or of a model's or an evaluation's folder. A name on the Hub is returned as it is.
 
@@ -420,7 +460,7 @@ def begun():
     """The time at which the output was begun, the same in a run that resumes it: a chat template may write the date."""
     if not this_run.begun:
         try:
-            this_run.begun = datetime.fromisoformat(json.loads((this_run.work / "args.json").read_text())["begun"])
+            this_run.begun = datetime.fromisoformat(read_record(this_run.work)["begun"])
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
             this_run.begun = datetime.now()
     return this_run.begun
@@ -472,7 +512,7 @@ def exit_if_complete(output, work, made_from):
 def check_made_from(path, made_from):
     """Raises InputError unless the args.json of `path` says that it was made from the same."""
     try:
-        old = json.loads(args_path(path).read_text())["made_from"]
+        old = read_record(path)["made_from"]
         changed = differences(old, made_from)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise InputError(f"{path}: exists and does not say how it was made: move it or choose another --output")
@@ -493,7 +533,7 @@ def differences(old, new):
 
 def lock(output, work):
     """Lock work/lock until this process ends, however it ends. Raises InputError where another process holds it."""
-    this_run.lock = open(work / "lock", "a")
+    this_run.lock = open(work / "lock", "ab")
     try:
         fcntl.flock(this_run.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -513,7 +553,7 @@ def close_output(args, work, made, counts):
 
     Everything is flushed to the disk before the rename: after a power cut the output is complete or absent.
     """
-    record = json.loads((work / "args.json").read_text())
+    record = read_record(work)
     versions = {"python": sys.version.split()[0], "torch": version("torch"), "transformers": version("transformers")}
     record |= {"counts": counts, "seconds": round(time.time() - this_run.started, 1), "versions": versions}
     write_json(made / "args.json" if made.is_dir() else args_path(args.output), record)
@@ -550,7 +590,7 @@ def progress(steps, label, ranks):
 def log_step(work, bar, step, rows, **more):
     """A line of metrics.jsonl: the means over the step's rows, and `more`, the step's other values."""
     mean = {name: sum(row[name] for row in rows) / len(rows) for name in rows[0] if name != "id"}
-    with open(work / "metrics.jsonl", "a") as file:
+    with open(work / "metrics.jsonl", "a", encoding="utf-8") as file:
         file.write(json.dumps({"step": step + 1, **mean, **more}) + "\n")
     shown = {"loss": "loss", "rewards/accuracies": "accuracy"}
     bar.set_postfix({shown[name]: f"{mean[name]:.3f}" for name in shown if name in mean}, refresh=False)
@@ -606,7 +646,7 @@ def load_state(work, ranks, model, optimizer, scheduler):
     if ranks.rank == 0:
         if state["step"] > 0:
             print(f"resuming after step {state['step']}", flush=True)
-        (work / "metrics.jsonl").write_text(state.get("metrics", ""))
+        (work / "metrics.jsonl").write_text(state.get("metrics", ""), encoding="utf-8")
     this_run.training = True
     return state
 
@@ -651,7 +691,7 @@ def write_state(work, state):
     path, temporary = work / f"state-{state['step']}.pt", work / "state.tmp"
     try:
         with open(temporary, "wb") as file:
-            torch.save(state | {"metrics": (work / "metrics.jsonl").read_text()}, file)
+            torch.save(state | {"metrics": (work / "metrics.jsonl").read_text(encoding="utf-8")}, file)
         to_disk(temporary)
         os.replace(temporary, path)
         to_disk(work)

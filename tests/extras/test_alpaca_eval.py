@@ -357,5 +357,6 @@ def test_a_file_without_metrics_is_named(tmp_path, metrics):
 
 
 def test_a_command_of_one_process_refuses_torchrun(tmp_path, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert "torchrun" in stages.refused("05_eval", "report", "x", output=tmp_path / "out")
+    for name, value in stages.AS_TORCHRUN.items():
+        monkeypatch.setenv(name, value)
+    assert "without torchrun" in stages.refused("05_eval", "report", "x", output=tmp_path / "out")

@@ -16,7 +16,7 @@ import common
 from chat_server import KEY, serving
 from extras import endpoint
 from support import chat, runs
-from stages import NO_RANKS, ROOT, attempt, command_line, digest, load, parsed, refused, rows, run
+from stages import AS_TORCHRUN, NO_RANKS, ROOT, attempt, command_line, digest, load, parsed, refused, rows, run
 
 AT_URL, LIMIT = "extras/generate_at_url", 12
 
@@ -266,9 +266,10 @@ def test_it_starts_in_any_folder(tmp_path, options, sampler):
 
 @pytest.mark.parametrize("case", ["another model", "no server", "a key", "no URL", "torchrun", "offline"])
 def test_bad_options_are_one_line_and_nothing_is_asked(tmp_path, options, sampler, case, monkeypatch):
-    said = {"another model": "pi_7", "a key": "OPENAI_API_KEY", "torchrun": "torchrun", "offline": "HF_HUB_OFFLINE"}
+    said = {"another model": "pi_7", "a key": "OPENAI_API_KEY", "torchrun": "without torchrun", "offline": "HF_HUB_OFFLINE"}
     if case == "torchrun":
-        monkeypatch.setenv("WORLD_SIZE", "2")
+        for name, value in AS_TORCHRUN.items():
+            monkeypatch.setenv(name, value)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", case == "offline")
     with serving(sampler, ["pi_7"]) as server:
         url = {"no server": "http://127.0.0.1:9/v1", "a key": f"http://user:{KEY}@host/v1"}.get(case, server.url)

@@ -1,16 +1,21 @@
 """What a user has to fix is one line on stderr that says where, exit status 2, and nothing is overwritten."""
 
+import contextlib
+import io
 import json
 import shutil
 import subprocess
 import sys
 
 import pytest
+import torch
 from safetensors.torch import load, save
 
+import common
 import stages
 from children import STAGES, at_end, fork, good, kill, no_child_outlives_its_test
 from conftest import save_tiny
+from support import runs
 from stages import attempt, rows, run, write_rows
 
 STAGES = STAGES[1:]
@@ -260,6 +265,68 @@ def test_gold_that_is_not_a_gold_judge_and_a_folder_without_metrics(good, world,
     for path in (tmp_path / "gold.json", tmp_path / "no.json", world / "seed.jsonl"):
         refused("05_eval sample", path, output=tmp_path / "out", **good["05_eval sample"] | {"gold": path})
     refused(f"05_eval report {tmp_path}", tmp_path / "metrics.json", output=tmp_path / "report")
+
+
+# ---------------------------------------------------------------------------------------------
+# The environment
+
+
+def test_what_stdout_and_stderr_cannot_encode_is_escaped(good, tmp_path, monkeypatch):
+    def printed(name, **options):
+        streams = {name: io.TextIOWrapper(io.BytesIO(), "ascii") for name in ("stdout", "stderr")}
+        with monkeypatch.context() as patch:
+            patch.setattr("sys.argv", [name, *stages.command_line(options)])
+            for stream in streams:
+                patch.setattr(sys, stream, streams[stream])
+            with contextlib.suppress(SystemExit):
+                runs.run(stages.load(name).main)
+            return [stream.flush() or stream.buffer.getvalue().decode() for stream in streams.values()]
+
+    options = good["00_inputs"] | {"output": tmp_path / "ö"}
+    for _ in range(2):
+        out, err = printed("00_inputs", **options)
+        assert err == "" and f"{tmp_path}/\\xf6: " in out and (tmp_path / "ö" / "seed.jsonl").exists()
+    out, err = printed("00_inputs", **options | {"seed_size": 5})
+    assert out == "" and err.startswith(f"00_inputs: {tmp_path}/\\xf6: ") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("environment", [{"RANK": ""}, dict.fromkeys(stages.AS_TORCHRUN, ""), {"RANK": "1"},
+                                         {"RANK": "0", "WORLD_SIZE": "1"}, {"RANK": "3", "LOCAL_RANK": "3"}])
+def test_a_process_that_torchrun_did_not_start_is_alone(good, tmp_path, monkeypatch, environment):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    ran = attempt("00_inputs", **good["00_inputs"], output=tmp_path / "out")
+    assert ran.status == 0 and ran.out.startswith(f"{tmp_path / 'out'}: ")
+    assert common.start_ranks() == common.Ranks(0, 1, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("environment", [
+    {"RANK": None}, {"RANK": ""}, {"RANK": "first"}, {"RANK": "2"}, {"RANK": "-1"}, {"WORLD_SIZE": "two"},
+    {"WORLD_SIZE": "0"}, {"LOCAL_RANK": None}, {"MASTER_ADDR": ""}, {"MASTER_ADDR": None}, {"MASTER_PORT": None},
+    dict.fromkeys(["RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"])])
+@pytest.mark.parametrize("stage", ["00_inputs", "02_generate"])
+def test_half_of_what_torchrun_sets_is_refused(good, tmp_path, monkeypatch, stage, environment):
+    for name, value in (stages.AS_TORCHRUN | environment).items():
+        monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
+    refused(stage, "torchrun", *environment, output=tmp_path / "out", **good[stage])
+    assert not list(tmp_path.iterdir())
+
+
+def test_inputs_are_made_in_one_process(good, tmp_path, monkeypatch):
+    for name, value in stages.AS_TORCHRUN.items():
+        monkeypatch.setenv(name, value)
+    refused("00_inputs", "without torchrun", output=tmp_path / "out", **good["00_inputs"])
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("environment", [{"LOCAL_WORLD_SIZE": "4"}, {"LOCAL_RANK": "2", "RANK": "2"}])
+def test_more_processes_than_gpus(monkeypatch, environment):
+    for name, value in (stages.AS_TORCHRUN | {"WORLD_SIZE": "4"} | environment).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(runs.InputError, match="2 GPUs"):
+        common.start_ranks()
 
 
 def test_a_process_of_its_own_prints_no_more_than_one_line(good, tmp_path):
