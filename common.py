@@ -348,7 +348,7 @@ def start_ranks():
     if torch.cuda.is_available():
         processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE") or local_rank + 1), torch.cuda.device_count()
         if processes > gpus:
-            raise InputError(f"{processes} processes on a machine where CUDA finds {gpus} GPUs: start no more than that")
+            raise InputError(f"{processes} processes on a machine where CUDA finds {gpus} GPUs: start no more")
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     if dist.is_initialized():  # by an earlier command of this start

@@ -266,7 +266,8 @@ def test_it_starts_in_any_folder(tmp_path, options, sampler):
 
 @pytest.mark.parametrize("case", ["another model", "no server", "a key", "no URL", "torchrun", "offline"])
 def test_bad_options_are_one_line_and_nothing_is_asked(tmp_path, options, sampler, case, monkeypatch):
-    said = {"another model": "pi_7", "a key": "OPENAI_API_KEY", "torchrun": "without torchrun", "offline": "HF_HUB_OFFLINE"}
+    said = {"another model": "pi_7", "a key": "OPENAI_API_KEY", "torchrun": "without torchrun",
+            "offline": "HF_HUB_OFFLINE"}
     if case == "torchrun":
         for name, value in AS_TORCHRUN.items():
             monkeypatch.setenv(name, value)
