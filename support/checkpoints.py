@@ -1,6 +1,7 @@
 """What the files of a model hold, which transformers may read as something else.
 
     check_weights     float8 and int8 without their scales, and values that are not finite, are refused
+    add_older_keys    config.json as transformers 4 reads it, and the engines built on that
 """
 
 import math
@@ -63,3 +64,36 @@ def find_not_finite(weights):
         # the least and the largest are NaN where a value is; a tenth of the time of isfinite, which makes a copy
         if weight.numel() and not all(map(math.isfinite, torch.aminmax(weight))):
             return key
+
+
+# types of models with rope_parameters for each type of layer, and the older key of the local layers' rope_theta
+BY_LAYER = {"gemma3_text": "rope_local_base_freq", "gemma3n_text": "rope_local_base_freq", "olmo3": None}
+
+
+def add_older_keys(config):
+    """Add to a config.json the keys that transformers 4 reads, and engines built on it, where 5 has renamed them.
+
+    They do not know rope_parameters: without rope_theta it is 10,000 to them. What has no older key is left out.
+    config: the file's dict, or a part of it
+    """
+    for part in config.values():
+        if isinstance(part, dict):  # text_config of a model that reads images
+            add_older_keys(part)
+    if config.get("dtype"):
+        config["torch_dtype"] = config["dtype"]
+    model_type, rope = config.get("model_type", ""), config.get("rope_parameters") or {}
+    if rope and BY_LAYER.get(model_type):
+        config[BY_LAYER[model_type]] = rope["sliding_attention"]["rope_theta"]
+    if rope and model_type in BY_LAYER:
+        rope = rope["full_attention"]
+    if rope.get("rope_theta") is None:
+        return
+    is_neox = model_type.startswith("gpt_neox")
+    config["rotary_emb_base" if is_neox else "rope_theta"] = rope["rope_theta"]
+    if "partial_rotary_factor" in rope and model_type != "phi3":  # in phi3 it still is where it was
+        config["rotary_pct" if is_neox else "partial_rotary_factor"] = rope["partial_rotary_factor"]
+    scaling = {key: value for key, value in rope.items() if key not in ("rope_theta", "partial_rotary_factor", *config)}
+    if scaling.get("type") == scaling.get("rope_type"):
+        scaling.pop("rope_type", None)  # transformers 5 adds it, and 4 refuses a fourth key in phi3
+    if scaling not in ({}, {"rope_type": "default"}):
+        config["rope_scaling"] = scaling

@@ -8,6 +8,7 @@
 
 import contextlib
 import errno
+import json
 import math
 import re
 import shutil
@@ -222,15 +223,19 @@ def load_reference(name, pairs, args, ranks):
 
 def save_model(model, tokenizer, folder, weights=None):
     """An ordinary Hugging Face folder, float32: bf16 would round away small updates, on which the next model builds."""
+    path = folder / "config.json"
     try:
         model.save_pretrained(folder, state_dict=weights)
         tokenizer.save_pretrained(folder)
+        config = json.loads(path.read_text(encoding="utf-8"))
+        checkpoints.add_older_keys(config)
+        path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     except Exception as error:  # safetensors and tokenizers raise no OSError where the disk is full
         if "os error" not in str(error):
             raise
         raise OSError(errno.EIO, f"cannot be written ({error})", str(folder))
     for file in folder.glob("*.safetensors"):  # safetensors lets only the owner read them
-        file.chmod((folder / "config.json").stat().st_mode)
+        file.chmod(path.stat().st_mode)
 
 
 def save_trained(args, work, ranks, model, tokenizer, counts):

@@ -1,5 +1,6 @@
 """Other people's models: what is in their files, what they can do, their limits. Each is found when it is loaded."""
 
+import copy
 import json
 import math
 import shutil
@@ -7,10 +8,11 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import (BertConfig, CohereConfig, Gemma3TextConfig, GPT2Config, LlamaConfig, MambaConfig,
-                          MixtralConfig, OPTConfig, Phi3Config, Qwen3MoeConfig)
+from transformers import (AutoConfig, BertConfig, CohereConfig, Gemma3TextConfig, GPT2Config, GPTNeoXConfig,
+                          LlamaConfig, MambaConfig, MixtralConfig, Olmo3Config, OPTConfig, Phi3Config, PhiConfig,
+                          Qwen3MoeConfig)
 
-from families import SHAPE, make
+from families import FAMILIES, SHAPE, make, with_images
 from stages import attempt, metrics, refused, run, write_rows
 from support import checkpoints, models, runs
 
@@ -284,6 +286,57 @@ def test_a_token_that_was_added_without_a_row_in_the_embedding(pi_0, tokenizer, 
                    **({"batch_size": 1} if name[:2] in ("00", "01") else {"max_new_tokens": 4}))
     assert f"id 7: token id {len(tokenizer)} " in line or f"id 2: token id {len(tokenizer)} " in line
     assert f"vocabulary of {len(tokenizer)}" in line
+
+
+# ---------------------------------------------------------------------------------------------
+# A saved model, as transformers 4 and the engines built on it read its config.json. These keys are what transformers
+# 4.57 makes its configs from, and what the files of these models on the Hub have
+
+
+OLDER = {  # name: (class of a config, what else it is given, the older keys)
+    "default": (LlamaConfig, {}, dict(rope_theta=5e5)),
+    "llama3": (LlamaConfig, {}, dict(rope_theta=5e5, rope_scaling=dict(
+        rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+        original_max_position_embeddings=32))),
+    "gemma3": (Gemma3TextConfig, dict(head_dim=16), dict(rope_theta=2e6, rope_local_base_freq=3e4, rope_scaling=dict(
+        rope_type="linear", factor=8.0))),
+    "olmo3": (Olmo3Config, {}, dict(rope_theta=5e5, rope_scaling=dict(
+        rope_type="yarn", factor=2.0, original_max_position_embeddings=32))),
+    "phi3": (Phi3Config, dict(original_max_position_embeddings=32), dict(rope_theta=2e4, rope_scaling=dict(
+        type="longrope", short_factor=[1.0] * 8, long_factor=[2.0] * 8))),
+    "phi": (PhiConfig, {}, dict(rope_theta=2e4, partial_rotary_factor=0.25)),
+    "gpt_neox": (GPTNeoXConfig, {}, dict(rotary_emb_base=20000, rotary_pct=0.5))}
+OLD_KEYS = {"torch_dtype"}.union(*(older for _, _, older in OLDER.values()))
+
+
+def older_keys(config, tokenizer, folder):
+    """The older keys in the config.json that the stages save, and in its text part; transformers 5 must read the same
+    config as without."""
+    model = make(config)
+    model.save_pretrained(folder / "theirs")
+    models.save_model(model, tokenizer, folder / "ours")
+    ours, theirs = (AutoConfig.from_pretrained(folder / name).to_dict() for name in ("ours", "theirs"))
+    assert ours | {"_name_or_path": ""} == theirs | {"_name_or_path": ""}
+    saved = json.loads((folder / "ours" / "config.json").read_text())
+    return [{key: part[key] for key in part if key in OLD_KEYS} for part in (saved, saved.get("text_config", {}))]
+
+
+@pytest.mark.parametrize("name", OLDER)
+def test_a_saved_config_has_the_keys_of_older_versions_too(tmp_path, tokenizer, name):
+    config, more, older = OLDER[name]
+    config = config(**SHAPE, **more, **copy.deepcopy(older))  # transformers adds to a dict that it is given
+    assert older_keys(config, tokenizer, tmp_path) == [older | {"torch_dtype": "float32"}, {}]
+
+
+def test_older_keys_of_a_model_that_reads_images_stand_in_its_text_part(tmp_path, tokenizer):
+    text = dict(rope_theta=1e6, rope_local_base_freq=1e4)
+    assert older_keys(with_images(40), tokenizer, tmp_path) == [{"torch_dtype": "float32"}, text]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_older_keys_change_nothing_for_any_family(tmp_path, tokenizer, name):
+    found, _ = older_keys(FAMILIES[name], tokenizer, tmp_path)
+    assert ("rope_theta" in found) == (name not in ("gpt2", "mamba2"))
 
 
 # ---------------------------------------------------------------------------------------------
