@@ -348,7 +348,7 @@ def start_ranks():
     if torch.cuda.is_available():
         processes, gpus = int(os.environ.get("LOCAL_WORLD_SIZE") or local_rank + 1), torch.cuda.device_count()
         if processes > gpus:
-            raise InputError(f"{processes} processes on a machine where CUDA finds {gpus} GPUs: start no more")
+            raise InputError(f"{processes} processes on a machine where CUDA finds {gpus} GPUs: start one for each GPU")
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     if dist.is_initialized():  # by an earlier command of this start
@@ -363,17 +363,20 @@ def map_batches(compute, batches, work, ranks, label):
     """{i: compute's result for i}, with batches (lists of i) shared among the ranks, in turn.
 
     compute: list of i -> list of results (JSON). Finished batches are recorded in `work`: when the stage is started
-    again, on any number of ranks, they are read instead of computed.
+    again, on any number of ranks and with batches of any size, what they have of these i is read instead of computed.
     """
-    done = dict(read_journal(work, label))
-    mine = [k for k in range(ranks.rank, len(batches), ranks.world) if k not in done]
+    def recorded():
+        return {i: result for batch, results in read_journal(work, label) for i, result in zip(batch, results)}
+
+    done = recorded()
+    mine = [[i for i in batch if i not in done] for batch in batches[ranks.rank::ranks.world]]
     with journal(work, label, ranks.rank) as record:
-        for k in progress(mine, label, ranks):
-            record([k, compute(batches[k])])
+        for batch in progress([batch for batch in mine if batch], label, ranks):
+            record([batch, compute(batch)])
     ranks.barrier()
-    done = dict(read_journal(work, label))
+    done = recorded()
     ranks.barrier()  # before any rank may remove the folder
-    return {i: result for k, batch in enumerate(batches) for i, result in zip(batch, done[k], strict=True)}
+    return {i: done[i] for batch in batches for i in batch}
 
 
 def map_rows(compute, rows, size, work, ranks, label, tokens=None):

@@ -76,6 +76,9 @@ def run(main):
     except Exception as error:
         if isinstance(error, OSError) and error.errno is not None:  # no space left, no permission
             exit_with(f"{error.filename or this_run.work or 'writing'}: {error.strerror}: {resume_hint()}")
+        if isinstance(error, torch.OutOfMemoryError):
+            exit_with("the GPU has too little memory: lower --micro-batch-size, or when training --micro-batch-tokens, "
+                      f"or add --gradient-checkpointing: {resume_hint()}")
         if dist.is_initialized() and (isinstance(error, dist.DistError) or "gloo" in str(error)):  # gloo has no class
             exit_with(f"another rank has ended (see torchrun's report below): {resume_hint()}")
         if not should_report():
@@ -466,12 +469,15 @@ def begun():
     return this_run.begun
 
 
+ROUNDING = ("micro_batch_size", "micro_batch_tokens", "gradient_checkpointing")  # options that change rounding alone
+
+
 def open_output(args, *inputs, free=("output", "save_every")):
     """The folder to work in, OUTPUT.partial. inputs: names of the options that are files or models to read.
 
     Exits with status 0 where the output is complete. Raises InputError where the output, or what there is of it, was
     made with other arguments or from other inputs, or where another run is making it. Options in `free` do not change
-    the output.
+    the output. Those in ROUNDING may differ too, say after an out-of-memory error; args.json has those of every start.
     """
     global this_run
     output = Path(args.output)
@@ -489,12 +495,18 @@ def open_output(args, *inputs, free=("output", "save_every")):
         work.mkdir(parents=True, exist_ok=True)
         lock(output, work)
         exit_if_complete(output, work, made_from)  # the run that held the lock until now may have completed it
+    earlier = []  # the starts that had other options of ROUNDING
     if has_work(work):
-        check_made_from(work, made_from)
+        other = check_made_from(work, made_from)
         if first_rank():
-            print(f"{output}: resuming", flush=True)
+            old = read_record(work)
+            earlier = old.get("earlier_starts", [])
+            if other:
+                earlier.append({name: old["made_from"]["args"].get(name) for name in ROUNDING if name in options})
+            print(f"{output}: resuming{other and ' what was made with ' + other}", flush=True)
     if first_rank():
-        write_json(work / "args.json", {"made_from": made_from, "begun": begun().isoformat()})
+        record = {"made_from": made_from, "begun": begun().isoformat()}
+        write_json(work / "args.json", record | ({"earlier_starts": earlier} if earlier else {}))
     return work
 
 
@@ -502,33 +514,39 @@ def exit_if_complete(output, work, made_from):
     """Exit with status 0 where the output exists. Raises InputError where it was made from something else."""
     if not output.exists():
         return
-    check_made_from(output, made_from)
+    other = check_made_from(output, made_from)
     if first_rank():
         shutil.rmtree(work, ignore_errors=True)  # left by a kill just after the rename
-        print(f"{output}: already complete (same arguments); nothing to do")
+        print(f"{output}: already complete ({other and 'with ' + other or 'same arguments'}); nothing to do")
     sys.exit(0)
 
 
 def check_made_from(path, made_from):
-    """Raises InputError unless the args.json of `path` says that it was made from the same."""
+    """Raises InputError unless the args.json of `path` says that it was made from the same.
+
+    Returns in which options of ROUNDING it was not, in words.
+    """
     try:
         old = read_record(path)["made_from"]
-        changed = differences(old, made_from)
+        rounding, changed = differences(old, made_from)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise InputError(f"{path}: exists and does not say how it was made: move it or choose another --output")
-    if old != made_from:
+    if changed:
         raise InputError(f"{path}: was made with {changed}: delete it or choose another --output")
+    return rounding
 
 
 def differences(old, new):
-    """'--lr 0.1 (now 0.2)' and 'another content of --input': the options and inputs in which two records differ."""
+    """The options and inputs in which two records differ, those in ROUNDING and the others: two texts,
+    '--micro-batch-size 4 (now 2)' and '--lr 0.1 (now 0.2), another content of --input'."""
     if old.get("stage") != new["stage"]:
-        return f"another stage, {old.get('stage')}"
-    changed = [f"--{k.replace('_', '-')} {old['args'].get(k)} (now {new['args'].get(k)})"
-               for k in {**old["args"], **new["args"]} if old["args"].get(k) != new["args"].get(k)]
-    changed += [f"another content of --{k.replace('_', '-')}" for k in {**old["inputs"], **new["inputs"]}
+        return "", f"another stage, {old.get('stage')}"
+    changed = {k: f"--{k.replace('_', '-')} {old['args'].get(k)} (now {new['args'].get(k)})"
+               for k in {**old["args"], **new["args"]} if old["args"].get(k) != new["args"].get(k)}
+    rounding = [changed.pop(k) for k in ROUNDING if k in changed]
+    contents = [f"another content of --{k.replace('_', '-')}" for k in {**old["inputs"], **new["inputs"]}
                 if old["inputs"].get(k) != new["inputs"].get(k)]
-    return ", ".join(changed)
+    return ", ".join(rounding), ", ".join([*changed.values(), *contents])
 
 
 def lock(output, work):

@@ -193,7 +193,11 @@ def test_an_output_is_left_alone_and_refused_where_arguments_or_input_differ(goo
     again = attempt(*stage.split(), output=output, **options)
     assert again.status == 0 and again.err == "" and again.out.startswith(f"{output}: ")
     assert stages.files(tmp_path) == before
-    refused(stage, output, "--micro-batch-size", output=output, **options | {"micro_batch_size": 3})
+    other = {"micro_batch_size": options["micro_batch_size"] + 1}  # changes rounding alone
+    again = attempt(*stage.split(), output=output, **options | other)
+    assert again.status == 0 and "--micro-batch-size" in again.out and stages.files(tmp_path) == before
+    option = "beta" if stage == "03_judge" else "seed"
+    refused(stage, output, f"--{option}", output=output, **options | {option: 7} | other)
     write_rows(path, given[:-1])
     refused(stage, output, "--input", output=output, **options)
 

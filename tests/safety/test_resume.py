@@ -11,7 +11,7 @@ import common
 from support import models, runs
 from children import (STAGES, TRAINED, at_end, at_event, content, fork, good, in_step, kill, no_child_outlives_its_test,
                       stop_with, two_ranks, whole)
-from stages import attempt, farthest, metrics, rows
+from stages import attempt, farthest, metrics, rows, run
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -82,9 +82,9 @@ def test_the_newest_whole_state_is_taken_and_metrics_follow_it(good, whole, tmp_
 
 
 def recorded(partial):
-    """{journal: the numbers of its batches}, those of all ranks."""
+    """{journal: its batches, as lists of rows}, those of all ranks."""
     labels = {path.name.rsplit(".", 2)[0] for path in partial.glob("*.*.jsonl")}
-    return {label: sorted(k for k, _ in runs.read_journal(partial, label)) for label in sorted(labels)}
+    return {label: sorted(list(batch) for batch, _ in runs.read_journal(partial, label)) for label in sorted(labels)}
 
 
 # {stage: (models that are loaded before it is killed, forward passes after that, batches of each journal)}
@@ -126,7 +126,11 @@ def test_finished_batches_are_not_computed_again(good, whole, passes, tmp_path, 
         assert [rank.status for rank in two_ranks(stage, options)] == [0, 0]
     else:
         assert fork(stage, options, lambda: at_end(kill, tmp_path / "out"))().status == -signal.SIGKILL
-        assert list(recorded(partial).values()) == [list(range(count)) for count in batches]
+        after = recorded(partial)
+        assert list(map(len, after.values())) == batches
+        for label, rows_of_batches in after.items():  # each row once
+            assert sorted(sum(rows_of_batches, [])) == list(range(sum(map(len, rows_of_batches))))
+            assert all(batch in rows_of_batches for batch in before.get(label, []))
         assert attempt(*stage.split(), **options).status == 0
     if stage != "01_seed_dpo" or left_by != "two, to two ranks":  # gradients are summed in another order
         assert content(tmp_path / "out") == whole(stage)
@@ -138,7 +142,7 @@ def test_a_damaged_batch_is_computed_again(good, whole, tmp_path, stage):
     assert fork(stage, options, lambda: at_end(kill, tmp_path / "out"))().status == -signal.SIGKILL
     for journal in partial.glob("*.0.jsonl"):
         journal.write_text(re.sub(r"(?<=\[\[)-?\d", lambda digit: str(int(digit[0]) + 1), journal.read_text(), count=1))
-    assert {tuple(batches) for batches in recorded(partial).values()} == {(1, 2)}
+    assert {len(batches) for batches in recorded(partial).values()} == {2}
     assert attempt(stage, **options).status == 0
     assert content(tmp_path / "out") == whole(stage)
 
@@ -155,6 +159,59 @@ def test_results_are_in_the_order_of_the_rows_and_read_where_they_are_known(tmp_
         assert [(value["é"], list(ids)) for _, value, ids in found] == [(k, [k]) for k in range(7)]
         assert all(math.isnan(number) for number, *_ in found)
     assert batches == [[1, 3, 4], [6, 0, 2], [5]]
+
+
+# ---------------------------------------------------------------------------------------------
+# With options that change rounding alone, as after an out-of-memory error
+
+
+def out_of_memory():
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
+@pytest.mark.parametrize("stage", TRAINED)
+def test_training_that_ran_out_of_memory_resumes_with_less(good, tmp_path, stage):
+    whole = run(stage, output=tmp_path / "whole", **good[stage])
+    options, partial = good[stage] | {"output": tmp_path / "out"}, tmp_path / "out.partial"
+    ran = fork(stage, options, lambda: in_step(6, out_of_memory))()
+    assert ran.status == 2 and ran.err.count("\n") == 1 and "--micro-batch-size" in ran.err, ran
+    assert f"{partial} has the state after step 4: " in ran.err
+    less = dict(micro_batch_size=2, micro_batch_tokens=50, gradient_checkpointing=True)
+    again = attempt(stage, **options | less)
+    assert again.status == 0 and "after step 4\n" in again.out and "--micro-batch-size 8 (now 2)" in again.out
+    assert farthest(whole, tmp_path / "out") < 2e-5
+    for ours, theirs in zip(metrics(tmp_path / "out"), metrics(whole), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-4)
+    record = runs.read_record(tmp_path / "out")
+    assert {name: record["made_from"]["args"][name] for name in less} == less
+    assert record["earlier_starts"] == [dict(micro_batch_size=8, micro_batch_tokens=None, gradient_checkpointing=False)]
+
+
+@pytest.mark.parametrize("stage", JOURNALS)
+def test_batches_of_another_size_are_taken_by_their_rows(good, passes, tmp_path, stage):
+    loaded, more, _ = JOURNALS[stage]
+    whole = run(*stage.split(), output=tmp_path / "whole", **good[stage])
+    options, partial = good[stage] | {"output": tmp_path / "out"}, tmp_path / "out.partial"
+    assert fork(stage, options, lambda: at_event(loaded * passes + more, kill))().status == -signal.SIGKILL
+    before = recorded(partial)
+    assert fork(stage, options | {"micro_batch_size": 2}, lambda: at_end(kill, tmp_path / "out"))().status < 0
+    after = recorded(partial)
+    for label, batches in after.items():
+        kept = [batch for batch in batches if batch in before.get(label, [])]
+        assert kept == before.get(label, []) and all(len(batch) <= 2 for batch in batches if batch not in kept)
+        assert sorted(sum(batches, [])) == list(range(len(sum(batches, []))))  # each row once
+    assert attempt(*stage.split(), **options | {"micro_batch_size": 3}).status == 0
+    earlier = runs.read_record(tmp_path / "out")["earlier_starts"]
+    assert [start["micro_batch_size"] for start in earlier] == [good[stage]["micro_batch_size"], 2]
+    if stage == "01_seed_dpo":
+        assert farthest(whole, tmp_path / "out") < 2e-5
+        return
+    for ours, theirs in zip(*(rows(path / "responses.jsonl" if path.is_dir() else path)
+                              for path in (tmp_path / "out", whole)), strict=True):
+        logps, expected = (row.pop("logps", {}) for row in (ours, theirs))
+        assert logps == {model: pytest.approx(expected[model], abs=1e-4) for model in expected}
+        assert ours.pop("p", 0) == pytest.approx(theirs.pop("p", 0), abs=1e-4)
+        assert ours == theirs
 
 
 # ---------------------------------------------------------------------------------------------
