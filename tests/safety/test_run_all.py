@@ -1,5 +1,6 @@
 """run_all.sh: the loop of Algorithm 1 on the small world, the paper's settings, and what it does when a stage fails."""
 
+import itertools
 import json
 import os
 import re
@@ -261,6 +262,18 @@ def test_the_llm_judge_learns_and_judges_in_both_orders_or_in_one(order, example
     printed = commands("mistral-7b", JUDGE="llm", LLM_ORDER=order)
     assert {args.llm_judge for args in only("00_inputs", printed)} == {examples}
     assert {args.llm_order for args in only("03_judge", printed)} == {asked}
+
+
+def test_every_row_s_command_is_one_that_run_all_takes():
+    lines = (ROOT / "benchmarks/README.md").read_text(encoding="utf-8").splitlines()
+    heading = next(k for k, line in enumerate(lines) if line.startswith("| Table | Row | `bash run_all.sh` |"))
+    rows = list(itertools.takewhile(lambda line: line.startswith("|"), lines[heading + 2:]))
+    tried = 0
+    for codes in ([shlex.split(code) for code in row.split("|")[3].split("`")[1::2]] for row in rows):
+        given = dict(word.split("=", 1) for words in codes for word in words if "=" in word)
+        for setting in [words[0] for words in codes if "=" not in words[0]] or ["mistral-7b"] * bool(given):
+            tried += bool(commands(setting, **given))
+    assert tried >= 20
 
 
 def test_the_row_of_zephyr_has_its_recipe_s_values():  # App. B.2
