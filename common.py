@@ -132,7 +132,7 @@ class ResponseLogps(nn.Module):
             return torch.stack([LabelLogps.apply(logits_theta, labels), *no_gradient])
 
         logp_theta, *others = in_chunks(three_logps, chunk_rows(head[0]), hidden, hidden_ref, batch.labels)
-        return logp_theta, *(logp.detach() for logp in others)
+        return logp_theta.clone(), *(logp.detach() for logp in others)  # FSDP warns of an output that is a view
 
 
 def response_logps(logp, lengths):
@@ -212,7 +212,7 @@ class LabelLogps(torch.autograd.Function):
         highest = logits.amax(1, keepdim=True)
         total = logits.sub_(highest).exp_().sum(1, keepdim=True)  # logits now hold exp(logits - highest)
         ctx.save_for_backward(logits, total, labels)
-        return (label_logits - highest - total.log())[:, 0]
+        return label_logits[:, 0] - highest[:, 0] - total.log()[:, 0]
 
     @staticmethod
     @once_differentiable

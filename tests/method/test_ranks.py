@@ -56,6 +56,7 @@ def outputs(jobs, tmp_path_factory):
                                          for name, (*job, options) in jobs.items())):
         assert [rank.status for rank in ranks] == [0, 0], ranks
         assert ranks[1].out == ""  # one of them speaks
+        assert "Warning" not in ranks[0].err + ranks[1].err, ranks
     return {name: (run(*job, output=one / name, **options), two / name) for name, (*job, options) in jobs.items()}
 
 
