@@ -1,6 +1,6 @@
 """SPA on one page. `python extras/plain_spa.py runs/world-seed0` prints its numbers beside those of a finished run.
 
-One pair at a time, with whole logits; every stage is tested against it. "Eq. N" is the paper's. A pair by hand, with
+One pair at a time, with whole logits; the stages are tested against it. "Eq. N" is the paper's. A pair by hand, with
 beta = 1 and two words, a and b, that have the same probabilities everywhere:
 
 Judging. DPO has turned pi_init, (1/2, 1/2), into pi_{t-1}, (3/4, 1/4), which samples y_1 = "a a" and y_2 = "b".
