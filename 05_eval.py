@@ -140,7 +140,7 @@ def parse_args(words=None):
     if not args.command.endswith("sample"):
         runs.in_one_process(args.command)
     if getattr(args, "judge_url", None):
-        check_url("--judge-url", args.judge_url, azure=True)
+        check_url("--judge-url", args.judge_url)
     return args
 
 

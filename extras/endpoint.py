@@ -1,9 +1,4 @@
-"""Asking an OpenAI-compatible endpoint, so that no answer is lost, made up or paid for twice, and no key is shown.
-
-    check_url   whether an option's URL looks like an endpoint's
-    ask_all     many requests at a time, recorded as they are answered; Endpoint: one request
-    ask_judge   asks an endpoint to judge, or a model on this machine (generate_at_url.py asks one to sample)
-"""
+"""Asking an OpenAI-compatible endpoint, so that no answer is lost, made up or paid for twice, and no key is shown."""
 
 import argparse
 import json
@@ -28,17 +23,11 @@ PROBES = 5  # requests without an answer, or one with a letter, before the first
 PAUSE = 1.0  # seconds before the first retry, doubled for each further one; Retry-After takes precedence
 
 
-def check_url(option, url, azure=False):
-    """Raises InputError where the URL given with `option` does not look like an endpoint's.
-
-    The error does not show the URL, which may have a key in it. azure: it may end with Azure's ?api-version=.
-    """
-    example, query = "http://host:8000/v1", ""
-    if azure:
-        example = "https://host/v1, for Azure https://host/openai/deployments/NAME?api-version=2024-10-21"
-        query = r"(\?api-version=(\d{4}-\d\d-\d\d(-preview)?|preview))?"
-    if not re.fullmatch(r"https?://[^\s@?#]+" + query, url):
-        raise runs.InputError(f"{option}: must look like {example}; the key belongs in OPENAI_API_KEY")
+def check_url(option, url):
+    """Raises InputError where the URL given with `option` does not look like an endpoint's. It may have a key in it."""
+    if not re.fullmatch(r"https?://[^\s@?#]+(\?api-version=(\d{4}-\d\d-\d\d(-preview)?|preview))?", url):
+        raise runs.InputError(f"{option}: must look like http://host:8000/v1, or for Azure https://host/openai/"
+                              "deployments/NAME?api-version=2024-10-21; the key belongs in OPENAI_API_KEY")
 
 
 def ask_judge(args, work, jobs, letters=()):
@@ -233,10 +222,8 @@ def read_reply(response, field):
     error = reply.get("error") or (found[0].get("error") if found else reply)
     if found and not error:
         return 200, found
-    fields = error if isinstance(error, dict) else {"message": error}
-    code = str(fields.get("code") or "without a code")
-    status = int(code) if re.fullmatch(r"[45]\d\d", code) else 500
-    return status, f"HTTP 200, error {code}: {fields.get('message') or response.text}"
+    code = str(error.get("code")) if isinstance(error, dict) else ""
+    return int(code) if re.fullmatch(r"[45]\d\d", code) else 500, f"HTTP 200, error {error}"
 
 
 class JudgeEndpoint(Endpoint):

@@ -87,7 +87,7 @@ def read_table(args):
     source = args.source
     on_hub = source in HUB or HUB_NAME.fullmatch(source) and not os.path.exists(source)
     if not on_hub and not source.endswith(".parquet"):
-        table = [(where, row) for _, where, row in runs.json_rows(source, SOURCES)]
+        table = list(runs.json_rows(source, SOURCES))
     else:
         try:
             from datasets import Dataset, load_dataset  # slow to import
