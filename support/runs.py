@@ -361,7 +361,7 @@ def read_rows(path, fields, *key, nan=True):
         check_row(row, fields, where)
         values = tuple(str(row[name]) for name in key)
         if key and first.setdefault(values, where) != where:
-            raise InputError(f"{where}: duplicate {key[0]} {values[0][:60]!r}, which {first[values]} has: "
+            raise InputError(f'{where}: duplicate {key[0]} "{values[0][:60]}" (first in {first[values]}): '
                              "they must differ")
         rows.append(row)
     if not rows:
