@@ -153,6 +153,7 @@ class Endpoint:
             raise runs.InputError("HF_DEBUG: makes the client print the header api-key: unset it")
         self.timeout, self.retries, self.max_requests = timeout, retries, max_requests
         self.works = False  # whether it has answered a request of this run
+        self.limit = None  # which of LIMITS it takes, where it may ask for the other
         self.requests, self.lock, self.stop = 0, threading.Lock(), threading.Event()
 
     def ask(self, job):
@@ -174,12 +175,13 @@ class Endpoint:
                 if status == 200:
                     choice = found[0]
                     how, found = self.read_choice(choice, body)
+                elif self.limit and status == 400 and LIMITS[0] in body and LIMITS[1] in found:
+                    self.limit = LIMITS[1]
+                    continue
                 else:
-                    how = self.refusal(status, found, body)
+                    how = "failed" if status in RETRIED else "refused" if status in REFUSED else "fault"
             except Exception as error:  # many kinds: a timeout, a broken connection, a reply without an answer
                 how, found = "failed", f"{type(error).__name__}: {error}"
-            if how == "other body":
-                continue
             replied = replied and choice is not None
             if how in ("answered", "no letter"):
                 self.works = self.works or how == "answered"
@@ -203,10 +205,6 @@ class Endpoint:
     def without_key(self, text):
         """An answer. A short key is a word such as EMPTY, which vLLM's users set, and may stand in any answer."""
         return text.replace(self.key, "***") if len(self.key) >= 16 else text
-
-    def refusal(self, status, said, body):
-        """How a request with this HTTP status has ended, as in `ask`, or "other body" where another must be sent."""
-        return "failed" if status in RETRIED else "refused" if status in REFUSED else "fault"
 
 
 def read_reply(response, field):
@@ -237,12 +235,6 @@ class JudgeEndpoint(Endpoint):
     def body(self, messages):
         options = dict(temperature=1, logprobs=True, top_logprobs=TOP_LOGPROBS) if self.letters else {"temperature": 0}
         return {"model": self.model, "messages": messages, self.limit: 1 if self.letters else MAX_TOKENS} | options
-
-    def refusal(self, status, said, body):
-        if status == 400 and LIMITS[0] in body and LIMITS[1] in said:
-            self.limit = LIMITS[1]
-            return "other body"
-        return super().refusal(status, said, body)
 
     def read_choice(self, choice, body):
         text, finish = choice["message"].get("content"), choice.get("finish_reason")
