@@ -24,10 +24,10 @@ class Sampler:
     def prompt_ids(self, conversations, where):
         """The token ids of each conversation (a list of messages). where: the file, for errors"""
         return [chat.prompt_ids(self.tokenizer, messages, f"{where}, row {k}")
-                for k, messages in enumerate(conversations, 1)]
+                for k, messages in enumerate(conversations)]
 
     def check_limits(self, prompts, new_tokens=0):
-        models.check_limits("the prompts", ((k, ids, []) for k, ids in enumerate(prompts, 1)), self.model,
+        models.check_limits("the prompts", ((k, ids, []) for k, ids in enumerate(prompts)), self.model,
                             "--max-prompt-length (of sample), or shorten that prompt", new_tokens)
 
     def generate_answers(self, work, prompts, keys, temperatures=None, label="sampling", least=None):
