@@ -41,7 +41,6 @@ from extras.answers import Sampler, file_name, fill, is_string, write_output
 from extras.endpoint import FREE, ask_judge, letter
 from support import runs
 
-
 LETTERS = ("m", "M")  # of the first and the second output, as the judge sees them
 
 

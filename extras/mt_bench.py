@@ -42,7 +42,6 @@ from support import runs
 
 TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "reasoning": 0.0, "math": 0.0, "coding": 0.0, "extraction": 0.0,
                 "stem": 0.1, "humanities": 0.1}  # the categories in the order of Figure 5a; any other one: 0.7
-ERROR = "$ERROR$"  # FastChat's judgment where the judge gave none
 
 
 def is_turns(value):
@@ -132,7 +131,7 @@ def judge(args):
     args.output = str(Path(args.output) / "model_score" / f"{model}_{judge_name}.json")
     work = runs.open_output(args, "questions", "answers", "judge_prompts", "reference_answers", free=FREE)
     for k, answer in ask_judge(args, work, jobs).items():
-        text, finish = answer or (ERROR, "stop")
+        text, finish = answer or ("$ERROR$", "stop")  # as FastChat writes it
         rows[k] |= {"judgment": text, "score": read_rating(text, finish == "length"), "tstamp": time.time()}
     path.parent.mkdir(parents=True, exist_ok=True)
     runs.write_jsonl(path, [row for row in others if row["model"] != model] + rows)
