@@ -140,7 +140,7 @@ def parse_args(words=None):
     if not args.command.endswith("sample"):
         runs.in_one_process(args.command)
     if getattr(args, "judge_url", None):
-        check_url("--judge-url", args.judge_url, azure=True)
+        check_url("--judge-url", args.judge_url)
     return args
 
 
@@ -173,8 +173,7 @@ def add_judge(add):
 def add_model(add, option, help):
     """The option that names a model, and what the model may need on this machine."""
     add(option, required=True, help=help)
-    add("--tokenizer", help="folder or name of a tokenizer, where the model has none")
-    add("--chat-template", help="file with a Jinja chat template, where the tokenizer has none")
+    chat.add_options(add)
     add("--micro-batch-size", type=runs.positive, default=16, help="prompts in a batch of one rank")
 
 

@@ -1,4 +1,4 @@
-"""A model's answers to a benchmark, and the readers that AlpacaEval 2.0 and MT-Bench share."""
+"""A model's answers to a benchmark, and what AlpacaEval 2.0 and MT-Bench share besides."""
 
 import re
 from pathlib import Path
@@ -24,10 +24,10 @@ class Sampler:
     def prompt_ids(self, conversations, where):
         """The token ids of each conversation (a list of messages). where: the file, for errors"""
         return [chat.prompt_ids(self.tokenizer, messages, f"{where}, row {k}")
-                for k, messages in enumerate(conversations, 1)]
+                for k, messages in enumerate(conversations)]
 
     def check_limits(self, prompts, new_tokens=0):
-        models.check_limits("the prompts", ((k, ids, []) for k, ids in enumerate(prompts, 1)), self.model,
+        models.check_limits("the prompts", ((k, ids, []) for k, ids in enumerate(prompts)), self.model,
                             "--max-prompt-length (of sample), or shorten that prompt", new_tokens)
 
     def generate_answers(self, work, prompts, keys, temperatures=None, label="sampling", least=None):
@@ -86,23 +86,6 @@ class Sampler:
 def is_string(value):
     "a string"
     return isinstance(value, str)
-
-
-def read_rows(path, fields, *key):
-    """The rows of a JSON list or JSON Lines file, plain or gzip, each with fields {name: check}.
-
-    No two rows may have the same `key` (names of fields). Raises InputError with the row's number.
-    """
-    rows, first = [], {}
-    # the official tool writes NaN for a missing preference
-    for k, (*_, row) in enumerate(runs.json_rows(path, "a JSON list or JSON Lines", nan=True), 1):
-        runs.check_row(row, fields, f"{path}, row {k}")
-        if key and first.setdefault(tuple(row[name] for name in key), k) != k:
-            raise runs.InputError(f"{path}, row {k}: duplicate {key[0]} {str(row[key[0]])[:60]!r}: they must differ")
-        rows.append(row)
-    if not rows:
-        raise runs.InputError(f"{path}: has no rows")
-    return rows
 
 
 def write_output(args, work, value, counts, write=runs.write_json):

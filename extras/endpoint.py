@@ -1,9 +1,4 @@
-"""Asking an OpenAI-compatible endpoint, so that no answer is lost, made up or paid for twice, and no key is shown.
-
-    check_url   whether an option's URL looks like an endpoint's
-    ask_all     many requests at a time, recorded as they are answered; Endpoint: one request
-    ask_judge   asks an endpoint to judge, or a model on this machine (generate_at_url.py asks one to sample)
-"""
+"""Asking an OpenAI-compatible endpoint, so that no answer is lost, made up or paid for twice, and no key is shown."""
 
 import argparse
 import json
@@ -28,17 +23,11 @@ PROBES = 5  # requests without an answer, or one with a letter, before the first
 PAUSE = 1.0  # seconds before the first retry, doubled for each further one; Retry-After takes precedence
 
 
-def check_url(option, url, azure=False):
-    """Raises InputError where the URL given with `option` does not look like an endpoint's.
-
-    The error does not show the URL, which may have a key in it. azure: it may end with Azure's ?api-version=.
-    """
-    example, query = "http://host:8000/v1", ""
-    if azure:
-        example = "https://host/v1, for Azure https://host/openai/deployments/NAME?api-version=2024-10-21"
-        query = r"(\?api-version=(\d{4}-\d\d-\d\d(-preview)?|preview))?"
-    if not re.fullmatch(r"https?://[^\s@?#]+" + query, url):
-        raise runs.InputError(f"{option}: must look like {example}; the key belongs in OPENAI_API_KEY")
+def check_url(option, url):
+    """Raises InputError where the URL given with `option` does not look like an endpoint's. It may have a key in it."""
+    if not re.fullmatch(r"https?://[^\s@?#]+(\?api-version=(\d{4}-\d\d-\d\d(-preview)?|preview))?", url):
+        raise runs.InputError(f"{option}: must look like http://host:8000/v1, or for Azure https://host/openai/"
+                              "deployments/NAME?api-version=2024-10-21; the key belongs in OPENAI_API_KEY")
 
 
 def ask_judge(args, work, jobs, letters=()):
@@ -164,6 +153,7 @@ class Endpoint:
             raise runs.InputError("HF_DEBUG: makes the client print the header api-key: unset it")
         self.timeout, self.retries, self.max_requests = timeout, retries, max_requests
         self.works = False  # whether it has answered a request of this run
+        self.limit = None  # which of LIMITS it takes, where it may ask for the other
         self.requests, self.lock, self.stop = 0, threading.Lock(), threading.Event()
 
     def ask(self, job):
@@ -185,12 +175,13 @@ class Endpoint:
                 if status == 200:
                     choice = found[0]
                     how, found = self.read_choice(choice, body)
+                elif self.limit and status == 400 and LIMITS[0] in body and LIMITS[1] in found:
+                    self.limit = LIMITS[1]
+                    continue
                 else:
-                    how = self.refusal(status, found, body)
+                    how = "failed" if status in RETRIED else "refused" if status in REFUSED else "fault"
             except Exception as error:  # many kinds: a timeout, a broken connection, a reply without an answer
                 how, found = "failed", f"{type(error).__name__}: {error}"
-            if how == "other body":
-                continue
             replied = replied and choice is not None
             if how in ("answered", "no letter"):
                 self.works = self.works or how == "answered"
@@ -215,10 +206,6 @@ class Endpoint:
         """An answer. A short key is a word such as EMPTY, which vLLM's users set, and may stand in any answer."""
         return text.replace(self.key, "***") if len(self.key) >= 16 else text
 
-    def refusal(self, status, said, body):
-        """How a request with this HTTP status has ended, as in `ask`, or "other body" where another must be sent."""
-        return "failed" if status in RETRIED else "refused" if status in REFUSED else "fault"
-
 
 def read_reply(response, field):
     """(200, the reply's list `field`), or (an HTTP status, what is said), where the body has an error its own code.
@@ -233,10 +220,8 @@ def read_reply(response, field):
     error = reply.get("error") or (found[0].get("error") if found else reply)
     if found and not error:
         return 200, found
-    fields = error if isinstance(error, dict) else {"message": error}
-    code = str(fields.get("code") or "without a code")
-    status = int(code) if re.fullmatch(r"[45]\d\d", code) else 500
-    return status, f"HTTP 200, error {code}: {fields.get('message') or response.text}"
+    code = str(error.get("code")) if isinstance(error, dict) else ""
+    return int(code) if re.fullmatch(r"[45]\d\d", code) else 500, f"HTTP 200, error {error}"
 
 
 class JudgeEndpoint(Endpoint):
@@ -250,12 +235,6 @@ class JudgeEndpoint(Endpoint):
     def body(self, messages):
         options = dict(temperature=1, logprobs=True, top_logprobs=TOP_LOGPROBS) if self.letters else {"temperature": 0}
         return {"model": self.model, "messages": messages, self.limit: 1 if self.letters else MAX_TOKENS} | options
-
-    def refusal(self, status, said, body):
-        if status == 400 and LIMITS[0] in body and LIMITS[1] in said:
-            self.limit = LIMITS[1]
-            return "other body"
-        return super().refusal(status, said, body)
 
     def read_choice(self, choice, body):
         text, finish = choice["message"].get("content"), choice.get("finish_reason")

@@ -36,10 +36,6 @@ SOURCES = ("ultrafeedback, ultrachat or org/name (from the Hub: go online), worl
            "file (--source)")
 
 
-class Unusable(Exception):
-    """Raised for a row that is dropped; its text says why."""
-
-
 def read_source(args):
     """(the rows that can be used, with "id" and what `read_row` finds; counts of what was read and dropped).
 
@@ -53,9 +49,9 @@ def read_source(args):
         row_id = row.get("id", k)
         try:
             if not runs.is_id(row_id):
-                raise Unusable(f'"id" is not {runs.is_id.__doc__}')
+                raise runs.InputError(f'"id" is not {runs.is_id.__doc__}')
             rows.append({"id": str(row_id), **read_row(row, name)})
-        except Unusable as cause:
+        except runs.InputError as cause:
             dropped.setdefault(str(cause), []).append(where)
         else:
             if where_of.setdefault(str(row_id), where) != where:
@@ -87,7 +83,7 @@ def read_table(args):
     source = args.source
     on_hub = source in HUB or HUB_NAME.fullmatch(source) and not os.path.exists(source)
     if not on_hub and not source.endswith(".parquet"):
-        table = [(where, row) for _, where, row in runs.json_rows(source, SOURCES)]
+        table = list(runs.json_rows(source, SOURCES))
     else:
         try:
             from datasets import Dataset, load_dataset  # slow to import
@@ -166,29 +162,29 @@ def choose_format(rows):
 def read_row(row, name):
     """{"prompt": messages}, if labelled with "chosen", "rejected", "reference", of chats with "response", all strings.
 
-    name: the source's format. Raises Unusable.
+    name: the source's format. Raises InputError that says why the row cannot be used.
     """
     for key in ("tools", "image", "images"):  # TRL's columns
         if runs.has_content(row.get(key)):
-            raise Unusable(f'"{key}", and only text is read')
+            raise runs.InputError(f'"{key}", and only text is read')
     if name == "chats":
         prompt, response = split_answer(row, "messages")
         return {"prompt": prompt, "response": response}
     read = FORMATS[name](row)
     if read is None and is_labelled(row):
-        raise Unusable(f"not {name}, as most rows are")
+        raise runs.InputError(f"not {name}, as most rows are")
     others = [key for key, value in row.items() if key not in READ and runs.has_content(value)]
     if others and read and name == IMPLICIT:
-        raise Unusable(f'no column "prompt", but text in {", ".join(map(repr, others))}: rename the one that is the '
-                       "prompt to prompt, and remove the others")
+        raise runs.InputError(f'no column "prompt", but text in {", ".join(map(repr, others))}: rename the one that is '
+                              "the prompt to prompt, and remove the others")
     row = read or row
     if not is_labelled(row):
         return {"prompt": find_prompt(row, [])}
     (prompt_1, chosen), (prompt_2, rejected) = (split_answer(row, key) for key in ("chosen", "rejected"))
     if prompt_1 != prompt_2:
-        raise Unusable("chosen and rejected answer different prompts")
+        raise runs.InputError("chosen and rejected answer different prompts")
     if chosen.strip() == rejected.strip():
-        raise Unusable("chosen and rejected are equal")
+        raise runs.InputError("chosen and rejected are equal")
     return {"prompt": prompt_1, "chosen": chosen, "rejected": rejected, "reference": chosen}
 
 
@@ -199,7 +195,7 @@ def split_answer(row, key):
         *before, last = clean(answer) or [{"role": None}]
         answer = last["content"] if last["role"] == "assistant" else None
     if not runs.is_text(answer):
-        raise Unusable(f'no answer in "{key}"')
+        raise runs.InputError(f'no answer in "{key}"')
     return find_prompt(row, before), answer
 
 
@@ -212,28 +208,28 @@ def find_prompt(row, before):
         prompt = before
     given = [row[key] for key in SYSTEM if row.get(key)]
     if given != given[:1] * len(given):
-        raise Unusable(f"{' and '.join(key for key in SYSTEM if row.get(key))} differ")
+        raise runs.InputError(f"{' and '.join(key for key in SYSTEM if row.get(key))} differ")
     system = [{"role": "system", "content": text} for text in given[:1]]
     prompt = (system if prompt[:1] != system else []) + clean(row.get("history") or []) + prompt
     if not runs.is_prompt(prompt):
-        raise Unusable('no "prompt" of system, user and assistant that ends with a text of the user')
+        raise runs.InputError('no "prompt" of system, user and assistant that ends with a text of the user')
     if any(message["role"] == "system" for message in prompt[1:]):
-        raise Unusable("a system message that is not the first")
+        raise runs.InputError("a system message that is not the first")
     return prompt
 
 
 def clean(messages):
-    """Messages, or [user, assistant] pairs of strings, as messages without other fields. Raises Unusable."""
+    """Messages, or [user, assistant] pairs of strings, as messages without other fields. Raises InputError."""
     found = []
     for item in messages if isinstance(messages, list) else [None]:
         if isinstance(item, list) and len(item) == 2:
             found += [{"role": "user", "content": item[0]}, {"role": "assistant", "content": item[1]}]
         elif isinstance(item, dict):
             if more := runs.more_than_text(item):
-                raise Unusable(f'a message with "{more[0]}", and only role and content are read')
+                raise runs.InputError(f'a message with "{more[0]}", and only role and content are read')
             if not isinstance(item.get("content"), str):
-                raise Unusable('a message whose "content" is no string')
+                raise runs.InputError('a message whose "content" is no string')
             found.append({"role": item.get("role"), "content": item.get("content")})
         else:
-            raise Unusable('"prompt", "history", "chosen" or "rejected" is no string and no list of messages')
+            raise runs.InputError('"prompt", "history", "chosen" or "rejected" is no string and no list of messages')
     return found

@@ -106,29 +106,20 @@ class SamplingEndpoint(Endpoint):
         return "answered", [ids, "length"]
 
 
-def sample_at_url(args, work, rows, eos, counts):
-    """The rows, and for each [(token ids, "eos" or "length") of each sample], as the server at --url samples them.
-
-    A row of which it refuses a sample for ever is left out, and counted; see `ask_all`.
-    """
-    jobs = [(row["prompt_ids"], int(2 ** 31 * common.uniforms(args.seed, row["id"], k, 1)[0]))
-            for k in range(args.samples) for row in rows]  # so the first requests are about different prompts
-    answers = ask_all(SamplingEndpoint(args, eos), dict(enumerate(jobs)), args.url_requests, work, "sampled")
-    sampled = [[answers[k] for k in range(i, len(jobs), len(rows))] for i in range(len(rows))]
-    kept = [i for i, samples in enumerate(sampled) if None not in samples]
-    counts["prompts refused by the server"] = len(rows) - len(kept)
-    return [rows[i] for i in kept], [sampled[i] for i in kept]
-
-
 def main():
     args = parse_args()
     work = runs.open_output(args, "model", "input", free=FREE)
     tokenizer = chat.load_tokenizer(args.model, args.tokenizer, args.chat_template)
     rows, counts = chat.read_prompts(args.input, tokenizer, args.max_prompt_length)
     eos = chat.eos_ids(args.model, tokenizer)
-    rows, sampled = sample_at_url(args, work, rows, eos, counts)
-    responses = common.end_responses(sampled, args.on_length_limit, eos, counts)
-    records = chat.make_records(args.input, rows, responses, tokenizer, args.max_new_tokens, counts)
+    jobs = [(row["prompt_ids"], int(2 ** 31 * common.uniforms(args.seed, row["id"], k, 1)[0]))
+            for k in range(args.samples) for row in rows]  # so the first requests are about different prompts
+    answers = ask_all(SamplingEndpoint(args, eos), dict(enumerate(jobs)), args.url_requests, work, "sampled")
+    sampled = [[answers[k] for k in range(i, len(jobs), len(rows))] for i in range(len(rows))]
+    kept = [i for i, samples in enumerate(sampled) if None not in samples]  # none refused for ever
+    counts["prompts refused by the server"] = len(rows) - len(kept)
+    responses = common.end_responses([sampled[i] for i in kept], args.on_length_limit, eos, counts)
+    records = chat.make_records(args.input, [rows[i] for i in kept], responses, tokenizer, args.max_new_tokens, counts)
     runs.write_jsonl(work / "responses", records)
     runs.close_output(args, work, work / "responses", counts)
 

@@ -24,7 +24,6 @@ import common
 from extras.small_world import gold_score, read_gold
 from support import chat, models, runs
 
-
 # the options that each judge requires; those of the others are refused
 NEEDS = {"init": ["--model", "--init-model"], "previous": ["--model", "--ref-model"], "none": ["--model"],
          "pairrm": ["--reward-model"], "reward": ["--reward-model"], "llm": ["--judge-model"], "gold": ["--gold"]}

@@ -36,13 +36,12 @@ from pathlib import Path
 
 import numpy as np
 
-from extras.answers import Sampler, file_name, fill, is_string, read_rows, write_output
+from extras.answers import Sampler, file_name, fill, is_string, write_output
 from extras.endpoint import FREE, ask_judge
 from support import runs
 
 TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "reasoning": 0.0, "math": 0.0, "coding": 0.0, "extraction": 0.0,
                 "stem": 0.1, "humanities": 0.1}  # the categories in the order of Figure 5a; any other one: 0.7
-ERROR = "$ERROR$"  # FastChat's judgment where the judge gave none
 
 
 def is_turns(value):
@@ -97,7 +96,7 @@ def sample(args):
     """Write model_answer/MODEL.jsonl: two turns, the second asked after the model's own first answer."""
     name = file_name(args.name or args.model)
     args.output = str(Path(args.output) / "model_answer" / f"{name}.jsonl")
-    questions = read_rows(args.questions, QUESTIONS, "question_id")
+    questions = runs.read_rows(args.questions, QUESTIONS, "question_id")
     work = runs.open_output(args, "model", "questions")
     sampler = Sampler(args, args.model)
     temperatures = [TEMPERATURES.get(row["category"], 0.7) for row in questions]
@@ -124,18 +123,18 @@ def sample(args):
 
 def judge(args):
     """Add a model to model_judgment/JUDGE_single.jsonl and write its means, model_score/MODEL_JUDGE.json."""
-    questions = read_rows(args.questions, QUESTIONS, "question_id")
+    questions = runs.read_rows(args.questions, QUESTIONS, "question_id")
     model, judge_name = Path(args.answers).name.removesuffix(".jsonl"), file_name(args.judge_model)
     rows, jobs = prepare_judgments(args, questions, model)
     path = Path(args.output) / "model_judgment" / f"{judge_name}_single.jsonl"
-    others = [row for row in read_rows(path, {"model": is_string}) if row["model"] != model] if path.exists() else []
+    others = runs.read_rows(path, {"model": is_string}) if path.exists() else []
     args.output = str(Path(args.output) / "model_score" / f"{model}_{judge_name}.json")
     work = runs.open_output(args, "questions", "answers", "judge_prompts", "reference_answers", free=FREE)
     for k, answer in ask_judge(args, work, jobs).items():
-        text, finish = answer or (ERROR, "stop")
+        text, finish = answer or ("$ERROR$", "stop")  # as FastChat writes it
         rows[k] |= {"judgment": text, "score": read_rating(text, finish == "length"), "tstamp": time.time()}
     path.parent.mkdir(parents=True, exist_ok=True)
-    runs.write_jsonl(path, others + rows)
+    runs.write_jsonl(path, [row for row in others if row["model"] != model] + rows)
     metrics = mt_bench_metrics(rows, {row["question_id"]: row["category"] for row in questions})
     counts = {"mean rating": metrics["mt_bench"], "without rating": metrics["n_without_rating"]}
     write_output(args, work, {"name": args.name or model, "gold_labels": args.label_share} | metrics, counts)
@@ -144,7 +143,7 @@ def judge(args):
 def prepare_judgments(args, questions, model):
     """(rows of FastChat's single-answer judgments, without the judgment; {k: the messages that ask for row k})"""
     def read(path, fields, key):
-        return {row[key]: row for row in read_rows(path, fields, key)}
+        return {row[key]: row for row in runs.read_rows(path, fields, key)}
 
     def find(found, key, path, kind):
         if key not in found:

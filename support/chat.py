@@ -17,7 +17,7 @@ from support.runs import EMPTY_SYSTEM, PROMPTS, InputError, begun, read_jsonl, r
 
 
 def add_options(add):
-    add("--tokenizer", help="tokenizer folder or Hub name (default: --model's)")
+    add("--tokenizer", help="tokenizer folder or Hub name (default: the model's)")
     add("--chat-template", help="Jinja chat template file (default: the tokenizer's)")
 
 

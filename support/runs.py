@@ -330,47 +330,55 @@ def pack(value):
 
 
 def json_rows(path, expected, nan=False):
-    """Yields (number, where, row) of each row of a JSON Lines file or a JSON list, plain or gzip.
+    """Yields (where, row) of each row of a JSON Lines file or a JSON list, plain or gzip.
 
-    number: of the line, or in a list of the row, from 0; where: the file and the number; expected: as for `open_text`
+    where: the file and the number of the line, or in a list of the row, from 0; expected: as for `open_text`
     """
     with open_text(path, expected, errors="surrogateescape") as file:  # parse_json names the line that is not in UTF-8
         is_list = file.read(1000).lstrip().startswith("[")
         file.seek(0)
         if is_list:
             for number, row in enumerate(parse_json(file.read(), path, nan)):
-                yield number, f"{path}, row {number}", row
+                yield f"{path}, row {number}", row
         else:
             for number, line in enumerate(file, 1):
                 if line.strip():
                     where = f"{path}:{number}"
-                    yield number, where, parse_json(line.rstrip("\n"), where, nan)
+                    yield where, parse_json(line.rstrip("\n"), where, nan)
 
 
-def read_jsonl(path, fields):
-    """The rows of a JSON Lines file: a list of objects with the fields {name: check} and ids that differ.
+def read_rows(path, fields, *key, nan=True):
+    """The rows of a JSON Lines file or a JSON list, plain or gzip: objects with the fields {name: check}.
 
     fields may be a list of alternatives: the first one whose names the file's first row has is used, else the last.
-    Prompts become lists of messages, labelled answers strings, ids strings, token ids arrays. Raises InputError with
-    file and line.
+    No two rows may have the same `key` (names of fields). nan: as for `parse_json`; AlpacaEval's tool writes NaN for a
+    missing preference. Raises InputError that says in which row.
     """
-    rows, line_of = [], {}
-    for line_number, where, row in json_rows(path, "a JSON Lines file in UTF-8"):
+    rows, first = [], {}
+    for where, row in json_rows(path, "JSON Lines or a JSON list, in UTF-8", nan):
         if isinstance(fields, list):
             fields = next((each for each in fields if isinstance(row, dict) and each.keys() <= row.keys()), fields[-1])
         check_row(row, fields, where)
+        values = tuple(str(row[name]) for name in key)
+        if key and first.setdefault(values, where) != where:
+            raise InputError(f'{where}: duplicate {key[0]} "{values[0][:60]}" (first in {first[values]}): '
+                             "they must differ")
+        rows.append(row)
+    if not rows:
+        raise InputError(f"{path}: has no rows")
+    return rows
+
+
+def read_jsonl(path, fields):
+    """`read_rows` with ids that differ. Prompts become messages, labelled answers and ids strings, token ids arrays."""
+    rows = read_rows(path, fields, "id", nan=False)
+    for row in rows:
         row["id"] = str(row["id"])
-        if line_of.setdefault(row["id"], line_number) != line_number:
-            raise InputError(f'{where}: duplicate id "{row["id"]}" (first on line {line_of[row["id"]]}): '
-                             "ids must differ")
         if "prompt" in row:
             row["prompt"] = as_messages(row["prompt"])
         for name in ("chosen", "rejected"):
             if isinstance(row.get(name), list) and is_answer(row[name]):
                 row[name] = row[name][0]["content"]
-        rows.append(row)
-    if not rows:
-        raise InputError(f"{path}: has no rows")
     return rows
 
 

@@ -163,8 +163,8 @@ def test_annotations_file_to_metrics_file(tmp_path):
 
 
 BAD_ANNOTATIONS = {
-    "[]": "", json.dumps([row(3)]): "row 1", json.dumps([row(1.5), row("2", k=1)]): "row 2",
-    json.dumps([row(0.5)]): "[1, 2]", json.dumps([row(1.5)] * 2): "row 2", json.dumps([row(None)]): "1 rows",
+    "[]": "", json.dumps([row(3)]): "row 0", json.dumps([row(1.5), row("2", k=1)]): "row 1",
+    json.dumps([row(0.5)]): "[1, 2]", json.dumps([row(1.5)] * 2): "row 1", json.dumps([row(None)]): "1 rows",
     json.dumps([row(1.5, k=k) for k in range(4)]): "difficulties of 3"}
 
 
@@ -211,7 +211,7 @@ def test_alpaca_sample_writes_model_outputs(tmp_path, pi_init, tokenizer, monkey
     assert len({r["output"] for r in found[0]}) > 1
     for bad in (asked[0], {"a": 1}):
         benchmark.write_text(json.dumps(asked + [bad]))
-        assert "row 6" in stages.refused("05_eval", "alpaca-sample", **options, output=tmp_path / "bad.json")
+        assert "row 5" in stages.refused("05_eval", "alpaca-sample", **options, output=tmp_path / "bad.json")
 
 
 def test_defaults():

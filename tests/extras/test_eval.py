@@ -103,7 +103,7 @@ def test_an_answer_is_as_long_as_the_model_has_positions_for(tmp_path, tokenizer
     assert "less room" not in lines[0] and "answers with less room than --max-new-tokens 7" in lines[1]
     too_long = write_rows(tmp_path / "in.jsonl", [*rows(path), {"id": 10, "prompt": "lid " * 37}])
     line = refused("05_eval", "sample", model=tmp_path / "1", input=too_long, output=tmp_path / "out")
-    assert "id 11: 41 tokens" in line and "40 positions" in line
+    assert "id 10: 41 tokens" in line and "40 positions" in line
     assert not list(tmp_path.glob("out.partial/sampling*"))
 
 

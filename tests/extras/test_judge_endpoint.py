@@ -435,7 +435,7 @@ def test_the_official_template(tmp_path, pair):
         assert user["content"].endswith("{other}")
 
 
-BAD = {"another instruction": ("one", {}, "reference.json"), "the same twice": ("twice", {}, "row 2"),
+BAD = {"another instruction": ("one", {}, "reference.json"), "the same twice": ("twice", {}, "row 1"),
        "no place": ("outputs.json", {"judge_template": "template"}, "{output_2}"),
        "no answer": ("outputs.json", {"judge_retries": 0}, "12 of 12")}
 

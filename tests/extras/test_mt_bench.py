@@ -229,8 +229,8 @@ def test_bad_input_is_one_line(tmp_path, judge_options, questions, pi_init):
     for words, changes, said in [
             (["mt-judge", short], {}, "question 103"),
             (["mt-judge", answers], {"judge_prompts": no_prompt}, "single-v1-multi-turn"),
-            (["mt-judge", answers], {"questions": one_turn}, "one_turn.jsonl, row 1"),
-            (["mt-sample", "--model", pi_init, "--questions", one_turn], None, "one_turn.jsonl, row 1")]:
+            (["mt-judge", answers], {"questions": one_turn}, "one_turn.jsonl:1"),
+            (["mt-sample", "--model", pi_init, "--questions", one_turn], None, "one_turn.jsonl:1")]:
         options = {} if changes is None else judge_options | {"judge_url": "http://127.0.0.1:9/v1"} | changes
         assert said in stages.refused("05_eval", *words, **options | {"output": tmp_path / "bench"})
 

@@ -103,7 +103,7 @@ def test_a_duplicate_id(good, tmp_path, stage):
     given = rows(good[stage]["input"])
     given[0]["id"], given[2]["id"] = 7, "7"  # as a number and as a string
     path = write_rows(tmp_path / "in.jsonl", given)
-    refused(stage, f"{path}:3", '"7"', "line 1", output=tmp_path / "out", **good[stage] | {"input": path})
+    refused(stage, f"{path}:3", '"7"', f"{path}:1", output=tmp_path / "out", **good[stage] | {"input": path})
 
 
 @pytest.mark.parametrize("stage, change, row_change, words", [

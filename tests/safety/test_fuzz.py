@@ -21,7 +21,7 @@ import pytest
 import stages
 from children import STAGES, at_end, fork, good, kill, no_child_outlives_its_test, succeeded
 from extras import alpaca_eval, mt_bench
-from extras.answers import is_string, read_rows
+from extras.answers import is_string
 from extras.small_world import gold_score, read_gold
 from support import chat, runs
 
@@ -161,7 +161,7 @@ def to_judge(folder, **changes):
     """(rows to be judged, the messages that ask for it), of MT-Bench's files."""
     given = dict(questions="questions", answers="model", reference_answers="model", judge_prompts="judge_prompts")
     args = Namespace(judge_model="j", **{key: folder / f"{name}.jsonl" for key, name in given.items()} | changes)
-    return mt_bench.prepare_judgments(args, read_rows(args.questions, mt_bench.QUESTIONS, "question_id"), "model")
+    return mt_bench.prepare_judgments(args, runs.read_rows(args.questions, mt_bench.QUESTIONS, "question_id"), "model")
 
 
 def reader(function, model, *more, several=False):
@@ -206,7 +206,7 @@ def kinds(files, tokenizer, pi_0):
         "judge.txt": alpaca_eval.read_template, "questions.jsonl": lambda path: to_judge(files, questions=path),
         "model.jsonl": lambda path: to_judge(files, answers=path, reference_answers=path),
         "judge_prompts.jsonl": lambda path: to_judge(files, judge_prompts=path),
-        "judgments.jsonl": lambda path: read_rows(path, {"model": is_string}),
+        "judgments.jsonl": lambda path: runs.read_rows(path, {"model": is_string}),
         "metrics.json": stage("05_eval report", None, files),
         "chat.jinja": chat_template}
     assert list(readers) == KINDS
