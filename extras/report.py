@@ -76,7 +76,7 @@ def table(head, rows):
         digits = 4 if name == COLUMNS["kl_per_token"] else 2  # a KL is small
         cells = [f"{value:.{digits}f}" if isinstance(value, float) else value for value in values]
         return [name, "---", *("-" if value is None else str(value) for value in cells)]
-    columns = [column(name, values) for name, *values in zip(head, *rows, strict=True) if any(v is not None for v in values)]
+    columns = [column(name, values) for name, *values in zip(head, *rows, strict=True) if set(values) != {None}]
     return "".join("| " + " | ".join(line) + " |\n" for line in zip(*columns))
 
 
