@@ -35,6 +35,8 @@ HEAD = ("pi_0 has written two responses to each prompt and labels them: the one 
 
 def follow_pairs(run):
     """(beta, {id: what 04 logs of the pair, with its step and tau}) of the run's pi_1, which 04 makes once more."""
+    if not all((run / name).is_dir() for name in ("pi_init", "pi_0", "pi_1")):
+        raise runs.InputError(f"{run}: has no pi_init, pi_0 or pi_1: give a finished run of the small world")
     made = runs.read_record(run / "pi_1")["made_from"]
     if made["stage"] != "04_refined_dpo.py" or made["args"]["refine"] == "none":
         raise runs.InputError(f"{run}/pi_1: was made without refined labels: give a run with them")

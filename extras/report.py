@@ -149,20 +149,24 @@ def figure(metrics):
     """Figure 3 and what explains it, as SVG: PANELS, side by side, as far as there are metrics for them."""
     methods, others = curves(metrics)
     names = [*methods, *(row["name"] for row in others), *(iteration_of(row["name"])[0] for row in metrics)]
-    # in lines that fit beside a plot
-    names = {name: textwrap.wrap(name, 20, max_lines=3, placeholder=" ...") or [name] for name in names}
-    colors, parts, width = dict(zip(names, itertools.cycle(COLORS))), [], 0
-    height = max(260, 15 * sum(map(len, names.values())))
+    colors = dict(zip(dict.fromkeys(names), itertools.cycle(COLORS)))
+    # in lines that fit beside a plot; a name that stands beside the first plot is left out of the others
+    unnamed = {name: textwrap.wrap(name, 20, max_lines=3, placeholder=" ...") or [name] for name in colors}
+    parts, left, top, right, height = [], 0, 0, PLOT, max(260, 15 * sum(map(len, unnamed.values())))
     for key, against in PANELS:
         rows = [row for row in metrics if all(row.get(name) is not None for name in (key, against or key))]
         # where length does not matter, the LC win rate is the win rate once more
         if any(key != "length_controlled_winrate" or abs(row[key] - row.get("win_rate", -1)) >= 1 for row in rows):
             elements, ends = panel(rows, key, against, colors, height)
-            ends = [] if against else [(y, names[name], colors[name]) for y, name in ends]
-            parts += [f'<g transform="translate({width} 0)">', *elements, *beside(ends, height), "</g>"]
-            width += PLOT + 70 + max((10 + 7 * len(line) for _, words, _ in ends for line in words), default=0)
-    size = f'width="{width}" height="{height + 90}"'
-    return (f'<svg xmlns="http://www.w3.org/2000/svg" {size} viewBox="0 0 {width} {height + 90}" '
+            ends = [(y, unnamed.pop(name), colors[name]) for y, name in ends if name in unnamed and not against]
+            width = PLOT + 70 + max((10 + 7 * len(line) for _, words, _ in ends for line in words), default=0)
+            if left + width > 1020:
+                left, top = 0, top + height + 90
+            parts += [f'<g transform="translate({left} {top})">', *elements, *beside(ends, height), "</g>"]
+            left += width
+            right = max(right, left)
+    size = f'width="{right}" height="{top + height + 90}"'
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" {size} viewBox="0 0 {right} {top + height + 90}" '
             'font-family="sans-serif" font-size="13">\n'
             f'<rect {size} fill="white"/>\n' + "\n".join(parts) + "\n</svg>\n")
 
@@ -187,8 +191,8 @@ def panel(rows, key, against, colors, height):
         d = " L".join(f"{at:.1f},{y(value):.1f}" for at, value in points)
         return f'<path d="M{d}" stroke="{color}" fill="none" {style}/>'
 
-    parts = [label(50, 20, COLUMNS[key], "start", 'font-weight="bold"'),
-             label(50 + PLOT / 2, height + 78, COLUMNS[against] if against else "Iteration")]
+    across = COLUMNS[against] if against else "Iteration (0: pi_0)" if 0 in values else "Iteration"
+    parts = [label(50, 20, COLUMNS[key], "start", 'font-weight="bold"'), label(50 + PLOT / 2, height + 78, across)]
     parts += [label(x(tick), height + 55, f"{tick:.9g}") for tick in ticks]
     for level in levels:
         parts += [path([(50, level), (50 + PLOT, level)], "#ddd", ""), label(42, y(level) + 4, f"{level:.9g}", "end")]

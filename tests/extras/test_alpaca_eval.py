@@ -331,9 +331,12 @@ def test_the_figure_has_the_judge_and_the_kl_where_they_are_known(tmp_path):
         stages.run("05_eval", "report", *metrics, output=tmp_path / name)
     found, one = (panels(tmp_path / name / "report.svg") for name in ("all", "one"))
     # LC win rates less than a point from the win rates are not drawn again
-    assert list(found) == [("Win rate (%)", "Iteration"), ("Win rate (%)", "KL per token"),
+    assert list(found) == [("Win rate (%)", "Iteration (0: pi_0)"), ("Win rate (%)", "KL per token"),
                            ("Judge accuracy (%)", "Iteration")]
-    assert list(one) == list(found)[:2] and points(one["Win rate (%)", "Iteration"]) == []
+    assert list(one) == [("Win rate (%)", "Iteration"), ("Win rate (%)", "KL per token")]
+    alone, alone_kl = one.values()  # no method begins there
+    assert points(alone, "path")[0] == ("M50.0,295.0 L270.0,295.0", "#1f77b4", True)
+    assert points(alone_kl) == [(260, 295)]
     rate, kl, judge = found.values()
     # win rates from 5 to 20: SPA's curve from pi_0, with 5 %; the judge's accuracy from 80 to 85
     assert points(rate) == [(60, 295), (160, 208.3), (260, 35)]
@@ -363,11 +366,26 @@ def test_the_figure(tmp_path, models):
     rate, lc = found.values()
     # win rates from 5 at y = 295 to 25 at y = 35, 13 pixels a point: SPA's first is 12.9 +- 1.1
     assert points(rate) == [(160, 192.3), (260, 101.3), (160, 243)]
-    names = [[text for text, x, _ in texts(elements) if x == 278] for elements in (rate, lc)]  # from the top
-    assert names == [["SPA", "PairRM", "DPO"], ["SPA", "PairRM", "DPO", "<b>&"]]
+    names = [[text for text, x, _ in texts(elements) if x == 278] for elements in (rate, lc)]  # from the top, once
+    assert names == [["SPA", "PairRM", "DPO"], ["<b>&"]]
     assert [[dashed for *_, dashed in points(elements, "path")].count(True) for elements in (rate, lc)] == [1, 2]
     assert ("M160.0,206.6 L160.0,178.0", "#1f77b4", False) in points(rate, "path")
     assert ("M160.0,192.3 L260.0,101.3", "#1f77b4", False) in points(rate, "path")
+
+
+@pytest.mark.parametrize("rows, curves, dashed", [  # rows: (name, win rate, LC win rate); in each panel: points, lines
+    ([("SPA, iteration 1", 40.0, None), ("DPO (pi_0)", 30.0, 20.0)], [2, 0], [0, 1]),
+    ([("A (pi_0)", 30.0, None), ("B (pi_0, another)", 20.0, None), ("SPA, iteration 2", 40.0, None)], [1], [2]),
+    ([("SPA, iteration 1", 40.0, None), ("X, iteration 1", 30.0, None), ("A (pi_0)", 20.0, None)], [4], [0]),
+    ([("SFT", 40.0, None), ("SFT", 30.0, None), ("SFT, iteration 1", 30.0, None)], [1], [2]),
+    ([("", 0.0, 0.0), ("pi_0", 0.0, 0.5)], [0], [2])])
+def test_the_figure_of_whatever_there_is(rows, curves, dashed, tmp_path):
+    names = ("name", "win_rate", "length_controlled_winrate")
+    drawn = report.figure([{k: v for k, v in zip(names, row) if v is not None} for row in rows])
+    (tmp_path / "drawn.svg").write_text(drawn)
+    found = panels(tmp_path / "drawn.svg").values()
+    assert [len(points(elements)) for elements in found] == curves
+    assert [[line[2] for line in points(elements, "path")].count(True) for elements in found] == dashed
 
 
 @pytest.mark.parametrize("values, least, ticks", [
