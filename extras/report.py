@@ -158,7 +158,7 @@ def figure(metrics):
         # where length does not matter, the LC win rate is the win rate once more
         if any(key != "length_controlled_winrate" or abs(row[key] - row.get("win_rate", -1)) >= 1 for row in rows):
             elements, ends = panel(rows, key, against, colors, height)
-            ends = [(y, unnamed.pop(name), colors[name]) for y, name in ends if name in unnamed and not against]
+            ends = [(y, unnamed.pop(name), colors[name]) for y, name in ends if name in unnamed]
             width = PLOT + 70 + max((10 + 7 * len(line) for _, words, _ in ends for line in words), default=0)
             if left + width > 1020:
                 left, top = 0, top + height + 90

@@ -370,6 +370,8 @@ def test_the_figure(tmp_path, models):
     assert names == [["SPA", "PairRM", "DPO"], ["<b>&"]]
     assert [[dashed for *_, dashed in points(elements, "path")].count(True) for elements in (rate, lc)] == [1, 2]
     assert ("M160.0,206.6 L160.0,178.0", "#1f77b4", False) in points(rate, "path")
+    # DPO's, 7.68 +- 1.1, once, at the right
+    assert [d for d, *_ in points(rate, "path") if d.endswith("245.9")] == ["M270.0,274.5 L270.0,245.9"]
     assert ("M160.0,192.3 L260.0,101.3", "#1f77b4", False) in points(rate, "path")
 
 

@@ -143,12 +143,12 @@ def test_competitors_take_turns(tmp_path):
 
 @pytest.fixture(scope="module")
 def little_run(tmp_path_factory, world, tokenizer, pi_init, pi_0):
-    """What benchmarks/one_pair.py reads of a run: writers' answers, judged by 03, and 04's model."""
+    """What one_pair.py reads of a run: writers' answers, the better one first, judged by 03, and 04's model."""
     folder, responses = tmp_path_factory.mktemp("run"), []
     for row in stages.rows(world / "all_gold.jsonl"):
         answers = [{"text": row[y][0]["content"], "finish": "eos",
                     "ids": tokenizer(row[y][0]["content"])["input_ids"] + [tokenizer.eos_token_id]}
-                   for y in (("chosen", "rejected") if len(responses) % 2 else ("rejected", "chosen"))]
+                   for y in ("chosen", "rejected")]
         ids = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=False)
         responses.append({"id": f"r{len(responses)}", "prompt": row["prompt"], "prompt_ids": ids, "responses": answers})
     stages.write_rows(folder / "responses_1.jsonl", responses)
@@ -164,7 +164,7 @@ def little_run(tmp_path_factory, world, tokenizer, pi_init, pi_0):
 
 
 def test_two_pairs_as_the_model_sees_them(little_run, tmp_path, monkeypatch):
-    """The numbers drawn are those that 03 and 04 have stored."""
+    """The numbers drawn are those that 03 and 04 have stored. y_1 is the better one: a wrong label has p < 0.5."""
     monkeypatch.setattr(sys, "argv", ["one_pair.py", str(little_run), "--output", str(tmp_path / "pairs.svg")])
     one_pair.main()
     elements = list(ElementTree.parse(tmp_path / "pairs.svg").iter())
