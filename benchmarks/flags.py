@@ -17,7 +17,7 @@ import math
 from collections import deque
 
 import numpy as np
-from shared import run_stage
+from shared import follow
 
 from extras.small_world import gold_score, read_gold
 from support import runs
@@ -37,23 +37,6 @@ def parse_args():
     for option in ("--beta", "--lr", "--batch-size", "--micro-batch-size", "--seed"):
         add(option, required=True, help="as of 04_refined_dpo.py")
     return parser.parse_args()
-
-
-def follow(args, work):
-    """(what 04 logs of each pair, by step: [[{"id", "rewards/margins", "confidence", ...}]], 04's threshold)."""
-    steps, log_step, outer = [], runs.log_step, runs.this_run
-
-    def record(work, bar, step, rows, **more):
-        steps.append(rows)
-        log_step(work, bar, step, rows, **more)
-
-    options = {key: value for key, value in vars(args).items() if key not in ("gold", "output")}
-    runs.log_step = record
-    try:
-        refined = run_stage("04_refined_dpo.py", alpha=0, output=work / "pi", **options)
-    finally:
-        runs.log_step, runs.this_run = log_step, outer
-    return steps, refined["threshold"]
 
 
 def flags(steps, threshold, window, k_percent, refine_after):
@@ -97,7 +80,8 @@ def main():
     for row in runs.read_jsonl(args.input, runs.PROMPTS | runs.PREFERENCES):
         chosen, rejected = (gold_score(gold, row["prompt"], row[y]["text"]) for y in ("chosen", "rejected"))
         worth[row["id"]], certainty[row["id"]] = chosen - rejected, max(row["p"], 1 - row["p"])
-    steps, threshold = follow(args, work)
+    options = {key: value for key, value in vars(args).items() if key not in ("gold", "output")}
+    steps, refined = follow(alpha=0, output=work / "pi", **options)
     detectors = {"self": lambda row: row["rewards/margins"], "decoupled": lambda row: row["confidence"],
                  "judge": lambda row: certainty[row["id"]]}
     wrong = [np.array([worth[row["id"]] < 0 for row in rows]) for rows in steps]
@@ -105,7 +89,7 @@ def main():
     first, found, by_self = math.ceil(args.refine_after * len(steps)), {}, None
     for name, detector in detectors.items():
         values = [np.array([detector(row) for row in rows]) for rows in steps]
-        flagged = flags(values, threshold, args.window, args.k_percent, args.refine_after)
+        flagged = flags(values, refined["threshold"], args.window, args.k_percent, args.refine_after)
         found[name] = measure(*(of_step[first:] for of_step in (values, flagged, wrong, known)))
         on = np.concatenate(flagged)
         by_self = on if by_self is None else by_self

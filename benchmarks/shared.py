@@ -17,6 +17,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+from support import runs
+
 SHAPE = dict(hidden_size=256, intermediate_size=688, num_hidden_layers=8, num_attention_heads=4, num_key_value_heads=4,
              vocab_size=32000, max_position_embeddings=2048, tie_word_embeddings=False, bos_token_id=1, eos_token_id=2,
              pad_token_id=0)
@@ -36,6 +38,22 @@ def run_stage(script, **options):
     """Run a stage in this process, where parts of common.py may be replaced. Returns the names in its module."""
     sys.argv = [script, *command_line(options)]
     return runpy.run_path(str(ROOT / script), run_name="__main__")
+
+
+def follow(**options):
+    """Run 04_refined_dpo.py in this process: (what it logs of each pair, by step: [[{"id", "rewards/margins",
+    "confidence", "flagged", "tau", "step", ...}]], the names in its module)."""
+    steps, log_step, outer = [], runs.log_step, runs.this_run
+
+    def record(work, bar, step, rows, **more):
+        steps.append([row | {"tau": more["tau"], "step": step + 1} for row in rows])
+        log_step(work, bar, step, rows, **more)
+
+    runs.log_step = record
+    try:
+        return steps, run_stage("04_refined_dpo.py", **options)
+    finally:
+        runs.log_step, runs.this_run = log_step, outer
 
 
 # ---------------------------------------------------------------------------------------------

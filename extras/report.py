@@ -5,14 +5,15 @@ rows. AlpacaEval's and MT-Bench's metrics of one --name share a row. Writes
     table.md    Table 1 with its columns in the paper's order; agreement with held-out labels and its calibration;
                 Figure 3, by iteration, of names like "SPA, iteration 2"; Figure 5a, MT-Bench by category
     samples.md  the first prompts with each model's response, where the folders have responses
-    report.svg  Figure 3: win rates by iteration with their standard errors; the judge's accuracy by iteration; the win
-                rate against the KL from pi_init
+    report.svg  Figure 3: win rates by iteration with their standard errors; the win rate against the KL from pi_init;
+                the judge's accuracy by iteration. A method's curve begins at pi_0: at the model whose name has "(pi_0)"
 """
 
 import html
 import itertools
 import math
 import re
+import textwrap
 from pathlib import Path
 
 from extras.answers import is_string
@@ -25,9 +26,10 @@ COLUMNS = {"gold_labels": "Gold labels", "length_controlled_winrate": "LC win ra
            "eos_rate": "EOS (%)", "agreement": "Held-out agreement (%)", "kl_per_token": "KL per token",
            "improbable": "Improbable tokens (%)"}  # the first four in the order of Table 1
 ERRORS = {"length_controlled_winrate": "lc_standard_error", "win_rate": "standard_error"}
-PANELS = [("length_controlled_winrate", None), ("win_rate", None), ("judge_accuracy", None),
-          ("win_rate", "kl_per_token")]  # (a metric, the horizontal axis: None for the iteration)
-COLORS = ["#1f77b4", "#d62728", "#2ca02c", "#ff7f0e", "#9467bd", "#8c564b", "#e377c2", "#7f7f7f"]
+PANELS = [("win_rate", None), ("win_rate", "kl_per_token"), ("length_controlled_winrate", None),
+          ("judge_accuracy", None)]  # (a metric, the horizontal axis: None for the iteration)
+COLORS = ["#1f77b4", "#d62728", "#1b7f3b", "#b35900", "#7b4fa8", "#8c564b", "#b8449a", "#666666"]
+PLOT = 220  # pixels: the width of a panel's plot
 
 
 def report(args):
@@ -70,13 +72,12 @@ def read_metrics(path):
 
 def table(head, rows):
     """Markdown, with a dash for None, and without the columns in which every row has None."""
-    def cell(value):
-        if isinstance(value, float):  # a KL may be small
-            return f"{value:.2f}" if value == 0 or abs(value) >= 0.1 else f"{value:.2g}"
-        return "-" if value is None else str(value)
-    kept = [k for k in range(len(head)) if k == 0 or any(row[k] is not None for row in rows)]
-    lines = [[head[k] for k in kept], ["---"] * len(kept)] + [[cell(row[k]) for k in kept] for row in rows]
-    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+    def column(name, values):
+        digits = 4 if name == COLUMNS["kl_per_token"] else 2  # a KL is small
+        cells = [f"{value:.{digits}f}" if isinstance(value, float) else value for value in values]
+        return [name, "---", *("-" if value is None else str(value) for value in cells)]
+    columns = [column(name, values) for name, *values in zip(head, *rows, strict=True) if set(values) != {None}]
+    return "".join("| " + " | ".join(line) + " |\n" for line in zip(*columns))
 
 
 def iteration_of(name):
@@ -85,14 +86,20 @@ def iteration_of(name):
     return (found[1], int(found[2])) if found else (name, None)
 
 
-def curves(metrics, key):
-    """({method: {iteration: metrics}}, iterations) of models with the metric `key` and an iteration in their name."""
-    lines = {}
-    for row in metrics:
+def curves(rows):
+    """({method: {iteration: row}}, the other rows). One row with "(pi_0)" in its name is every method's iteration 0."""
+    methods, others = {}, []
+    for row in rows:
         method, t = iteration_of(row["name"])
-        if t is not None and row.get(key) is not None:
-            lines.setdefault(method, {})[t] = row
-    return lines, sorted({t for line in lines.values() for t in line})
+        if t is None:
+            others.append(row)
+        else:
+            methods.setdefault(method, {})[t] = row
+    starts = [row for row in others if re.search(r"\([^()]*\bpi_0\b[^()]*\)", row["name"])]
+    if methods and len(starts) == 1:
+        methods = {method: {0: starts[0]} | line for method, line in methods.items()}
+        others = [row for row in others if row is not starts[0]]
+    return methods, others
 
 
 def tables(metrics):
@@ -100,7 +107,8 @@ def tables(metrics):
     found = [(["Model", *COLUMNS.values()], [[row["name"], *map(row.get, COLUMNS)] for row in metrics])]
     found += agreement_tables(metrics)
     for key in ("length_controlled_winrate", "win_rate", "mt_bench"):
-        lines, iterations = curves(metrics, key)
+        lines, _ = curves([row for row in metrics if row.get(key) is not None])
+        iterations = sorted({t for line in lines.values() for t in line})
         rows = [[method, *(line.get(t, {}).get(key) for t in iterations)] for method, line in lines.items()]
         found.append(([f"{COLUMNS[key]} by iteration", *map(str, iterations)], rows))
     rated = [row for row in metrics if "mt_bench_categories" in row]
@@ -138,68 +146,92 @@ def samples(with_responses, count=3):
 
 
 def figure(metrics):
-    """Figure 3 and the panels that explain it, as SVG: PANELS, two in a row, as far as there are metrics."""
-    metrics = [row for row in metrics if any(row.get(key) is not None for key, _ in PANELS)]
-    names = dict.fromkeys(iteration_of(row["name"])[0] for row in metrics)
-    colors, parts, count = dict(zip(names, itertools.cycle(COLORS))), [], 0
+    """Figure 3 and what explains it, as SVG: PANELS, side by side, as far as there are metrics for them."""
+    methods, others = curves(metrics)
+    names = [*methods, *(row["name"] for row in others), *(iteration_of(row["name"])[0] for row in metrics)]
+    colors = dict(zip(dict.fromkeys(names), itertools.cycle(COLORS)))
+    # in lines that fit beside a plot; a name that stands beside the first plot is left out of the others
+    unnamed = {name: textwrap.wrap(name, 20, max_lines=3, placeholder=" ...") or [name] for name in colors}
+    parts, left, top, right, height = [], 0, 0, PLOT, max(260, 15 * sum(map(len, unnamed.values())))
     for key, against in PANELS:
         rows = [row for row in metrics if all(row.get(name) is not None for name in (key, against or key))]
-        if rows:
-            elements = "\n".join(panel(rows, key, against, colors))
-            parts.append(f'<g transform="translate({50 + 460 * (count % 2)} {360 * (count // 2)})">\n{elements}\n</g>')
-            count += 1
-    bottom = 360 * ((count + 1) // 2)
-    for k, (name, color) in enumerate(colors.items()):
-        parts += [f'<rect x="50" y="{bottom + 20 * k}" width="12" height="12" fill="{color}"/>',
-                  label(70, bottom + 11 + 20 * k, name, "start")]
-    size = f'width="930" height="{bottom + 10 + 20 * len(colors)}"'
-    return (f'<svg xmlns="http://www.w3.org/2000/svg" {size} font-family="sans-serif" font-size="13">\n'
+        # where length does not matter, the LC win rate is the win rate once more
+        if any(key != "length_controlled_winrate" or abs(row[key] - row.get("win_rate", -1)) >= 1 for row in rows):
+            elements, ends = panel(rows, key, against, colors, height)
+            ends = [(y, unnamed.pop(name), colors[name]) for y, name in ends if name in unnamed]
+            width = PLOT + 70 + max((10 + 7 * len(line) for _, words, _ in ends for line in words), default=0)
+            if left + width > 1020:
+                left, top = 0, top + height + 90
+            parts += [f'<g transform="translate({left} {top})">', *elements, *beside(ends, height), "</g>"]
+            left += width
+            right = max(right, left)
+    size = f'width="{right}" height="{top + height + 90}"'
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" {size} viewBox="0 0 {right} {top + height + 90}" '
+            'font-family="sans-serif" font-size="13">\n'
             f'<rect {size} fill="white"/>\n' + "\n".join(parts) + "\n</svg>\n")
 
 
-def panel(rows, key, against, colors):
-    """SVG elements, 400 x 280 pixels: the metric `key` against another one; None: the iteration.
+def panel(rows, key, against, colors, height):
+    """(SVG elements, [(pixels from the top, name) of each line's end]): `key` against another metric; None: iteration.
 
-    A method has a curve through its iterations; a model without an iteration in its name has a dashed line, and a point
-    against another metric.
+    A method has a curve through its iterations; another model has a dashed line, and a point against another metric.
     """
-    (lines, iterations), others = curves(rows, key), [row for row in rows if iteration_of(row["name"])[1] is None]
+    methods, others = curves(rows)
     ends = [row[key] + sign * (row.get(ERRORS.get(key)) or 0) for row in rows for sign in (-1, 1)]
-    low = 10 * math.floor(min(ends) / 10)
-    high = max(low + 10, 10 * math.ceil(max(ends) / 10))
-    ticks = iterations
-    if against:
-        values = [row[against] for row in rows]
-        first, last = min(0, *values), max(0, *values)
-        ticks = [first + k * (last - first) / 4 for k in range(5)]
-        lines, others = lines | {row["name"]: {0: row} for row in others}, []
+    values = [row[against] for row in rows] if against else [t for line in methods.values() for t in line]
+    ticks, levels = axis([0, *values], 0.001 if against else 1), axis(ends, 5)
 
     def x(value):
-        return 40 + 320 * (value - ticks[0]) / ((ticks[-1] - ticks[0]) or 1)
+        return 60 + (PLOT - 20) * (value - ticks[0]) / (ticks[-1] - ticks[0])
 
     def y(value):
-        return 310 - 280 * (value - low) / (high - low)  # counted from the top
+        return 35 + height * (levels[-1] - value) / (levels[-1] - levels[0])  # counted from the top
 
-    def path(points, color, style=""):  # points: [(pixels from the left, value)]
+    def path(points, color, style='stroke-width="2"'):  # points: [(pixels from the left, value)]
         d = " L".join(f"{at:.1f},{y(value):.1f}" for at, value in points)
-        return f'<path d="M{d}" stroke="{color}" stroke-width="2" fill="none" {style}/>'
+        return f'<path d="M{d}" stroke="{color}" fill="none" {style}/>'
 
-    parts = [label(0, 20, COLUMNS[key], "start"), label(200, 346, COLUMNS[against] if against else "Iteration")]
-    parts += [label(x(tick), 328, f"{tick:.2g}" if against else tick) for tick in ticks]
-    for value in range(low, high + 1, (high - low) // 5):  # both are multiples of 10
-        parts += [path([(0, value), (400, value)], "#e0e0e0"), label(-8, y(value) + 4, value, "end")]
-    for method, line in lines.items():
-        points = [(x(row[against] if against else t), row) for t, row in sorted(line.items())]
-        parts.append(path([(at, row[key]) for at, row in points], colors[method]))
-        for at, row in points:
-            value, error = row[key], row.get(ERRORS.get(key)) or 0
-            parts += [path([(at, value - error), (at, value + error)], colors[method]),
-                      f'<circle cx="{at:.1f}" cy="{y(value):.1f}" r="4" fill="{colors[method]}"/>']
-    parts += [path([(0, row[key]), (400, row[key])], colors[row["name"]], 'stroke-dasharray="7 5"')
+    across = COLUMNS[against] if against else "Iteration (0: pi_0)" if 0 in values else "Iteration"
+    parts = [label(50, 20, COLUMNS[key], "start", 'font-weight="bold"'), label(50 + PLOT / 2, height + 78, across)]
+    parts += [label(x(tick), height + 55, f"{tick:.9g}") for tick in ticks]
+    for level in levels:
+        parts += [path([(50, level), (50 + PLOT, level)], "#ddd", ""), label(42, y(level) + 4, f"{level:.9g}", "end")]
+    lines = [(method, [(x(row[against] if against else t), row) for t, row in sorted(line.items())], False)
+             for method, line in methods.items()]
+    lines += [(row["name"], [(x(row[against]), row)] if against else [(50, row), (50 + PLOT, row)], not against)
               for row in others]
+    for name, points, is_dashed in lines:
+        style = 'stroke-width="2"' + ' stroke-dasharray="7 5"' * is_dashed
+        parts.append(path([(at, row[key]) for at, row in points], colors[name], style))
+        for at, row in points[is_dashed:]:
+            value, error = row[key], row.get(ERRORS.get(key)) or 0
+            parts.append(path([(at, value - error), (at, value + error)], colors[name]))
+            if not is_dashed:
+                parts.append(f'<circle cx="{at:.1f}" cy="{y(value):.1f}" r="4" fill="{colors[name]}"/>')
+    return parts, [(y(points[-1][1][key]), name) for name, points, _ in lines]
+
+
+def beside(ends, height):
+    """The names of lines at their right ends, moved where they would overlap. ends: [(y, the name in lines, color)]"""
+    parts, top, left = [], 35, 15 * sum(len(words) for _, words, _ in ends)
+    for y, words, color in sorted(ends):
+        top = min(max(top, y - 7.5 * len(words)), 35 + height - left)
+        for line in words:
+            top, left = top + 15, left - 15
+            parts.append(label(PLOT + 58, top - 3, line, "start", f'fill="{color}"'))
     return parts
 
 
-def label(x, y, words, anchor="middle"):
+def axis(values, least):
+    """Ticks that enclose the values, some five: multiples of 1, 2 or 5 times a power of ten, `least` apart or more."""
+    low, high = min(values), max(values)
+    wanted = max(least, high / 5 - low / 5)
+    power = 10.0 ** math.floor(math.log10(wanted))
+    step = next(m * power for m in (1, 2, 5, 10) if m * power >= wanted)
+    first = math.floor(low / step)
+    return [k * step for k in range(first, max(first + 1, math.ceil(high / step)) + 1)]
+
+
+def label(x, y, words, anchor="middle", style=""):
     words = html.escape("".join(c for c in str(words) if c.isprintable()))
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{words}</text>'
+    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" {style}>{words}</text>'

@@ -10,7 +10,7 @@ import pytest
 
 import common
 import stages
-from extras import alpaca_eval
+from extras import alpaca_eval, report
 
 OFFICIAL = stages.ROOT.parent / "shared" / "data" / "alpaca_eval"
 MODELS = ["phi-2", "phi-2-sft", "vicuna-7b-v1.5", "gpt-3.5-turbo-1106_concise", "claude-2",
@@ -295,30 +295,59 @@ def test_report_shows_agreement_with_held_out_labels_and_its_calibration(tmp_pat
         [line.strip("| ").split(" | ") for line in block.splitlines()]
         for block in (tmp_path / "report" / "table.md").read_text().split("\n\n")]
     assert main[0] == ["Model", "Held-out agreement (%)", "KL per token", "Improbable tokens (%)"]
-    assert main[2:] == [["SFT", "-", "-", "-"], ["SPA, iteration 1", "61.00", "0.012", "0.50"],
-                        ["SPA, iteration 2", "62.00", "0.025", "0.50"]]
+    assert main[2:] == [["SFT", "-", "-", "-"], ["SPA, iteration 1", "61.00", "0.0123", "0.50"],
+                        ["SPA, iteration 2", "62.00", "0.0246", "0.50"]]
     assert agreement[2:] == [["SPA, iteration 1", "61.00 ± 7.75", "40"], ["SPA, iteration 2", "62.00 ± 7.75", "40"],
                              ["the longer response", "52.50", "40"], ["likelihood under pi_init", "45.00", "40"]]
     assert calibration[0][1:] == ["95-100 %"] and calibration[2] == ["SPA, iteration 1", "75 at 98 (32)"]
 
 
+def panels(path):
+    """{(title, horizontal axis): the elements} of a picture, in its order."""
+    groups = [group for group in ElementTree.parse(path).iter() if group.tag.endswith("}g")]
+    return {(group[0].text, group[1].text): list(group) for group in groups}
+
+
+def points(elements, kind="circle"):
+    """Where the points are, as (x, y); paths: as text, with their color and whether they are dashed."""
+    attributes = [element.attrib for element in elements if element.tag.endswith(kind)]
+    if kind == "circle":
+        return [(float(point["cx"]), float(point["cy"])) for point in attributes]
+    return [(path["d"], path["stroke"], "stroke-dasharray" in path) for path in attributes if path["stroke"] != "#ddd"]
+
+
+def texts(elements):
+    """[(text, x, y)] but for the title and the name of the axis."""
+    return [(e.text, float(e.get("x")), float(e.get("y"))) for e in elements if e.tag.endswith("text")][2:]
+
+
 def test_the_figure_has_the_judge_and_the_kl_where_they_are_known(tmp_path):
-    """Both panels are of the second row, 360 pixels below the first."""
+    """Iterations from 0 at x = 60 to 2 at 260, as a KL of 0 to 0.04; the lowest tick at y = 295, the highest at 35."""
     paths = [write_metrics(tmp_path / f"{t}.json", f"SPA, iteration {t}", win_rate=10.0 * t, judge_accuracy=80.0 + t,
-                           length_controlled_winrate=10.0 * t, kl_per_token=0.02 * t) for t in (1, 2)]
-    paths += [write_metrics(tmp_path / "0.json", "DPO", win_rate=5.0, kl_per_token=0.01)]
-    for name, metrics in (("all", paths), ("one", paths[2:])):
+                           length_controlled_winrate=10.0 * t + 0.9, kl_per_token=0.02 * t) for t in (1, 2)]
+    paths += [write_metrics(tmp_path / "0.json", "DPO on the seed (pi_0)", win_rate=5.0, kl_per_token=0.01)]
+    paths += [write_metrics(tmp_path / "all.json", "DPO", win_rate=15.0, kl_per_token=0.04)]
+    for name, metrics in (("all", paths), ("one", paths[2:3])):
         stages.run("05_eval", "report", *metrics, output=tmp_path / name)
-    (*first, judge, kl), one = ([panel for panel in ElementTree.parse(tmp_path / name / "report.svg").iter()
-                                 if panel.tag.endswith("}g")] for name in ("all", "one"))
-    assert [panel[0].text for panel in (*first, *one)] == ["LC win rate (%)"] + 3 * ["Win rate (%)"]
-    assert [[element.text for element in panel][:2] for panel in (judge, kl)] == [
-        ["Judge accuracy (%)", "Iteration"], ["Win rate (%)", "KL per token"]]
-    assert [panel.get("transform") for panel in (judge, kl)] == ["translate(50 360)", "translate(510 360)"]
-    # from 80 at y = 310 to 90 at y = 30; from KL 0 at x = 40 to 0.04 at x = 360, win rates from 0 to 20
-    assert [[(e.get("cx"), e.get("cy")) for e in panel if e.get("cx")] for panel in (judge, kl)] == [
-        [("40.0", "282.0"), ("360.0", "254.0")], [("200.0", "170.0"), ("360.0", "30.0"), ("120.0", "240.0")]]
-    assert "M200.0,170.0 L360.0,30.0" in [element.get("d") for element in kl]
+    found, one = (panels(tmp_path / name / "report.svg") for name in ("all", "one"))
+    # LC win rates less than a point from the win rates are not drawn again
+    assert list(found) == [("Win rate (%)", "Iteration (0: pi_0)"), ("Win rate (%)", "KL per token"),
+                           ("Judge accuracy (%)", "Iteration")]
+    assert list(one) == [("Win rate (%)", "Iteration"), ("Win rate (%)", "KL per token")]
+    alone, alone_kl = one.values()  # no method begins there
+    assert points(alone, "path")[0] == ("M50.0,295.0 L270.0,295.0", "#1f77b4", True)
+    assert points(alone_kl) == [(260, 295)]
+    rate, kl, judge = found.values()
+    # win rates from 5 to 20: SPA's curve from pi_0, with 5 %; the judge's accuracy from 80 to 85
+    assert points(rate) == [(60, 295), (160, 208.3), (260, 35)]
+    assert points(kl) == [(110, 295), (160, 208.3), (260, 35), (260, 121.7)]
+    assert points(judge) == [(160, 243), (260, 191)]
+    assert points(rate, "path")[0] == ("M60.0,295.0 L160.0,208.3 L260.0,35.0", "#1f77b4", False)
+    assert points(kl, "path")[0] == ("M110.0,295.0 L160.0,208.3 L260.0,35.0", "#1f77b4", False)
+    assert ("M50.0,121.7 L270.0,121.7", "#d62728", True) in points(rate, "path")
+    assert [(text, x) for text, x, y in texts(kl) if y == 315] == [
+        ("0", 60), ("0.01", 110), ("0.02", 160), ("0.03", 210), ("0.04", 260)]
+    assert [(text, y) for text, x, y in texts(judge) if x == 42] == [("80", 299), ("85", 39)]
 
 
 def test_report_keeps_two_models_of_one_name_apart(tmp_path, models):
@@ -332,18 +361,52 @@ def test_the_figure(tmp_path, models):
     """Each method a curve with points at their win rates and bars of their errors, each other model a dashed line."""
     write_metrics(models[0], "<b>&\x1b", length_controlled_winrate=7.0)  # no win rate, and a name that needs care
     stages.run("05_eval", "report", *models, output=tmp_path / "report")
-    elements = list(ElementTree.parse(tmp_path / "report" / "report.svg").iter())
-    paths = [element.attrib for element in elements if element.tag.endswith("path")]
-    circles = [element.attrib for element in elements if element.tag.endswith("circle")]
-    labels = [element.text for element in elements if element.tag.endswith("text")]
-    assert sum("stroke-dasharray" in path for path in paths) == 3  # two models, one of them without a win rate
-    assert len(circles) == 6 and len({circle["fill"] for circle in circles}) == 2
-    assert labels[-4:] == ["<b>&", "DPO", "SPA", "PairRM"]
-    assert {"Iteration", "LC win rate (%)", "Win rate (%)", "1", "2"} <= set(labels)
-    # the right one: from 0 at y = 310 to 30 at y = 30, SPA's first point 12.9 +- 1.1
-    assert [(c["cx"], c["cy"]) for c in circles[3:5]] == [("40.0", "189.6"), ("360.0", "124.3")]
-    assert "M40.0,199.9 L40.0,179.3" in [path["d"] for path in paths]
-    assert "M40.0,189.6 L360.0,124.3" in [path["d"] for path in paths]
+    found = panels(tmp_path / "report" / "report.svg")
+    assert list(found) == [("Win rate (%)", "Iteration"), ("LC win rate (%)", "Iteration")]
+    rate, lc = found.values()
+    # win rates from 5 at y = 295 to 25 at y = 35, 13 pixels a point: SPA's first is 12.9 +- 1.1
+    assert points(rate) == [(160, 192.3), (260, 101.3), (160, 243)]
+    names = [[text for text, x, _ in texts(elements) if x == 278] for elements in (rate, lc)]  # from the top, once
+    assert names == [["SPA", "PairRM", "DPO"], ["<b>&"]]
+    assert [[dashed for *_, dashed in points(elements, "path")].count(True) for elements in (rate, lc)] == [1, 2]
+    assert ("M160.0,206.6 L160.0,178.0", "#1f77b4", False) in points(rate, "path")
+    # DPO's, 7.68 +- 1.1, once, at the right
+    assert [d for d, *_ in points(rate, "path") if d.endswith("245.9")] == ["M270.0,274.5 L270.0,245.9"]
+    assert ("M160.0,192.3 L260.0,101.3", "#1f77b4", False) in points(rate, "path")
+
+
+@pytest.mark.parametrize("rows, curves, dashed", [  # rows: (name, win rate, LC win rate); in each panel: points, lines
+    ([("SPA, iteration 1", 40.0, None), ("DPO (pi_0)", 30.0, 20.0)], [2, 0], [0, 1]),
+    ([("A (pi_0)", 30.0, None), ("B (pi_0, another)", 20.0, None), ("SPA, iteration 2", 40.0, None)], [1], [2]),
+    ([("SPA, iteration 1", 40.0, None), ("X, iteration 1", 30.0, None), ("A (pi_0)", 20.0, None)], [4], [0]),
+    ([("SFT", 40.0, None), ("SFT", 30.0, None), ("SFT, iteration 1", 30.0, None)], [1], [2]),
+    ([("", 0.0, 0.0), ("pi_0", 0.0, 0.5)], [0], [2])])
+def test_the_figure_of_whatever_there_is(rows, curves, dashed, tmp_path):
+    names = ("name", "win_rate", "length_controlled_winrate")
+    drawn = report.figure([{k: v for k, v in zip(names, row) if v is not None} for row in rows])
+    (tmp_path / "drawn.svg").write_text(drawn)
+    found = panels(tmp_path / "drawn.svg").values()
+    assert [len(points(elements)) for elements in found] == curves
+    assert [[line[2] for line in points(elements, "path")].count(True) for elements in found] == dashed
+
+
+@pytest.mark.parametrize("values, least, ticks", [
+    ([17.4, 79.6], 5, [0, 20, 40, 60, 80]), ([50], 5, [50, 55]), ([80, 90], 5, [80, 85, 90]), ([0, 3], 1, [0, 1, 2, 3]),
+    ([0, 12], 1, [0, 5, 10, 15]), ([0, 0.061], 0.001, [0, 0.02, 0.04, 0.06, 0.08]), ([0, 0], 0.001, [0, 0.001]),
+    ([-0.3, 0.9], 0.001, [-0.5, 0, 0.5, 1]), ([0, 5000], 1, [0, 1000, 2000, 3000, 4000, 5000])])
+def test_ticks_are_round_and_enclose_the_values(values, least, ticks):
+    assert report.axis(values, least) == pytest.approx(ticks)
+
+
+def test_names_beside_lines_are_apart():
+    """15 pixels a line of text, from 35 to 135: three names at the bottom, two at the top, one where it belongs."""
+    ends = [(130, ["b"], "red"), (132, ["c", "d"], "red"), (129, ["a"], "red"), (66.5, ["at its line"], "red"),
+            (30, ["y"], "red"), (36, ["z"], "red")]
+    found = [ElementTree.fromstring(element) for element in report.beside(sorted(ends)[:3], 100)]
+    assert [(e.text, float(e.get("y")) - 12) for e in found] == [("y", 35), ("z", 50), ("at its line", 65)]
+    found = [ElementTree.fromstring(element) for element in report.beside(ends[:4], 100)]
+    assert [(e.text, float(e.get("y")) - 12) for e in found] == [("at its line", 59), ("a", 75), ("b", 90), ("c", 105),
+                                                                 ("d", 120)]
 
 
 @pytest.mark.parametrize("metrics", [{"name": None}, [], {"judge_accuracy": "x"}, {"agreement_n": 3},

@@ -2,10 +2,12 @@
 
 import json
 import logging
+import shutil
 import sys
 from importlib.metadata import version
 from importlib.util import find_spec
 from types import SimpleNamespace
+from xml.etree import ElementTree
 
 import pytest
 import torch.nn.functional as F
@@ -15,9 +17,11 @@ import common
 import dpo
 import growth
 import judging
+import one_pair
 import sampling
 import shared
 import stages
+from extras.small_world import gold_score, read_gold
 from support import models, runs
 
 OURS = [name for name in dpo.COMPETITORS if "TRL" not in name]
@@ -131,3 +135,73 @@ def test_competitors_take_turns(tmp_path):
     script.write_text("raise SystemExit('it broke')\n")
     with pytest.raises(SystemExit, match="it broke"):
         shared.take_turns(str(script), "a", tmp_path, SimpleNamespace(steps=1, threads=1))
+
+
+# ---------------------------------------------------------------------------------------------
+# The picture of two pairs
+
+
+@pytest.fixture(scope="module")
+def little_run(tmp_path_factory, world, tokenizer, pi_init, pi_0):
+    """What one_pair.py reads of a run: writers' answers, the better one first, judged by 03, and 04's model."""
+    folder, responses = tmp_path_factory.mktemp("run"), []
+    for row in stages.rows(world / "all_gold.jsonl"):
+        answers = [{"text": row[y][0]["content"], "finish": "eos",
+                    "ids": tokenizer(row[y][0]["content"])["input_ids"] + [tokenizer.eos_token_id]}
+                   for y in ("chosen", "rejected")]
+        ids = tokenizer.apply_chat_template(row["prompt"], add_generation_prompt=True, return_dict=False)
+        responses.append({"id": f"r{len(responses)}", "prompt": row["prompt"], "prompt_ids": ids, "responses": answers})
+    stages.write_rows(folder / "responses_1.jsonl", responses)
+    (folder / "data").mkdir()
+    shutil.copy(world / "gold.json", folder / "data")
+    for name, model in (("pi_init", pi_init), ("pi_0", pi_0)):
+        shutil.copytree(model, folder / name)
+    stages.run("03_judge", model=folder / "pi_0", init_model=folder / "pi_init", beta=2,
+               input=folder / "responses_1.jsonl", output=folder / "preferences_1.jsonl")
+    stages.run("04_refined_dpo", model=folder / "pi_0", input=folder / "preferences_1.jsonl", output=folder / "pi_1",
+               beta=2, lr=1e-3, batch_size=4, window=8, k_percent=40)
+    return folder
+
+
+def test_two_pairs_as_the_model_sees_them(little_run, tmp_path, monkeypatch):
+    """The numbers drawn are those that 03 and 04 have stored. y_1 is the better one: a wrong label has p < 0.5."""
+    monkeypatch.setattr(sys, "argv", ["one_pair.py", str(little_run), "--output", str(tmp_path / "pairs.svg")])
+    one_pair.main()
+    elements = list(ElementTree.parse(tmp_path / "pairs.svg").iter())
+    texts = [e.text for e in elements if e.tag.endswith("text")]
+    drawn = [float(e.text) for e in elements if e.tag.endswith("title")][17:]  # the first are the scale's
+    metrics, gold = stages.metrics(little_run / "pi_1"), read_gold(little_run / "data/gold.json")
+    rows = {row["prompt"][0]["content"]: row for row in stages.rows(little_run / "preferences_1.jsonl")}
+    judged, refined = ([text for text in texts if text.startswith(name)] for name in ("03_judge", "04_refined_dpo"))
+    rewards = iter([float(text[7:].replace("\u2212", "-")) for text in texts if text.startswith("reward ")])
+    shown = [rows[text] for text in texts if text in rows]
+    for k, (row, of_03, of_04) in enumerate(zip(shown, judged, refined, strict=True)):
+        y_1, y_2 = ("chosen", "rejected") if row["p"] > 0.5 else ("rejected", "chosen")
+        for y, policy, ref in zip((y_1, y_2), row["logps"]["policy"], row["logps"]["ref"], strict=True):
+            words, drawn = drawn[:len(row[y]["ids"])], drawn[len(row[y]["ids"]):]
+            assert sum(words) == pytest.approx(2 * (policy - ref), abs=0.01)
+            assert next(rewards) == pytest.approx(2 * (policy - ref), abs=0.001)
+        scores = [gold_score(gold, row["prompt"], row[y]["text"]) for y in (y_1, y_2)]
+        label, better = "y_1" if row["p"] > 0.5 else "y_2", "y_1" if scores[0] > scores[1] else "y_2"
+        assert (label == better) == (k == 0)  # a right label, then a wrong one
+        assert f"= {row['p']:.3f} (Eq. 7), so {label} is chosen" in of_03 and of_03.endswith(f"Gold prefers {better}.")
+        step = metrics[int(of_04.split("step ")[1].split(":")[0]) - 1]
+        assert step["tau"] > 0 and f"tau = {step['tau']:.3f}, so z = {k}: " in of_04
+        confidence = one_pair.follow_pairs(little_run)[1][row["id"]]["confidence"]
+        assert f"p_theta~(y_w > y_l | x) = {confidence:.3f} " in of_04 and (confidence < step["tau"]) == (k == 1)
+    assert not drawn
+    met, flagged = 4 * sum(step["tau"] > 0 for step in metrics), 4 * sum(step["flagged"] for step in metrics)
+    assert len(rows) == 4 * len(metrics)
+    for title in (f"Not flagged: {met - flagged:.0f} labels, ", f"Flagged: {flagged:.0f} labels, "):
+        assert any(text.startswith(title) for text in texts)
+
+
+def test_what_04_logs_of_each_pair(little_run):
+    beta, followed = one_pair.follow_pairs(little_run)
+    assert beta == 2 and len(followed) == len(stages.rows(little_run / "preferences_1.jsonl"))
+    for line in stages.metrics(little_run / "pi_1"):
+        of_step = [row for row in followed.values() if row["step"] == line["step"]]
+        assert {row["tau"] for row in of_step} == {line["tau"]}
+        assert [row["flagged"] for row in of_step] == [row["confidence"] < line["tau"] for row in of_step]
+        for name in ("confidence", "flagged", "rewards/margins"):
+            assert sum(row[name] for row in of_step) / len(of_step) == pytest.approx(line[name])
