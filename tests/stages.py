@@ -93,6 +93,11 @@ def write_rows(path, rows):
     return path
 
 
+def counts(output):
+    """What a stage has counted: rows read, kept, dropped and why."""
+    return runs.read_record(output)["counts"]
+
+
 def metrics(model):
     return rows(Path(model) / "metrics.jsonl")
 
@@ -107,11 +112,6 @@ def farthest(one, two):
     one, two = weights(one), weights(two)
     assert one.keys() == two.keys()
     return max((one[key] - two[key]).abs().max().item() for key in one)
-
-
-def other_steps(one, two):
-    """The steps whose metrics differ between two models: short, where a comparison of all would not be."""
-    return [a["step"] for a, b in zip(metrics(one), metrics(two), strict=True) if a != b]
 
 
 def digest(path):

@@ -5,13 +5,11 @@ import builtins
 import json
 import pickle
 import shutil
-import signal
 
 import pytest
-import torch
 
 import stages
-from children import at_end, fork, kill, no_child_outlives_its_test, succeeded
+from children import succeeded
 from stages import attempt, refused, write_rows
 
 FOLDERS = ("", "support", "extras", "benchmarks")
@@ -35,10 +33,6 @@ def test_the_code_runs_and_unpickles_nothing_that_it_reads(script):
             assert options["trust_remote_code"] == "False"
         if called.endswith("from_pretrained") and "Model" in ast.unparse(node):
             assert options["use_safetensors"] == "True"
-
-
-# ---------------------------------------------------------------------------------------------
-# Models
 
 
 @pytest.fixture
@@ -94,19 +88,6 @@ def test_pickled_weights_are_not_loaded(world, pi_init, tmp_path, marker):
     assert not marker.exists()
 
 
-def test_a_pickle_in_the_place_of_a_saved_state_does_not_run(world, pi_init, tmp_path, marker):
-    options = dict(model=pi_init, input=world / "sft.jsonl", epochs=2, output=tmp_path / "out")
-    assert fork("00_sft", options, lambda: at_end(kill, tmp_path / "out"))().status == -signal.SIGKILL
-    state = tmp_path / "out.partial" / "state-1.pt"
-    torch.save({"step": Touch(marker)}, state)
-    ran = attempt("00_sft", **options)
-    assert ran.status == 0 and f"{state}: " in ran.out
-    assert not marker.exists()
-    torch.save({"step": Touch(marker)}, tmp_path / "state.pt")
-    torch.load(tmp_path / "state.pt", weights_only=False)
-    assert marker.exists()  # so it would have been run
-
-
 TEMPLATES = {
     "globals": "{{ cycler.__init__.__globals__.os.system('touch MARKER') }}",
     "include": "{% include '/etc/passwd' %}",
@@ -127,10 +108,6 @@ def test_a_hostile_chat_template_is_refused_in_one_line(world, pi_init, tmp_path
     assert not marker.exists()
 
 
-# ---------------------------------------------------------------------------------------------
-# Names
-
-
 NAMES = ["../../x", "/x", "a/b/c", "..", ".", "/", "~", "x" * 5000, "a\nb\rc", "\x1b[2J", "😀 \u202e", "-x",
          "$(touch x)", "a;b|c", "x.jsonl"]
 
@@ -147,14 +124,6 @@ def test_a_name_makes_no_path_outside_of_the_output(pi_init, tmp_path, name):
     new = {path for path in stages.files(tmp_path) if path not in before}
     assert all(path.startswith(str(home / "bench" / "model_answer") + "/") for path in new), new
     assert bool(new) == succeeded(ran)
-
-
-def test_an_id_is_not_a_path(pi_init, tmp_path):
-    rows = [{"id": name, "prompt": "hello"} for name in NAMES if len(name) < 1000]
-    given = write_rows(tmp_path / "prompts", rows)
-    output = stages.run("02_generate", model=pi_init, input=given, max_new_tokens=2, output=tmp_path / "out")
-    assert [row["id"] for row in stages.rows(output)] == [row["id"] for row in rows]
-    assert {path.name for path in tmp_path.iterdir()} == {"prompts", "out", "out.args.json"}
 
 
 def test_an_option_that_is_not_text_is_refused(tmp_path):
