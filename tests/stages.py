@@ -142,7 +142,7 @@ def run_ranks(folder, *jobs):
     """Each of jobs, (stage, options) or (stage, command, options), by two processes -> for each, the two ranks' Ran.
 
     One torchrun serves all the jobs, each with a port of its own to meet at: most of the time goes into imports.
-    The option stop_after=N is not the stage's: it has SIGTERM once N steps are taken.
+    The option stop_after=N is not the stage's: the second rank has SIGTERM once N steps are taken.
     """
     job = [[words, {key: str(v) if isinstance(v, Path) else v for key, v in options.items()}, free_port()]
            for *words, options in jobs]
@@ -163,15 +163,15 @@ def run_ranks(folder, *jobs):
 
 @contextlib.contextmanager
 def stopped_after(steps):
-    real = runs.log_step
+    real = runs.save_if_due
 
-    def log_step(partial, progress, step, *rest, **more):
-        real(partial, progress, step, *rest, **more)
-        if step + 1 == steps:
+    def save_if_due(every, count, work, ranks, step, *rest, **more):
+        if step == steps and ranks.rank == 1:
             os.kill(os.getpid(), signal.SIGTERM)
-    runs.log_step = log_step
+        real(every, count, work, ranks, step, *rest, **more)
+    runs.save_if_due = save_if_due
     yield
-    runs.log_step = real
+    runs.save_if_due = real
 
 
 def gloo_threads():

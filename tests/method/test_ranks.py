@@ -89,16 +89,18 @@ def test_of_a_model_that_reads_images_the_text_part_is_trained(outputs, reads_im
         assert trained == {key for key in before if key.startswith("language_model.")}
 
 
-def test_training_resumes_where_it_stopped(outputs, jobs, tmp_path):
-    names, both = ["04 fsdp", "images", "images fsdp"], []
+def test_of_two_ranks_one_is_stopped_and_both_save_and_resume_exactly(outputs, jobs, tmp_path):
+    names, both = ["sft", "01", "04", "04 fsdp", "images", "images fsdp"], []
     for name in names:
         stage, options = jobs[name]
-        options = options | {"output": tmp_path / name}
-        both += [(stage, options | {"stop_after": 5}), (stage, options)]
+        options = options | {"output": tmp_path / name, "save_every": 100}
+        both += [(stage, options | {"stop_after": 3}), (stage, options)]
     ran = stages.run_ranks(tmp_path, *both)
     for name, stopped, resumed in zip(names, ran[::2], ran[1::2]):
         assert [rank.status for rank in stopped] == [143, 143], stopped
-        assert [rank.status for rank in resumed] == [0, 0] and "after step 5\n" in resumed[0].out, resumed
+        assert (stopped[0].err + stopped[1].err).count("after step 3: ") == 1, stopped
+        assert [rank.status for rank in resumed] == [0, 0] and resumed[1].out == ""
+        assert resumed[0].out.count("after step 3\n") == 1
         assert farthest(tmp_path / name, outputs[name][1]) == 0
         assert metrics(tmp_path / name) == metrics(outputs[name][1])
 

@@ -30,10 +30,6 @@ def test_stopped_ever_later_a_stage_ends_the_same(good, whole, tmp_path, stage, 
     assert content(output) == whole(stage)
 
 
-# ---------------------------------------------------------------------------------------------
-# Training
-
-
 @pytest.mark.parametrize("stage", TRAINED)
 @pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_in_training_loses_no_step(good, whole, tmp_path, stage, number, status):
@@ -75,10 +71,6 @@ def test_the_newest_whole_state_is_taken_and_metrics_follow_it(good, whole, tmp_
     assert [line.split(":")[0] for line in ran.out.splitlines() if ".pt: " in line] == [str(path) for path in damaged]
     assert (f"after step {step}\n" in ran.out) == (step > 0)
     assert content(tmp_path / "out") == whole(stage)
-
-
-# ---------------------------------------------------------------------------------------------
-# Batches
 
 
 def recorded(partial):
@@ -161,10 +153,6 @@ def test_results_are_in_the_order_of_the_rows_and_read_where_they_are_known(tmp_
     assert batches == [[1, 3, 4], [6, 0, 2], [5]]
 
 
-# ---------------------------------------------------------------------------------------------
-# With options that change rounding alone, as after an out-of-memory error
-
-
 def out_of_memory():
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
@@ -212,23 +200,3 @@ def test_batches_of_another_size_are_taken_by_their_rows(good, passes, tmp_path,
         assert logps == {model: pytest.approx(expected[model], abs=1e-4) for model in expected}
         assert ours.pop("p", 0) == pytest.approx(theirs.pop("p", 0), abs=1e-4)
         assert ours == theirs
-
-
-# ---------------------------------------------------------------------------------------------
-# Two ranks
-
-
-@pytest.mark.parametrize("stage", TRAINED)
-def test_two_ranks_of_which_one_is_stopped_both_save_and_resume_exactly(good, tmp_path, stage):
-    options = good[stage] | {"micro_batch_size": 1, "save_every": 100}
-    plain = two_ranks(stage, options | {"output": tmp_path / "plain"})
-    assert [ran.status for ran in plain] == [0, 0]
-    options |= {"output": tmp_path / "stopped"}
-    ran = two_ranks(stage, options, lambda: in_step(3, stop_with(signal.SIGTERM)))
-    assert [rank.status for rank in ran] == [143, 143]
-    assert (ran[0].err + ran[1].err).count("\n") == 1 and "after step 3: " in ran[0].err + ran[1].err
-    again = two_ranks(stage, options)
-    assert [rank.status for rank in again] == [0, 0] and again[1].out == ""
-    assert again[0].out.count("after step 3\n") == 1
-    assert farthest(tmp_path / "plain", tmp_path / "stopped") == 0
-    assert metrics(tmp_path / "plain") == metrics(tmp_path / "stopped")
