@@ -75,6 +75,12 @@ def refused(name, /, *words, **options):
     return ran.err
 
 
+def as_torchrun(monkeypatch, **changes):
+    """The environment of one of two processes that torchrun has started, with these changes; None: not set."""
+    for name, value in (AS_TORCHRUN | changes).items():
+        monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
+
+
 def parsed(name, words):
     """What a stage makes of the words of its command line, defaults included."""
     argv, sys.argv = sys.argv, [name, *words]

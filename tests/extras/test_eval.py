@@ -31,10 +31,6 @@ def test_the_judge_accuracy_by_hand(tmp_path):
     assert evaluation.judge_accuracy(write_rows(path, rows(path)[3:]), GOLD) is None  # no pair to judge by
 
 
-# ---------------------------------------------------------------------------------------------
-# A run
-
-
 @pytest.fixture(scope="module")
 def evaluated(world, pi_0, tmp_path_factory):
     return run("05_eval", "sample", model=pi_0, input=world / "eval.jsonl", gold=world / "gold.json", name="a model",
@@ -105,10 +101,6 @@ def test_an_answer_is_as_long_as_the_model_has_positions_for(tmp_path, tokenizer
     line = refused("05_eval", "sample", model=tmp_path / "1", input=too_long, output=tmp_path / "out")
     assert "id 11: 41 tokens" in line and "40 positions" in line
     assert not list(tmp_path.glob("out.partial/sampling*"))
-
-
-# ---------------------------------------------------------------------------------------------
-# Several commands in one start
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """--judge and --length-penalty of 03: each judge against an independent computation."""
 
-import json
 import math
 import random
 from argparse import Namespace
@@ -9,14 +8,15 @@ import numpy as np
 import pytest
 import torch
 from tokenizers.processors import TemplateProcessing
-from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassification, BertConfig, LlamaConfig,
+from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassification, BertConfig,
                           PreTrainedTokenizerFast)
 
 import common
 import stages
+from conftest import save_tiny
 from extras import judges, small_world
 from support import chat, runs
-from stages import attempt, refused, rows, run, write_rows
+from stages import attempt, counts, refused, rows, run, write_rows
 from test_pairrm import save_pairrm
 
 stage = stages.load("03_judge")
@@ -59,23 +59,15 @@ def check(sampled, labelled, rewards, name, abs=1e-3):
         assert judged["judge"] == name and (judged["id"], judged["prompt"]) == (row["id"], row["prompt"])
 
 
-# ---------------------------------------------------------------------------------------------
-# By a reward model
-
-
-def save_llama(folder, tokenizer, kind=AutoModelForSequenceClassification, **more):
+def save_llama(folder, tokenizer, **changes):
     """A tiny Llama with a score head, padding with the EOS as the small world does."""
-    torch.manual_seed(1)
-    config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-                         num_attention_heads=2, **{"num_labels": 1, "pad_token_id": tokenizer.pad_token_id} | more)
-    kind.from_config(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return save_tiny(folder, tokenizer, **{"kind": AutoModelForSequenceClassification, "num_labels": 1,
+                                           "pad_token_id": tokenizer.pad_token_id} | changes)
 
 
 @pytest.fixture(scope="module")
 def reward_model(tokenizer, tmp_path_factory):
-    return save_llama(tmp_path_factory.mktemp("reward") / "model", tokenizer, initializer_range=0.3)
+    return save_llama(tmp_path_factory.mktemp("reward") / "model", tokenizer)
 
 
 @torch.no_grad()
@@ -89,7 +81,7 @@ def score_alone(model, ids):
 def test_a_reward_model_scores_each_response_by_itself(judged, responses, reward_model, tokenizer, tmp_path, pads):
     name = reward_model
     if not pads:  # then transformers takes one text at a time, and its last token
-        name = save_llama(tmp_path / "model", tokenizer, initializer_range=0.3, pad_token_id=None)
+        name = save_llama(tmp_path / "model", tokenizer, pad_token_id=None)
     model = AutoModelForSequenceClassification.from_pretrained(name)
     expected = [[score_alone(model, tokenizer.apply_chat_template(
         row["prompt"] + [{"role": "assistant", "content": y["text"]}], return_dict=False))
@@ -146,10 +138,6 @@ def test_a_model_that_does_not_give_one_finite_score_is_refused(responses, token
     assert (f"{responses}, id world-" if "rms_norm_eps" in changes else f"{model}: ") in line
 
 
-# ---------------------------------------------------------------------------------------------
-# By an LLM
-
-
 LISTING_1 = """Consider the following conversation between a human and an assistant:
 {prompt}
 Please choose the response that is the most helpful, honest, and harmless.
@@ -196,20 +184,6 @@ def test_of_several_responses_the_llm_is_asked_about_every_pair(pi_0, three, jud
         scores = judges.llm_rewards(3, labelled["options"])
         assert labelled["chosen"] == row["responses"][scores.index(max(scores))]
         assert labelled["rejected"] == row["responses"][scores.index(min(scores))]
-
-
-def test_the_judge_s_training_data_ask_what_03_asks(world, tokenizer):
-    seed = {row["id"]: row for row in runs.read_jsonl(world / "seed.jsonl", runs.LABELLED)}
-    examples = rows(world / "judge_sft.jsonl")
-    assert len(examples) == 2 * len(seed)
-    for example in examples:
-        row_id, letter = example["id"].rsplit("-", 1)
-        row = seed[row_id]
-        one, two = (row["chosen"], row["rejected"]) if letter == "A" else (row["rejected"], row["chosen"])
-        question = LISTING_1.format(prompt=row["prompt"][0]["content"], one=one, two=two)
-        assert example["prompt"] == [{"role": "user", "content": question}] and example["response"] == letter
-        ids = chat.prompt_ids(tokenizer, example["prompt"], "")
-        assert tokenizer.unk_token_id not in ids and len(ids) + 2 <= 256  # the model's positions
 
 
 @pytest.mark.parametrize("empty_system", [True, False])
@@ -264,10 +238,6 @@ def test_a_judge_whose_options_are_not_single_tokens_is_refused(responses, tmp_p
     assert f"{judge}: " in line and "A" in line
 
 
-# ---------------------------------------------------------------------------------------------
-# By gold
-
-
 def test_gold_is_the_small_world_s_judge(judged, responses, world):
     gold = small_world.read_gold(world / "gold.json")
     scores = [[small_world.gold_score(gold, row["prompt"], y["text"]) for y in row["responses"]]
@@ -296,10 +266,6 @@ def test_bad_labels_are_refused(responses, tmp_path, label, named):
     labels = write_rows(tmp_path / "labels.jsonl", [label])
     line = refused("03_judge", judge="gold", gold=labels, input=responses, output=tmp_path / "out")
     assert str(labels) in line and named in line
-
-
-# ---------------------------------------------------------------------------------------------
-# Eq. 13
 
 
 def mean_gap(rewards, lengths, alpha):
@@ -365,7 +331,7 @@ def test_the_penalty_goes_with_every_judge(judged, responses, options_of, penalt
 def test_the_penalty_that_was_chosen_is_printed(responses, pi_0, tmp_path):
     output = tmp_path / "out"
     ran = attempt("03_judge", judge="none", model=pi_0, input=responses, length_penalty="auto", output=output)
-    alpha = json.loads(runs.args_path(output).read_text())["counts"]["length penalty"]
+    alpha = counts(output)["length penalty"]
     assert type(alpha) is float and f"length penalty {alpha}" in ran.out
 
 
@@ -391,16 +357,3 @@ def test_two_processes_write_the_same_bytes_which_04_reads(options_of, pi_0, tmp
         one = run("03_judge", **options_of[name], output=tmp_path / f"{name}_alone")
         assert one.read_bytes() == (tmp_path / name).read_bytes(), name
         run("04_refined_dpo", model=pi_0, input=one, batch_size=4, output=tmp_path / f"pi_{name}")
-
-
-@pytest.mark.parametrize("name", ["previous", "none", "pairrm", "reward", "llm"])
-def test_what_is_finished_is_not_computed_again(options_of, tmp_path, monkeypatch, name):
-    journals = []
-    for _ in range(2):  # stopped at the end, and started again
-        with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
-            patch.setattr(runs, "close_output", lambda *_: 1 / 0)
-            run("03_judge", **options_of[name], output=tmp_path / "stopped")
-        journals.append({path: path.read_text().split() for path in tmp_path.glob("stopped.partial/*.0.jsonl")})
-    assert journals[0] == journals[1] and len(journals[0]) == (2 if name == "previous" else 1)
-    whole = run("03_judge", **options_of[name], output=tmp_path / "whole")
-    assert run("03_judge", **options_of[name], output=tmp_path / "stopped").read_bytes() == whole.read_bytes()

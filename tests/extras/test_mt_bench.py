@@ -203,15 +203,6 @@ def test_a_judgment_that_cannot_be_written_is_not_an_answer(tmp_path, judge_opti
     assert ran.status == 2 and "8 of 8" in ran.err and ran.err.count("\n") == 1
 
 
-def test_a_stopped_run_resumes(tmp_path, judge_options):
-    answers = write_answers(tmp_path, "ours")
-    with serving(respond) as server:
-        ran = stages.attempt("05_eval", "mt-judge", answers, judge_url=server.url, max_requests=3, **judge_options)
-        assert ran.status == 2 and "--max-requests 3" in ran.err and ran.err.count("\n") == 1
-        assert not (tmp_path / "bench" / "model_judgment").exists()
-        assert len(judge(answers, server, judge_options | {"max_requests": 5})) == 8 == len(server.requests)
-
-
 def test_a_local_judge_writes_judgments(tmp_path, judge_options, pi_init, monkeypatch):
     monkeypatch.setattr(endpoint, "MAX_TOKENS", 9)
     stages.run("05_eval", "mt-judge", write_answers(tmp_path, "ours"), **judge_options | {"judge_model": pi_init})

@@ -15,8 +15,8 @@ import pytest
 import common
 from chat_server import KEY, on_the_loopback, serving
 from extras import endpoint
-from support import chat, runs
-from stages import AS_TORCHRUN, NO_RANKS, ROOT, attempt, command_line, digest, parsed, refused, rows, run
+from support import chat
+from stages import NO_RANKS, ROOT, attempt, command_line, counts, digest, parsed, refused, rows, run
 
 AT_URL, LIMIT = "extras/generate_at_url", 12
 
@@ -185,9 +185,9 @@ def test_the_same_responses_make_the_same_file_as_in_02(tmp_path, options, pi_0,
     with serving(respond, [model]) as server:
         theirs = run(AT_URL, **options, on_length_limit=on_length_limit, url=server.url, output=tmp_path / "theirs")
     assert digest(ours) == digest(theirs)
-    counts, others = (json.loads(runs.args_path(output).read_text())["counts"] for output in (ours, theirs))
-    assert others == counts | {"prompts refused by the server": 0}
-    assert counts["dropped as too long"] > 0 and 0 < counts["responses at the length limit"] < counts["responses"]
+    counted = counts(ours)
+    assert counts(theirs) == counted | {"prompts refused by the server": 0}
+    assert counted["dropped as too long"] > 0 and 0 < counted["responses at the length limit"] < counted["responses"]
 
 
 def test_it_starts_in_any_folder(tmp_path, options, sampler):
@@ -201,13 +201,9 @@ def test_it_starts_in_any_folder(tmp_path, options, sampler):
     assert digest(tmp_path / "there") == digest(here)
 
 
-@pytest.mark.parametrize("case", ["another model", "no server", "a key", "no URL", "torchrun", "offline"])
+@pytest.mark.parametrize("case", ["another model", "no server", "a key", "no URL", "offline"])
 def test_bad_options_are_one_line_and_nothing_is_asked(tmp_path, options, sampler, case, monkeypatch):
-    said = {"another model": "pi_7", "a key": "OPENAI_API_KEY", "torchrun": "without torchrun",
-            "offline": "HF_HUB_OFFLINE"}
-    if case == "torchrun":
-        for name, value in AS_TORCHRUN.items():
-            monkeypatch.setenv(name, value)
+    said = {"another model": "pi_7", "a key": "OPENAI_API_KEY", "offline": "HF_HUB_OFFLINE"}
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", case == "offline")
     with serving(sampler, ["pi_7"]) as server:
         url = {"no server": "http://127.0.0.1:9/v1", "a key": f"http://user:{KEY}@host/v1"}.get(case, server.url)

@@ -8,7 +8,7 @@ import stages
 from conftest import WORLD
 from extras import small_world
 from support import chat, runs
-from stages import digest, refused, rows, run
+from stages import counts, digest, refused, rows, run
 
 NAMES = ["seed", "prompts_1", "prompts_2", "eval"]
 
@@ -58,10 +58,6 @@ def sizes(*values, **more):
     return dict(seed_size=seed_size, prompt_sizes=prompt_sizes, eval_size=eval_size) | more
 
 
-# ---------------------------------------------------------------------------------------------
-# A person's file
-
-
 @pytest.fixture
 def source(tmp_path):
     return write(tmp_path / "many.jsonl", [{"id": k, "prompt": f"text {k}", "chosen": f"yes {k}", "rejected": f"no {k}"}
@@ -95,8 +91,7 @@ def test_repeated_prompts_are_dropped_and_counted(tmp_path):
     others = [{"role": "system", "content": "be long"}, *TALK[1:]]  # another system message: another prompt
     source = write(tmp_path / "mine.jsonl", [*pairs, *({"prompt": prompt} for prompt in (TALK, others, TALK))])
     output = run("00_inputs", source=source, **sizes(3, 5, 3, 0), output=tmp_path / "out")
-    counts = json.loads((output / "args.json").read_text())["counts"]
-    assert (counts["rows read"], counts["repeated prompts dropped"]) == (16, 5)
+    assert (counts(output)["rows read"], counts(output)["repeated prompts dropped"]) == (16, 5)
     contents = [row["prompt"][0]["content"] for name in NAMES[:3] for row in made(output, name)]
     assert sorted(contents) == ["be brief", "be long", *(f"text {k}" for k in range(9))]
 
@@ -142,10 +137,6 @@ def test_the_sets_follow_the_seed_not_blank_lines_windows_line_ends_or_a_byte_or
                        for k, (path, seed) in enumerate([(source, 0), (other, 0), (other, 1)]))
     assert all(digest(one / f"{name}.jsonl") == digest(two / f"{name}.jsonl") for name in NAMES)
     assert made(one, "seed") != made(three, "seed") and not (one / "all_gold.jsonl").exists()
-
-
-# ---------------------------------------------------------------------------------------------
-# The small world
 
 
 def test_the_world_is_decided_by_its_seed(world, tmp_path):
@@ -197,16 +188,14 @@ def test_the_world_s_sets_are_disjoint_and_labelled_by_gold(world):
 
 
 def test_the_world_s_words_are_all_in_its_vocabulary(world, tokenizer):
-    for name, key, read in (("sft", "response", made), ("seed", "chosen", labelled), ("eval", "reference", made)):
+    for name, key, read in (("sft", "response", made), ("seed", "chosen", labelled), ("eval", "reference", made),
+                            ("judge_sft", "response", made)):
         for row in read(world, name):
             assert tokenizer.unk_token_id not in tokenizer(row[key]).input_ids
             assert tokenizer.decode(tokenizer(row[key]).input_ids) == row[key]
             prompt = chat.prompt_ids(tokenizer, runs.as_messages(row["prompt"]), "")
             assert tokenizer.unk_token_id not in prompt and prompt.count(tokenizer.bos_token_id) == 1
-
-
-# ---------------------------------------------------------------------------------------------
-# What is rejected
+            assert len(prompt) + 60 < 256  # the model's positions; no response has more tokens
 
 
 def test_an_id_that_is_there_twice_is_named(tmp_path):
@@ -221,10 +210,7 @@ def test_too_few_rows_are_counted_out(source, tmp_path):
     assert "--sft-size" in refused("00_inputs", **WORLD | {"sft_size": 10 ** 6}, output=tmp_path / "out")
 
 
-@pytest.mark.parametrize("name, content", [
-    ("no.jsonl", None), ("bad.parquet", b"PAR1"), ("latin.jsonl:2", b'{"prompt": "x"}\n{"prompt": "\xe9"}')])
-def test_a_source_that_cannot_be_read_is_named(tmp_path, name, content):
-    source = tmp_path / name.split(":")[0]
-    if content is not None:
-        source.write_bytes(content)
-    assert f"{tmp_path / name}: " in refused("00_inputs", source=source, **sizes(0, 1, 0), output=tmp_path / "out")
+def test_a_parquet_file_that_cannot_be_read_is_named(tmp_path):
+    source = tmp_path / "bad.parquet"
+    source.write_bytes(b"PAR1")
+    assert f"{source}: " in refused("00_inputs", source=source, **sizes(0, 1, 0), output=tmp_path / "out")

@@ -158,10 +158,6 @@ def test_a_prompt_is_computed_once_for_all_its_responses_where_that_is_exact(mod
         torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-4)
 
 
-# ---------------------------------------------------------------------------------------------
-# What load_model makes of a checkpoint
-
-
 def test_a_model_that_caps_its_logits_is_refused(tmp_path):
     # Gemma 2 takes tanh of its logits after the head, which ResponseLogps does not
     make(Gemma2Config(**SHAPE, head_dim=16, final_logit_softcapping=5.0)).save_pretrained(tmp_path / "gemma")

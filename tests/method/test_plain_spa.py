@@ -53,10 +53,6 @@ def pair_of(row):
     return row["prompt_ids"], row["chosen"]["ids"], row["rejected"]["ids"]
 
 
-# ---------------------------------------------------------------------------------------------
-# The pair of the docstring, whose numbers stand here as they stand there
-
-
 def test_judging():
     assert plain_spa.reward(PI_PREVIOUS, PI_INIT, X, A_A, 1.0).item() == near(0.811)
     assert plain_spa.reward(PI_PREVIOUS, PI_INIT, X, B, 1.0).item() == near(-0.693)
@@ -126,10 +122,6 @@ def test_in_the_first_step_nothing_can_be_told():
     assert logged[0]["loss"] == pytest.approx(math.log(2))
 
 
-# ---------------------------------------------------------------------------------------------
-# Log-probs and sampling
-
-
 def test_the_log_prob_of_a_response_is_the_sum_over_its_tokens():
     # after 0: 1/4, 3/4; after 1: 1/2, 1/2. y = (1, 0) after x = (.., 0): ln 3/4 + ln 1/2; what precedes counts nothing
     pi = after_each([[0.0, math.log(3)], [7.0, 7.0]])
@@ -147,10 +139,6 @@ def test_a_sample_is_drawn_token_by_token_and_ends_with_eos_or_at_the_limit():
     drawn = [plain_spa.sample(PI_PREVIOUS, X, [], generator, max_new_tokens=1)[0] for _ in range(4000)]
     odds = 3 ** (1 / 0.7)
     assert drawn.count(0) / 4000 == pytest.approx(odds / (1 + odds), abs=0.02)
-
-
-# ---------------------------------------------------------------------------------------------
-# Beside the stages; 01 and 04 by themselves are in test_training.py
 
 
 def test_algorithm_1_is_the_stages_one_after_the_other(pi_init, preferences, tokenizer, tmp_path, monkeypatch):

@@ -100,9 +100,6 @@ def test_uniforms_are_decided_by_seed_prompt_and_sample():
     assert many.mean() == pytest.approx(0.5, abs=0.01)  # standard error 0.29 / 100
 
 
-# ---------------------------------------------------------------------------------------------
-# benchmarks/sampling.py
-
 BATCHES = [[1, 2], [3, 0]]
 
 

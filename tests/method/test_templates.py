@@ -76,10 +76,6 @@ def answer(tokenizer, eos, text=ANSWER, asked=ASKED):
     return tokenizer.decode(prompt), tokenizer.decode(chat.response_ids(tokenizer, asked, prompt, text, eos))
 
 
-# ---------------------------------------------------------------------------------------------
-# How a turn ends
-
-
 @pytest.mark.parametrize("name, config, generation, end, others", [
     ("phi-4-mini", None, ["<|endoftext|>", "<|end|>"], "<|end|>", ["</s>", "<|endoftext|>"]),  # it writes both
     ("phi-4-mini", "<|endoftext|>", None, "<|end|>", ["</s>", "<|endoftext|>"]),
@@ -112,10 +108,6 @@ def test_a_response_cut_at_the_limit_gets_the_end_that_the_template_writes(tmp_p
     assert cut and all(ids[3:] == [end] for ids in cut)
 
 
-# ---------------------------------------------------------------------------------------------
-# What a template leaves out
-
-
 def test_a_system_message_that_the_template_leaves_out_is_an_error(made):
     tokenizer, eos = made("phi-3-medium")
     assert answer(tokenizer, eos)[1] == f"{ANSWER}<|end|>"
@@ -137,10 +129,6 @@ def test_a_stage_says_where_a_message_is_left_out(world, pi_0, tmp_path, name):
     path = write_rows(tmp_path / "in.jsonl", [row | {"id": 6, "prompt": ASKED}, row])
     line = refused(*name.split(), model=pi_0, input=path, chat_template=tmp_path / "template", output=tmp_path / "out")
     assert "id 7: " in line and "system" in line and "--chat-template" in line
-
-
-# ---------------------------------------------------------------------------------------------
-# Dates
 
 
 def test_a_date_in_the_prompts_is_that_of_the_output_in_all_runs_that_make_it(world, pi_0, tokenizer, tmp_path,
@@ -177,9 +165,6 @@ def test_the_templates_of_one_output_write_one_time(made):
     prompts = {chat.render(tokenizer, ASKED) for _ in range(2)}
     assert len(prompts) == 1 and re.search(r"\d\d:\d\d:\d\d", prompts.pop())
 
-
-# ---------------------------------------------------------------------------------------------
-# Thoughts and channels
 
 THOUGHT = "<think>\nan eel is a fish\n</think>\n\nthe eel"
 
@@ -250,10 +235,6 @@ def test_responses_cut_within_a_thought_that_the_prompt_opened_are_empty(tmp_pat
     assert {y["text"] for row in sampled for y in row["responses"]} == {""}
     evaluated = run("05_eval", "sample", **options, input=world / "eval.jsonl", output=tmp_path / "eval")
     assert {row["response"] for row in rows(evaluated / "responses.jsonl")} == {""}
-
-
-# ---------------------------------------------------------------------------------------------
-# The letters of an LLM judge
 
 
 @pytest.mark.parametrize("name, before", [

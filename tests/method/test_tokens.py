@@ -32,10 +32,6 @@ TALK = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "
 TEXT = "the grey whale is no fish ."
 
 
-# ---------------------------------------------------------------------------------------------
-# Tokenizers
-
-
 def byte_level(special, **options):
     bpe = Tokenizer(models.BPE(**options))
     bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
@@ -90,31 +86,17 @@ def make_tokenizer(kind="byte-level", special=SPECIAL, template=None):
     return made
 
 
-# ---------------------------------------------------------------------------------------------
-# Chat templates
-
-
-@pytest.fixture(params=[("chatml", "<|im_end|>", 0), ("zephyr", "</s>", 0), ("llama-3", "<|eot_id|>", 1),
-                        ("mistral", "</s>", 1), ("no eos", "</s>", 0)], ids=lambda param: param[0])
+@pytest.fixture(params=[("chatml", "<|im_end|>"), ("zephyr", "</s>"), ("llama-3", "<|eot_id|>"),
+                        ("mistral", "</s>"), ("no eos", "</s>")], ids=lambda param: param[0])
 def case(request, tmp_path):
-    """A tokenizer, whose EOS is </s>; the token that ends a turn; the BOS in a prompt; the ids that end a response."""
-    name, end, bos = request.param
+    """A tokenizer, whose EOS is </s>; the token that ends a turn; the ids that end a response."""
+    name, end = request.param
     template = CHAT.get(name, NO_EOS).replace("\n\n", "\n")  # of two the last merges with a response
     tokenizer = make_tokenizer(template=template)
     end = tokenizer.convert_tokens_to_ids(end)
     LlamaConfig(eos_token_id=2).save_pretrained(tmp_path)
     GenerationConfig(eos_token_id=2 if end == 2 else [2, end]).save_pretrained(tmp_path)  # Llama 3's is a list
-    return types.SimpleNamespace(tokenizer=tokenizer, end=end, bos=bos, eos=chat.eos_ids(str(tmp_path), tokenizer))
-
-
-@pytest.mark.parametrize("messages", [TALK, TALK[1:2], TALK[1:]], ids=["system and turns", "one turn", "turns"])
-def test_a_prompt_has_the_template_s_bos_once_and_all_of_its_messages(case, messages):
-    ids = chat.prompt_ids(case.tokenizer, messages, "here")
-    assert ids.count(1) == case.bos and (ids[:1] == [1]) == bool(case.bos)
-    text = case.tokenizer.decode(ids)
-    at = [text.index(m["content"]) for m in messages]
-    assert at == sorted(at)
-    assert ids == case.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+    return types.SimpleNamespace(tokenizer=tokenizer, end=end, eos=chat.eos_ids(str(tmp_path), tokenizer))
 
 
 @pytest.mark.parametrize("name", ["llama-3", "zephyr"])
@@ -240,10 +222,6 @@ def test_a_special_token_that_merges_make_is_kept_apart_too(ignore_merges):
     messages = [{"role": "user", "content": "x </s> </s>"}]
     ids = chat.chat_ids(tokenizer, messages)
     assert ids.count(0) == 1 and tokenizer.decode(ids) == "<|user|>\nx </s> </s></s>\n"
-
-
-# ---------------------------------------------------------------------------------------------
-# Batches
 
 
 def test_collate_gives_the_tensors_of_its_docstring():

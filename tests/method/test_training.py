@@ -134,10 +134,6 @@ def test_the_defaults_are_the_paper_s(stage, words, defaults):
     assert {name: getattr(args, name) for name in defaults} == defaults
 
 
-# ---------------------------------------------------------------------------------------------
-# What 01, 04 and 00_sft share
-
-
 @pytest.fixture(params=["00_sft", "01_seed_dpo", "04_refined_dpo"])
 def stage(request, world, pi_init, preferences, tmp_path):
     """Run one of the training stages with given options, in a new folder; its input is stage.input."""
@@ -213,10 +209,6 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(stage, tm
     [path] = (tmp_path / "out.partial").glob("state-*")
     state = torch.load(path, weights_only=True)
     assert state["step"] == 2 and all(weight.isfinite().all() for weight in state["model"].values())
-
-
-# ---------------------------------------------------------------------------------------------
-# What is read
 
 
 def cut_text(tokenizer, row, keys, max_prompt_length=99, max_length=99):

@@ -27,10 +27,6 @@ def test_a_copied_stage_makes_the_same(good, whole, tmp_path, stage):
     assert content(output) == whole(stage)
 
 
-# ---------------------------------------------------------------------------------------------
-# Files
-
-
 def test_text_is_read_and_written_in_utf_8_whatever_the_locale():
     for path in PAGE.values():
         for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -38,10 +34,6 @@ def test_text_is_read_and_written_in_utf_8_whatever_the_locale():
             if (re.fullmatch(r"(?!runs\.).*\.(read|write)_text", name)
                     or name == "open" and "b" not in ast.unparse(call.args[1:2])):
                 assert "encoding" in [word.arg for word in call.keywords], f"{path}:{call.lineno}"
-
-
-# ---------------------------------------------------------------------------------------------
-# Who imports whom
 
 
 def imports(path):
