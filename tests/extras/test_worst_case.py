@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import stages
-from stages import attempt, farthest, metrics, run
+from stages import farthest, metrics, run
 
 SCRIPT = "extras/worst_case_dpo"
 worst_case = stages.load(SCRIPT)
@@ -117,20 +117,3 @@ def test_every_pair_s_atoms_are_those_of_its_own_confidence(pi_0, pi_init, prefe
                            output=tmp_path / f"all {size}"))[0]
         assert line["loss"] == pytest.approx(loss.mean().item(), rel=1e-4)
         assert line["flagged"] == pytest.approx(moved.mean(), rel=1e-4)
-
-
-def test_it_resumes_with_the_atoms_that_it_had(pi_0, preferences, tmp_path, monkeypatch):
-    options = dict(WORST, model=pi_0, input=preferences, save_every=2)
-    whole, calls = run(SCRIPT, **options, output=tmp_path / "whole"), []
-
-    def clip(*args, real=torch.nn.utils.clip_grad_norm_):
-        calls.append(1)
-        if len(calls) == 10:  # after the atoms were placed, and between two solutions
-            raise MemoryError
-        return real(*args)
-    with monkeypatch.context() as patch, pytest.raises(MemoryError):
-        patch.setattr(torch.nn.utils, "clip_grad_norm_", clip)
-        run(SCRIPT, **options, output=tmp_path / "stopped")
-    again = attempt(SCRIPT, **options, output=tmp_path / "stopped")
-    assert again.status == 0 and "after step 8\n" in again.out
-    assert farthest(tmp_path / "stopped", whole) == 0 and metrics(tmp_path / "stopped") == metrics(whole)

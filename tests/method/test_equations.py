@@ -6,9 +6,7 @@ from collections import deque
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 
-import common
 import stages
 
 seed_dpo, judge, refined_dpo = map(stages.load, ("01_seed_dpo", "03_judge", "04_refined_dpo"))
@@ -42,12 +40,6 @@ def test_equation_7(logps_policy, logps_ref, beta, p):
     assert found == (p if p in (0, 0.5, 1) else pytest.approx(p))
 
 
-@pytest.mark.parametrize("rewards, pair", [([0.1, 0.9], (0, 1)), ([0.9, 0.1], (0, 1)), ([0.5, 0.9, 0.1], (1, 2)),
-                                           ([0.5, 0.1, 0.7, 0.9, 0.3], (1, 3))])
-def test_of_several_responses_the_best_and_the_worst_are_paired_in_the_order_of_sampling(rewards, pair):
-    assert judge.best_and_worst(rewards) == pair
-
-
 def test_equation_10_and_its_gradient():
     # margin 1, z = 0: ln(1 + e^-1)                       = 0.3132616875
     # margin 1, z = 1: 0.9 * 0.3132616875 + 0.1 * 1.3132616875 = 0.4132616875
@@ -60,32 +52,6 @@ def test_equation_10_and_its_gradient():
     margin = tensor([0.0, 0.0, math.log(9)], requires_grad=True)
     refined_dpo.refined_loss(margin, tensor([0.0, 1.0, 1.0]), 0.1).sum().backward()
     assert margin.grad.tolist() == pytest.approx([-0.5, -0.4, 0.0], abs=1e-6)
-
-
-def test_equation_10_without_smoothing_is_equation_6():
-    margin = torch.linspace(-30, 30, 61)
-    for alpha, z in ((0.0, torch.ones(61)), (0.1, torch.zeros(61))):
-        assert torch.equal(refined_dpo.refined_loss(margin, z, alpha), seed_dpo.dpo_loss(margin))
-
-
-def test_equation_12_is_of_token_logits():
-    # Two words. theta gives logits (ln 3, 0) everywhere: probabilities 3/4, 1/4. The reference is uniform.
-    # lambda = 1: 2 (ln 3, 0) - (0, 0) = (ln 9, 0): 9/10, 1/10.
-    # y_w is the first word twice, y_l the second once. With beta = 1
-    #   margin of theta~ = 2 (ln 9/10 - ln 1/2) - (ln 1/10 - ln 1/2) = ln 3.24 - ln 0.2 = ln 16.2
-    # Mixing the log-probs of the responses, 2 log pi_theta - log pi_ref, which is no distribution, would give
-    #   2 * 2 (ln 3/4 - ln 1/2) - 2 (ln 1/4 - ln 1/2) = ln 5.0625 + ln 4 = ln 20.25
-    logits_theta, logits_ref = tensor([[math.log(3), 0.0]] * 3), torch.zeros(3, 2)
-    labels, lengths = tensor([0, 0, 1]), [2, 1]
-
-    def logps(logits):
-        return common.response_logps(-F.cross_entropy(logits, labels, reduction="none"), lengths).view(1, 2)
-
-    assert torch.equal(refined_dpo.extrapolate(logits_theta, logits_ref + 1, 0.0), logits_theta)
-    logits_tilde = refined_dpo.extrapolate(logits_theta, logits_ref, 1.0)
-    torch.testing.assert_close(logits_tilde, tensor([[math.log(9), 0.0]] * 3))
-    [margin] = refined_dpo.dpo_margin(logps(logits_tilde), logps(logits_ref), 1.0).tolist()
-    assert margin == pytest.approx(math.log(16.2))
 
 
 def test_tau_by_hand():

@@ -15,7 +15,7 @@ from extras import plain_spa
 from support import chat, models, runs
 import stages
 from conftest import save_tiny
-from stages import counts, digest, farthest, metrics, moved, refused, rows, run, weights, write_rows
+from stages import counts, digest, farthest, metrics, refused, rows, run, weights, write_rows
 
 STEPS = 18  # 41 pairs, 8 a step, 3 epochs
 REFINED = dict(lr=1e-3, beta=0.3, batch_size=8, epochs=3, window=16, k_percent=25, alpha=0.3)
@@ -102,13 +102,6 @@ def test_04_merges_d_t_with_the_labelled_texts_of_the_seed(pi_0, preferences, se
         one / "model.safetensors")
     line = refused("04_refined_dpo", **options, input=[preferences, preferences], output=tmp_path / "twice")
     assert f"{preferences} {preferences}: " in line and "id p0" in line
-
-
-def test_the_worst_case_of_the_seed_alone(pi_init, world, tmp_path):
-    options = dict(model=pi_init, input=world / "seed.jsonl", beta=0.3, lr=1e-2, epochs=2, batch_size=8)
-    worst = run("extras/worst_case_dpo", epsilon=0.1, **options, output=tmp_path / "worst")
-    plain = run("01_seed_dpo", **options, output=tmp_path / "plain")
-    assert sum(row["flagged"] for row in metrics(worst)) > 0 and moved(worst, plain)
 
 
 def test_nothing_is_flagged_before_50_pairs_are_known(train_04):

@@ -17,7 +17,7 @@ from stages import Ran, attempt, digest, rows, run
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # else the package warns of every fork
 CHANGES = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.chmod"}  # audit events of files
 STAGES = ["00_inputs", "00_sft", "01_seed_dpo", "02_generate", "03_judge", "04_refined_dpo", "05_eval sample"]
-TRAINED = ["00_sft", "01_seed_dpo", "04_refined_dpo"]  # of seven steps each, with `good`
+TRAINED = ["00_sft", "01_seed_dpo", "04_refined_dpo", "extras/worst_case_dpo"]  # of seven steps each, with `good`
 alive = []  # children that were not waited for
 
 
@@ -35,6 +35,8 @@ def good(world, pi_init, pi_0, preferences, tmp_path_factory):
             "02_generate": dict(input=world / "prompts_1.jsonl", **sampling),
             "03_judge": dict(model=pi_0, init_model=pi_init, input=responses, micro_batch_size=5),
             "04_refined_dpo": dict(model=pi_0, input=pairs, batch_size=3, window=4, k_percent=25, **training),
+            "extras/worst_case_dpo": dict(model=pi_0, input=world / "seed.jsonl", batch_size=3, epochs=1, epsilon=0.1,
+                                          resolve_steps=3, **training),
             "05_eval sample": dict(input=world / "eval.jsonl", gold=world / "gold.json", **sampling)}
 
 

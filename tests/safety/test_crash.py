@@ -40,7 +40,7 @@ LIMITS = [(100, ": "), (1500, ": "), (12_000, ": "), (60_000, "out.partial/state
 
 
 @pytest.mark.parametrize("stage, size, where", [
-    (stage, *limit) for stage in STAGES for limit in (LIMITS if stage in TRAINED else LIMITS[:3])])
+    (stage, *limit) for stage in {*STAGES, *TRAINED} for limit in (LIMITS if stage in TRAINED else LIMITS[:3])])
 def test_a_limit_on_the_size_of_files(good, whole, tmp_path, stage, size, where):
     options = good[stage] | {"output": tmp_path / "out"} | ({"save_every": 100} if where.endswith("model") else {})
     limited = fork(stage, options, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)))()
