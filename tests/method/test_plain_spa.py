@@ -114,14 +114,6 @@ def test_every_number_of_the_docstring_is_checked_here():
     assert len(numbers) == 15 and all(number in here for number in numbers)
 
 
-def test_in_the_first_step_nothing_can_be_told():
-    logged = []
-    plain_spa.train(copy.deepcopy(PI_PREVIOUS), PI_PREVIOUS, [(X, A_A, B), (X, B, A_A)], refine=True, batch_size=1,
-                    log=logged.append)
-    assert (logged[0]["confidence"], logged[0]["rewards/margins"]) == (0.5, 0)
-    assert logged[0]["loss"] == pytest.approx(math.log(2))
-
-
 def test_the_log_prob_of_a_response_is_the_sum_over_its_tokens():
     # after 0: 1/4, 3/4; after 1: 1/2, 1/2. y = (1, 0) after x = (.., 0): ln 3/4 + ln 1/2; what precedes counts nothing
     pi = after_each([[0.0, math.log(3)], [7.0, 7.0]])

@@ -43,9 +43,7 @@ def jobs(world, pi_init, pi_0, preferences, reads_images, tmp_path_factory):
         "04": ("04_refined_dpo", refined), "04 fsdp": ("04_refined_dpo", dict(refined, fsdp=True)),
         "04 odd": ("04_refined_dpo", dict(refined, batch_size=20, lr=1e-4, gradient_checkpointing=True)),
         "worst case": ("extras/worst_case_dpo", worst),
-        "worst case fsdp": ("extras/worst_case_dpo", dict(worst, fsdp=True)),
-        "05": ("05_eval", "sample", dict(sampling, input=world / "eval.jsonl", gold=world / "gold.json",
-                                         micro_batch_size=5))}
+        "worst case fsdp": ("extras/worst_case_dpo", dict(worst, fsdp=True))}
 
 
 @pytest.fixture(scope="module")
@@ -60,13 +58,10 @@ def outputs(jobs, tmp_path_factory):
     return {name: (run(*job, output=one / name, **options), two / name) for name, (*job, options) in jobs.items()}
 
 
-@pytest.mark.parametrize("name, files", [("02", [""]), ("03", [""]),
-                                         ("05", ["responses.jsonl", "metrics.json", "annotations.json"])])
-def test_two_processes_write_the_same_bytes(outputs, name, files):
+@pytest.mark.parametrize("name", ["02", "03"])  # 05: test_eval.py
+def test_two_processes_write_the_same_bytes(outputs, name):
     one, two = outputs[name]
-    for file in files:
-        assert digest(one / file) == digest(two / file)
-    assert one.is_file() or {path.name for path in one.iterdir()} == {path.name for path in two.iterdir()}
+    assert digest(one) == digest(two)
 
 
 @pytest.mark.parametrize("name", ["sft", "sft fsdp", "01", "01 fsdp", "images", "images fsdp", "04", "04 fsdp",

@@ -1,7 +1,6 @@
 """Chat templates as models of these names have them: how a turn ends, what is left out, dates, thoughts, channels."""
 
 import json
-import re
 from array import array
 from datetime import datetime, timedelta
 
@@ -27,9 +26,6 @@ CHAT = {
     "gemma": "{% for m in messages %}<start_of_turn>{{ 'model' if m.role == 'assistant' else m.role }}\n"
              "{{ m.content | trim }}<end_of_turn>\n{% endfor %}"
              "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}",
-    "llama-3.1": "Today is {{ strftime_now('%d %b %Y %H:%M:%S') }}{% for m in messages %}<|im_start|>{{ m.role }}\n"
-                 "{{ m.content }}<|eot_id|>{% endfor %}"
-                 "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
     # opens a thought in the prompt, and strips thoughts from all turns
     "deepseek-r1": "{% for m in messages %}{% if m.role == 'assistant' %}<|assistant|>"
                    "{{ m.content.split('</think>')[-1] }}</s>{% else %}<|user|>{{ m.content }}{% endif %}{% endfor %}"
@@ -158,12 +154,6 @@ def test_a_date_in_the_prompts_is_that_of_the_output_in_all_runs_that_make_it(wo
     first = [tokenizer.convert_ids_to_tokens(rows(path)[0]["prompt_ids"])[:2] for path in (whole, later)]
     assert [words for words in first if "my" in words] == first[:1]
     assert json.loads(runs.args_path(parts).read_text())["begun"] == "2026-01-30T23:59:00"
-
-
-def test_the_templates_of_one_output_write_one_time(made):
-    tokenizer, _ = made("llama-3.1")
-    prompts = {chat.render(tokenizer, ASKED) for _ in range(2)}
-    assert len(prompts) == 1 and re.search(r"\d\d:\d\d:\d\d", prompts.pop())
 
 
 THOUGHT = "<think>\nan eel is a fish\n</think>\n\nthe eel"

@@ -1,11 +1,10 @@
 """Prompts and responses as token ids, and their batches as tensors."""
 
 import functools
-import types
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
+from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 import common
 from extras import judges
@@ -86,19 +85,6 @@ def make_tokenizer(kind="byte-level", special=SPECIAL, template=None):
     return made
 
 
-@pytest.fixture(params=[("chatml", "<|im_end|>"), ("zephyr", "</s>"), ("llama-3", "<|eot_id|>"),
-                        ("mistral", "</s>"), ("no eos", "</s>")], ids=lambda param: param[0])
-def case(request, tmp_path):
-    """A tokenizer, whose EOS is </s>; the token that ends a turn; the ids that end a response."""
-    name, end = request.param
-    template = CHAT.get(name, NO_EOS).replace("\n\n", "\n")  # of two the last merges with a response
-    tokenizer = make_tokenizer(template=template)
-    end = tokenizer.convert_tokens_to_ids(end)
-    LlamaConfig(eos_token_id=2).save_pretrained(tmp_path)
-    GenerationConfig(eos_token_id=2 if end == 2 else [2, end]).save_pretrained(tmp_path)  # Llama 3's is a list
-    return types.SimpleNamespace(tokenizer=tokenizer, end=end, eos=chat.eos_ids(str(tmp_path), tokenizer))
-
-
 @pytest.mark.parametrize("name", ["llama-3", "zephyr"])
 def test_one_bos_where_the_tokenizer_adds_one_itself(name):
     # Tokenised as text, Llama 3's rendering, which starts with BOS, would get a second one. Zephyr's template leaves
@@ -111,13 +97,19 @@ def test_one_bos_where_the_tokenizer_adds_one_itself(name):
     assert 1 not in response and tokenizer.decode(response[:-1]).strip() == TEXT
 
 
-def test_a_response_is_the_rest_of_the_joint_rendering_with_one_eos_the_last(case):
-    prompt = chat.prompt_ids(case.tokenizer, TALK, "here")
-    ids = chat.response_ids(case.tokenizer, TALK, prompt, TEXT, case.eos)
-    assert ids[-1] == case.end and sum(i in case.eos for i in ids) == 1 and 1 not in ids
-    assert case.tokenizer.decode(ids[:-1]).strip() == TEXT
-    joint = case.tokenizer.apply_chat_template(TALK + [{"role": "assistant", "content": TEXT}], return_dict=False)
-    shared = len(prompt) + len(ids) - (case.end not in joint)  # an EOS that the template does not write
+@pytest.mark.parametrize("name, end", [("chatml", "<|im_end|>"), ("zephyr", "</s>"), ("llama-3", "<|eot_id|>"),
+                                       ("mistral", "</s>"), ("no eos", "</s>")])
+def test_a_response_is_the_rest_of_the_joint_rendering_with_one_eos_the_last(tmp_path, name, end):
+    template = CHAT.get(name, NO_EOS).replace("\n\n", "\n")  # of two the last merges with a response
+    tokenizer = make_tokenizer(template=template)  # whose EOS is </s>
+    end = tokenizer.convert_tokens_to_ids(end)
+    LlamaConfig(eos_token_id=[2, end]).save_pretrained(tmp_path)
+    eos, prompt = chat.eos_ids(str(tmp_path), tokenizer), chat.prompt_ids(tokenizer, TALK, "here")
+    ids = chat.response_ids(tokenizer, TALK, prompt, TEXT, eos)
+    assert ids[-1] == end and sum(i in eos for i in ids) == 1 and 1 not in ids
+    assert tokenizer.decode(ids[:-1]).strip() == TEXT
+    joint = tokenizer.apply_chat_template(TALK + [{"role": "assistant", "content": TEXT}], return_dict=False)
+    shared = len(prompt) + len(ids) - (end not in joint)  # an EOS that the template does not write
     assert (prompt + ids)[:shared] == joint[:shared]
 
 

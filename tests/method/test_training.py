@@ -293,19 +293,6 @@ def test_01_cuts_responses_and_drops_long_prompts_and_then_equal_pairs(world, pi
         assert metrics(output)[0][name] == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize("max_length, chosen", [(99, [7, 7, 7]), (4, [7, 7])])  # cut to fit, as text would be
-def test_04_trains_on_the_sampled_ids_as_they_are(pi_init, tmp_path, max_length, chosen):
-    # ids that no tokenizer would give for the text: decoding and tokenising again would lose them
-    row = {"id": 1, "prompt": "x", "prompt_ids": [9, 8], "chosen": {"text": "a", "ids": [7, 7, 7], "finish": "length"},
-           "rejected": {"text": "b", "ids": [10], "finish": "eos"}}
-    path = stages.write_rows(tmp_path / "in.jsonl", [row])
-    line = metrics(run("04_refined_dpo", model=pi_init, input=path, epochs=2, max_length=max_length,
-                       output=tmp_path / "out"))[0]
-    model = AutoModelForCausalLM.from_pretrained(pi_init)
-    assert line["logps/chosen"] == pytest.approx(plain_spa.log_prob(model, [9, 8], chosen).item(), rel=1e-5)
-    assert line["logps/rejected"] == pytest.approx(plain_spa.log_prob(model, [9, 8], [10]).item(), rel=1e-5)
-
-
 @pytest.mark.parametrize("stage, file", [("00_sft", "sft"), ("01_seed_dpo", "seed")])
 def test_a_run_of_one_step_which_would_change_nothing_is_refused(world, pi_init, tmp_path, stage, file):
     options = dict(model=pi_init, input=world / f"{file}.jsonl", batch_size=64, output=tmp_path / "out")

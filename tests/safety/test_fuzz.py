@@ -1,6 +1,6 @@
 """Thousands of damaged files: whatever a reader is given, it succeeds, or says in one line which file, and where.
 
-    FUZZ=5000 python -m pytest tests/safety/test_fuzz.py -q      # so many files of each of 20 kinds
+    FUZZ=5000 python -m pytest tests/safety/test_fuzz.py -q      # so many files of each of 16 kinds
 
 A damaged file is decided by (kind, number): a failure shows both, and `damaged(good, number)` makes it again.
 """
@@ -21,15 +21,14 @@ import pytest
 import stages
 from children import at_end, fork, good, kill, no_child_outlives_its_test, succeeded
 from extras import alpaca_eval, mt_bench
-from extras.answers import is_string, read_rows
+from extras.answers import read_rows
 from extras.small_world import gold_score, read_gold
 from support import chat, runs
 
 FILES = int(os.environ.get("FUZZ", 150))  # damaged files of each kind
-KINDS = ["seed.jsonl", "sft.jsonl", "prompts_1.jsonl", "preferences.jsonl", "responses.jsonl", "labels.jsonl",
-         "gold.json", "mine.jsonl", "mine.json", "base.json", "ours.json", "annotations.json", "df_gamed.csv",
-         "judge.txt", "questions.jsonl", "model.jsonl", "judge_prompts.jsonl", "judgments.jsonl", "metrics.json",
-         "chat.jinja"]
+KINDS = ["seed.jsonl", "sft.jsonl", "preferences.jsonl", "responses.jsonl", "labels.jsonl", "gold.json", "mine.jsonl",
+         "base.json", "annotations.json", "df_gamed.csv", "judge.txt", "questions.jsonl", "model.jsonl",
+         "judge_prompts.jsonl", "metrics.json", "chat.jinja"]
 TALK = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "my lid is broken ."}]
 DEEP, HUGE = "[" * 5000 + "]" * 5000, "9" * 400
 LONG = "x" * 3_000_000
@@ -122,7 +121,7 @@ def files(world, tokenizer, tmp_path_factory):
     def as_json(name, value):
         (folder / f"{name}.json").write_text(json.dumps(value))
 
-    for name in ("seed", "sft", "prompts_1", "eval"):
+    for name in ("seed", "sft"):
         lines(name, *stages.rows(world / f"{name}.jsonl")[:6])
     one, two = {"text": "we fix it .", "ids": [7, 0], "finish": "eos"}, {"text": "no .", "ids": [9], "finish": "length"}
     asked = {"prompt": TALK, "prompt_ids": [5, 6]}
@@ -133,7 +132,6 @@ def files(world, tokenizer, tmp_path_factory):
     mine = [{"id": "a", "prompt": "a", "chosen": "b", "rejected": "c"}, {"prompt": "q"},
             {"prompt": TALK, "chosen": TALK + [{"role": "assistant", "content": "y"}], "rejected": "z"}]
     lines("mine", *mine)
-    as_json("mine", mine)
     for name in ("base", "ours"):
         as_json(name, [{"instruction": f"say {k}", "output": f"{name} {k}", "generator": name} for k in range(3)])
     as_json("annotations", [{"instruction": f"say {k}", "output_1": "a", "output_2": "bb", "preference": value}
@@ -147,7 +145,6 @@ def files(world, tokenizer, tmp_path_factory):
     lines("model", *({"question_id": k, "choices": [{"index": 0, "turns": ["a", "b"]}]} for k in range(3)))
     lines("judge_prompts", *({"name": f"single{math}-v1{turn}", "system_prompt": "s", "prompt_template": "{answer_2}"}
                              for math in ("", "-math") for turn in ("", "-multi-turn")))
-    lines("judgments", *(row | {"judgment": "[[7]]", "score": 7, "tstamp": 0} for row in to_judge(folder)[0]))
     as_json("metrics", {"name": "SPA, iteration 1", "gold_labels": "3 %", "win_rate": 50.0, "standard_error": 2.0,
                         "mt_bench_categories": {"math": 3.0}, "avg_length": 12})
     return folder
@@ -185,24 +182,20 @@ def kinds(files, tokenizer, pi_0):
         with_it = chat.load_tokenizer(str(pi_0), chat_template=str(path))
         return chat.prompt_ids(with_it, TALK, path), chat.eos_ids(str(pi_0), with_it)
 
-    source = stage("00_inputs", "source", files, seed_size=1, prompt_sizes=[1], eval_size=0)
     readers = {
         "seed.jsonl": reader(chat.read_pairs, pi_0, tokenizer, runs.LABELLED, several=True),
         "sft.jsonl": reader(stages.load("00_sft").read_examples, pi_0, tokenizer),
-        "prompts_1.jsonl": lambda path: chat.read_prompts(path, tokenizer, 64),
         "preferences.jsonl": reader(chat.read_pairs, pi_0, tokenizer, runs.PREFERENCES, runs.LABELLED, several=True),
         "responses.jsonl": stage("03_judge", "input", files, judge="gold", gold=files / "labels.jsonl"),
         "labels.jsonl": stage("03_judge", "gold", files, judge="gold", input=files / "responses.jsonl"),
         "gold.json": lambda path: gold_score(read_gold(path), TALK, "we fix it . no ."),
-        "mine.jsonl": source, "mine.json": source,
+        "mine.jsonl": stage("00_inputs", "source", files, seed_size=1, prompt_sizes=[1], eval_size=0),
         "base.json": lambda path: alpaca_eval.read_pairs(path, files / "ours.json"),
-        "ours.json": lambda path: alpaca_eval.read_pairs(files / "base.json", path),
         "annotations.json": stage("05_eval alpaca-score", None, files, df_gamed="none"),
         "df_gamed.csv": stage(f"05_eval alpaca-score {files / 'annotations.json'}", "df_gamed", files),
         "judge.txt": alpaca_eval.read_template, "questions.jsonl": lambda path: to_judge(files, questions=path),
         "model.jsonl": lambda path: to_judge(files, answers=path, reference_answers=path),
         "judge_prompts.jsonl": lambda path: to_judge(files, judge_prompts=path),
-        "judgments.jsonl": lambda path: read_rows(path, {"model": is_string}),
         "metrics.json": stage("05_eval report", None, files),
         "chat.jinja": chat_template}
     assert list(readers) == KINDS

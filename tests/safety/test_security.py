@@ -63,20 +63,12 @@ def hostile(folder, model, marker, model_type):
 
 
 @pytest.mark.parametrize("model_type", ["llama", "evil"])
-@pytest.mark.parametrize("stage, option", [("00_sft", "model"), ("02_generate", "model"), ("03_judge", "init_model"),
-                                           ("03_judge", "reward_model")])
-def test_a_model_s_own_code_does_not_run(world, pi_init, tmp_path, marker, monkeypatch, stage, option, model_type):
-    """Even of a user who says yes where transformers asks whether it may."""
+def test_a_model_s_own_code_does_not_run(world, pi_init, tmp_path, marker, monkeypatch, model_type):
+    """Even of a user who says yes where transformers asks whether it may. (That it is never let: above.)"""
     monkeypatch.setattr(builtins, "input", lambda *_: "y")
     model = hostile(tmp_path / "model", pi_init, marker, model_type)
-    answer = {"text": "a", "ids": [7, 0], "finish": "eos"}
-    responses = write_rows(tmp_path / "responses", [{"id": 1, "prompt": "a", "prompt_ids": [5, 6],
-                                                     "responses": [answer, answer | {"ids": [8, 0]}]}])
-    options = {"00_sft": dict(input=world / "sft.jsonl", epochs=1), "03_judge": dict(input=responses),
-               "02_generate": dict(input=world / "prompts_1.jsonl", max_new_tokens=2)}[stage]
-    options |= {"judge": "reward"} if option == "reward_model" else {"model": pi_init} if option == "init_model" else {}
-    ran = attempt(stage, output=tmp_path / "out", **options | {option: model})
-    assert not succeeded(ran) or model_type == "llama"  # of a known kind, it is loaded by transformers' own code
+    ran = attempt("02_generate", model=model, input=world / "prompts_1.jsonl", max_new_tokens=2, output=tmp_path / "out")
+    assert succeeded(ran) == (model_type == "llama")  # of a known kind, it is loaded by transformers' own code
     assert not marker.exists()
 
 
