@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import stages
+from children import no_child_outlives_its_test, two_ranks
 from conftest import save_tiny
 from extras.small_world import gold_score
 from support import chat, models, runs
@@ -146,7 +147,7 @@ def test_a_mistake_in_the_last_command_is_told_before_the_first_begins(commands,
 
 def test_two_processes_carry_out_two_commands(commands, tmp_path):
     first, second = commands("two")
-    [ranks] = stages.run_ranks(tmp_path, ("05_eval", *map(str, [*first, "--then", *second]), {}))
+    ranks = two_ranks(["05_eval", *first, "--then", *second], {})
     assert [rank.status for rank in ranks] == [0, 0] and ranks[1].out == "", ranks
     first, second = commands("one")
     assert attempt("05_eval", *first, "--then", *second).status == 0

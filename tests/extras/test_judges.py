@@ -13,6 +13,7 @@ from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassificati
 
 import common
 import stages
+from children import no_child_outlives_its_test, two_ranks
 from conftest import save_tiny
 from extras import judges, small_world
 from support import chat, runs
@@ -349,11 +350,10 @@ def test_a_model_of_another_judge_is_refused_and_what_a_judge_needs_is_asked_for
         assert "--" + key.replace("_", "-") in line and f"--judge {name}" in line
 
 
-def test_two_processes_write_the_same_bytes_which_04_reads(options_of, pi_0, tmp_path):
-    names = [name for name in FIT if name != "init"]
-    ran = stages.run_ranks(tmp_path, *(("03_judge", options_of[name] | {"output": tmp_path / name}) for name in names))
-    assert all(rank.status == 0 for ranks in ran for rank in ranks), ran
-    for name in names:
-        one = run("03_judge", **options_of[name], output=tmp_path / f"{name}_alone")
-        assert one.read_bytes() == (tmp_path / name).read_bytes(), name
-        run("04_refined_dpo", model=pi_0, input=one, batch_size=4, output=tmp_path / f"pi_{name}")
+@pytest.mark.parametrize("name", [name for name in FIT if name != "init"])
+def test_two_processes_write_the_same_bytes_which_04_reads(options_of, pi_0, tmp_path, name):
+    ranks = two_ranks("03_judge", options_of[name] | {"output": tmp_path / "two"})
+    assert [rank.status for rank in ranks] == [0, 0], ranks
+    one = run("03_judge", **options_of[name], output=tmp_path / "one")
+    assert one.read_bytes() == (tmp_path / "two").read_bytes()
+    run("04_refined_dpo", model=pi_0, input=one, batch_size=4, output=tmp_path / "pi")
