@@ -18,6 +18,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"  # else the package warns of ever
 CHANGES = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.chmod"}  # audit events of files
 STAGES = ["00_inputs", "00_sft", "01_seed_dpo", "02_generate", "03_judge", "04_refined_dpo", "05_eval sample"]
 TRAINED = ["00_sft", "01_seed_dpo", "04_refined_dpo", "extras/worst_case_dpo"]  # of seven steps each, with `good`
+ALL = list(dict.fromkeys(STAGES + TRAINED))
 alive = []  # children that were not waited for
 
 

@@ -4,8 +4,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import types
 
 import huggingface_hub
@@ -16,7 +14,7 @@ import common
 from chat_server import KEY, on_the_loopback, serving
 from extras import endpoint
 from support import chat
-from stages import NO_RANKS, ROOT, attempt, command_line, counts, digest, parsed, refused, rows, run
+from stages import attempt, counts, digest, parsed, refused, rows, run
 
 AT_URL, LIMIT = "extras/generate_at_url", 12
 
@@ -188,17 +186,6 @@ def test_the_same_responses_make_the_same_file_as_in_02(tmp_path, options, pi_0,
     counted = counts(ours)
     assert counts(theirs) == counted | {"prompts refused by the server": 0}
     assert counted["dropped as too long"] > 0 and 0 < counted["responses at the length limit"] < counted["responses"]
-
-
-def test_it_starts_in_any_folder(tmp_path, options, sampler):
-    (tmp_path / "elsewhere").mkdir()
-    with serving(sampler, [options["model"]]) as server:
-        here = run(AT_URL, **options, url=server.url, output=tmp_path / "here")
-        words = command_line(options | {"url": server.url, "output": tmp_path / "there"})
-        done = subprocess.run([sys.executable, ROOT / f"{AT_URL}.py", *words], cwd=tmp_path / "elsewhere",
-                              env=NO_RANKS | {"HF_HUB_OFFLINE": "0"}, capture_output=True, text=True)
-    assert done.returncode == 0 and done.stderr == "", done.stderr
-    assert digest(tmp_path / "there") == digest(here)
 
 
 @pytest.mark.parametrize("case", ["another model", "no server", "a key", "no URL", "offline"])

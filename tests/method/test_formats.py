@@ -200,17 +200,6 @@ def test_an_answer_that_begins_like_its_prompt_is_left_whole(tmp_path):
     assert not any("cut off" in name for name in counts)
 
 
-@pytest.mark.parametrize("name, other", [
-    ("repeated prompts", pair(40)), ("repeated prompts", pair(40, chosen="ask 40 yes")),
-    ("repeated prompts", pair(40, chosen="ask 40 yes", rejected="ask 400")), ("hh-rlhf", pair(40)),
-    ("hh-rlhf", {"chosen": talk(40, "yes"), "rejected": talk(40, "no")})])
-def test_a_row_of_another_format_than_most_is_dropped(tmp_path, name, other):
-    source = write_rows(tmp_path / "mine.jsonl", [*map(FORMATS[name], range(40)), other, MORE])
-    seed, counts = seed_of(tmp_path, source, 40)
-    assert "40" not in seed and [value for key, value in counts.items() if "dropped (" in key] == [
-        f"1, first {source}:41"]
-
-
 def code(k, **columns):
     """Answers that begin alike without repeating their prompt, which is in another column."""
     return {"chosen": f"def add(a, b):\n    return a + b  # {k}", "rejected": "def add(a, b):\n    return a", **columns}
@@ -281,13 +270,24 @@ NOTHING_MORE = {"tool_calls": None, "function_call": {"name": None, "arguments":
                 "id": "message 1"}
 
 
-@pytest.mark.parametrize("row, cause", UNUSABLE)
-def test_a_row_that_cannot_be_used_is_dropped_counted_and_named(tmp_path, row, cause):
-    source = write_rows(tmp_path / "mine.jsonl", [*map(pair, range(1, 19)), MORE, row])
+@pytest.mark.parametrize("name, row, cause", [("TRL, standard", *case) for case in UNUSABLE] + [
+    ("hh-rlhf", {"chosen": f"{HUMAN} yes", "rejected": "\n\nHuman: ask 1\n\nAssistant: no"}, "different prompts"),
+    ("hh-rlhf", {"chosen": f"{HUMAN} yes", "rejected": HUMAN}, '"rejected"'),
+    ("hh-rlhf", {"chosen": f"{HUMAN} yes\n\nHuman: thanks", "rejected": f"{HUMAN} no"}, '"chosen"'),
+    ("hh-rlhf", {"chosen": f"{HUMAN} no", "rejected": f"{HUMAN} no"}, "equal"),
+    ("hh-rlhf", {"chosen": f"{HUMAN} yes", "rejected": f"{HUMAN} no\n\nHuman: why?\n\nAssistant: so"}, "different"),
+    # of another format than most
+    ("hh-rlhf", pair(40), "not transcripts"),
+    ("hh-rlhf", {"chosen": talk(40, "yes"), "rejected": talk(40, "no")}, "not transcripts"),
+    ("repeated prompts", pair(40), "not strings that"),
+    ("repeated prompts", pair(40, chosen="ask 40 yes"), "not strings that"),
+    ("repeated prompts", pair(40, chosen="ask 40 yes", rejected="ask 400"), "not strings that")])
+def test_a_row_that_cannot_be_used_is_dropped_counted_and_named(tmp_path, name, row, cause):
+    source = write_rows(tmp_path / "mine.jsonl", [*map(FORMATS[name], range(1, 19)), MORE, row])
     seed, counts = seed_of(tmp_path, source, 18)
     assert len(seed) == 18 and counts["rows read"] == 20
-    [(name, said)] = [item for item in counts.items() if "dropped (" in item[0]]
-    assert cause in name and said == f"1, first {source}:20"
+    [(found, said)] = [item for item in counts.items() if "dropped (" in item[0]]
+    assert cause in found and said == f"1, first {source}:20"
 
 
 def turns_with(fields):
@@ -331,16 +331,6 @@ def test_fields_that_say_nothing_are_left_out(tmp_path, kind):
     assert seed == {"0": {"id": "0", "prompt": [user("ask 0")], "chosen": "yes 0", "rejected": "no 0"}}
     assert made(tmp_path / "out", "prompts_1") == [{"id": "1", "prompt": [user("more")]}]
     assert not any("dropped (" in name for name in counts)
-
-
-@pytest.mark.parametrize("chosen, rejected, cause", [
-    (f"{HUMAN} yes", "\n\nHuman: ask 1\n\nAssistant: no", "different prompts"), (f"{HUMAN} yes", HUMAN, '"rejected"'),
-    (f"{HUMAN} yes\n\nHuman: thanks", f"{HUMAN} no", '"chosen"'), (f"{HUMAN} no", f"{HUMAN} no", "equal"),
-    (f"{HUMAN} yes", f"{HUMAN} no\n\nHuman: why?\n\nAssistant: so", "different prompts")])
-def test_a_transcript_that_cannot_be_used_is_dropped_too(tmp_path, chosen, rejected, cause):
-    given = [*map(FORMATS["hh-rlhf"], range(1, 19)), MORE, dict(chosen=chosen, rejected=rejected)]
-    _, counts = seed_of(tmp_path, write_rows(tmp_path / "mine.jsonl", given), 18)
-    assert any("dropped (" in name and cause in name for name in counts)
 
 
 def test_more_than_one_row_in_twenty_that_cannot_be_used_stop(tmp_path):

@@ -30,20 +30,6 @@ def saved(folder, config, change=lambda weights: weights):
     return folder
 
 
-# ---------------------------------------------------------------------------------------------
-# Weights that are not in the file. transformers would make them up, and say so in a log
-
-
-@pytest.mark.parametrize("change, missing", [
-    (lambda weights: {f"_orig_mod.{key}": value for key, value in weights.items()}, "lm_head.weight"),  # torch.compile
-    (lambda weights: {key: value for key, value in weights.items() if ".1." not in key},
-     "model.layers.1.input_layernorm.weight")])
-def test_a_weight_that_the_file_lacks_is_named(tmp_path, change, missing):
-    folder = saved(tmp_path / "model", "llama", change)
-    with pytest.raises(runs.InputError, match=f"{folder}: .*{missing}"):
-        load(folder)
-
-
 def test_a_tied_head_may_be_absent_and_weights_without_a_use_are_told(tmp_path, capsys):
     folder = saved(tmp_path / "model", "qwen2, tied", lambda weights: weights | {"value_head.weight": torch.ones(3)})
     assert "lm_head.weight" not in load_file(folder / "model.safetensors")
@@ -56,10 +42,6 @@ def test_an_adapter_beside_the_weights_is_refused(tmp_path):
     (folder / "adapter_config.json").write_text("{}")
     with pytest.raises(runs.InputError, match=f"{folder}: has an adapter"):
         load(folder)
-
-
-# ---------------------------------------------------------------------------------------------
-# Weights that are not what their values say. transformers would read them as if they were
 
 
 def quantised(weights, dtype, largest, of="proj.weight"):
@@ -76,7 +58,11 @@ def float8(weights, **names):
 
 
 Q = "model.layers.1.self_attn.q_proj"
-MISREAD = {
+WRONG = {  # what transformers would make up, or read as if it were what its values say
+    "names of torch.compile": ("llama", lambda weights: {f"_orig_mod.{key}": value for key, value in weights.items()},
+                               "lm_head.weight"),
+    "a layer is missing": ("llama", lambda weights: {key: value for key, value in weights.items() if ".1." not in key},
+                           "model.layers.1.input_layernorm.weight"),
     "float8": ("llama", float8, "down_proj.weight .*F8_E4M3"),
     "float8 experts": ("mixtral", lambda weights: float8(weights, of=".w1.weight"), "experts.0.w1.weight .*F8"),
     "uint8": ("llama", lambda weights: quantised(weights, torch.uint8, 127), "down_proj.weight .*U8"),
@@ -87,12 +73,16 @@ MISREAD = {
     "a bias": ("llama", lambda weights: weights | {f"{Q}.bias": torch.ones(32)}, "q_proj.bias")}
 
 
-@pytest.mark.parametrize("kind", MISREAD)
-def test_weights_that_transformers_misreads_are_refused(tmp_path, kind):
-    family, change, found = MISREAD[kind]
+WRONG |= {f"a value is {value}": ("llama", lambda weights, value=value: weights | {
+    f"{Q}.weight": weights[f"{Q}.weight"].index_fill(0, torch.tensor(31), value)}, f"{Q}.weight .*not finite")
+    for value in (math.nan, math.inf, -math.inf)}
+
+
+@pytest.mark.parametrize("kind", WRONG)
+def test_weights_that_are_missing_misread_or_not_finite_are_named(tmp_path, kind):
+    family, change, found = WRONG[kind]
     folder = saved(tmp_path / "model", family, change)
-    # in one line: `.` matches no line end
-    with pytest.raises(runs.InputError, match=rf"^{folder}: model\..*{found}.*\Z"):
+    with pytest.raises(runs.InputError, match=rf"^{folder}: .*{found}.*\Z"):  # in one line: `.` matches no line end
         load(folder)
 
 
@@ -129,17 +119,6 @@ def test_weights_that_transformers_has_dequantised_are_used():
     model.is_quantized = True
     with pytest.raises(runs.InputError, match="it: .*quantised"):
         checkpoints.check_weights("it", model, unknown)
-
-
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_a_weight_that_is_not_finite_is_named(tmp_path, value):
-    def change(weights):
-        weights[f"{Q}.weight"][-1, 3] = value
-        return weights
-
-    folder = saved(tmp_path / "model", "llama", change)
-    with pytest.raises(runs.InputError, match=f"^{folder}: {Q}.weight .*not finite"):
-        load(folder)
 
 
 SMALL = dict(vocab_size=40, hidden_size=32, num_hidden_layers=2)

@@ -27,6 +27,13 @@ def test_a_copied_stage_makes_the_same(good, whole, tmp_path, stage):
     assert content(output) == whole(stage)
 
 
+@pytest.mark.parametrize("script", ["generate_at_url", "plain_spa", "worst_case_dpo"])
+def test_a_script_of_extras_starts_in_any_folder(tmp_path, script):
+    done = subprocess.run([sys.executable, PAGE[script], "--help"], cwd=tmp_path, env=stages.NO_RANKS,
+                          capture_output=True)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
 def test_text_is_read_and_written_in_utf_8_whatever_the_locale():
     for path in PAGE.values():
         for call in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):

@@ -9,7 +9,7 @@ import pytest
 import common
 from support import runs
 import stages
-from children import (STAGES, TRAINED, at_event, content, fork, good, in_step, kill, no_child_outlives_its_test,
+from children import (ALL, TRAINED, at_event, content, fork, good, in_step, kill, no_child_outlives_its_test,
                       two_ranks, whole)
 from stages import attempt, run
 
@@ -36,11 +36,12 @@ def test_a_second_run_on_an_output_is_refused_and_a_stale_lock_is_none(good, who
 
 
 # (bytes that a file may have, where the stage fails then); the states are the largest files, unless none is saved
-LIMITS = [(100, ": "), (1500, ": "), (12_000, ": "), (60_000, "out.partial/state-2.pt: "), (60_000, "out.partial/model")]
+LIMITS = [(100, ": "), (1500, ": "), (12_000, ": "), (60_000, "out.partial/state-2.pt: "),
+          (60_000, "out.partial/model")]
 
 
 @pytest.mark.parametrize("stage, size, where", [
-    (stage, *limit) for stage in {*STAGES, *TRAINED} for limit in (LIMITS if stage in TRAINED else LIMITS[:3])])
+    (stage, *limit) for stage in ALL for limit in (LIMITS if stage in TRAINED else LIMITS[:3])])
 def test_a_limit_on_the_size_of_files(good, whole, tmp_path, stage, size, where):
     options = good[stage] | {"output": tmp_path / "out"} | ({"save_every": 100} if where.endswith("model") else {})
     limited = fork(stage, options, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)))()

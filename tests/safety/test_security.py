@@ -67,7 +67,8 @@ def test_a_model_s_own_code_does_not_run(world, pi_init, tmp_path, marker, monke
     """Even of a user who says yes where transformers asks whether it may. (That it is never let: above.)"""
     monkeypatch.setattr(builtins, "input", lambda *_: "y")
     model = hostile(tmp_path / "model", pi_init, marker, model_type)
-    ran = attempt("02_generate", model=model, input=world / "prompts_1.jsonl", max_new_tokens=2, output=tmp_path / "out")
+    ran = attempt("02_generate", model=model, input=world / "prompts_1.jsonl", max_new_tokens=2,
+                  output=tmp_path / "out")
     assert succeeded(ran) == (model_type == "llama")  # of a known kind, it is loaded by transformers' own code
     assert not marker.exists()
 
