@@ -31,17 +31,12 @@ def options(model, world):
 
 
 @pytest.fixture
-def eos(tokenizer):
-    return tokenizer.eos_token_id
-
-
-@pytest.fixture
-def sampler(eos):
+def sampler(tokenizer):
     """A server as vLLM is one: its ids are decided by prompt and seed, and half of the responses end with an EOS."""
     def respond(request, before):
         rng = np.random.default_rng([request["seed"], *request["prompt"]])
         ids, ends = rng.integers(10, 60, LIMIT).tolist(), rng.random() < 0.5
-        ids = [*ids[:rng.integers(4, LIMIT)], eos] if ends else ids
+        ids = [*ids[:rng.integers(4, LIMIT)], tokenizer.eos_token_id] if ends else ids
         return {"text": "its own", "token_ids": ids, "prompt_token_ids": request["prompt"], "stop_reason": None,
                 "finish_reason": "stop" if ends else "length"}
     return respond
@@ -51,7 +46,7 @@ def asked(server):
     return sorted((request["prompt"], request["seed"]) for request in server.requests)
 
 
-def test_requests_and_records(tmp_path, options, sampler, tokenizer, eos):
+def test_requests_and_records(tmp_path, options, sampler, tokenizer):
     with serving(sampler, [options["model"]]) as server:
         output = run(AT_URL, **options, url=server.url, on_length_limit="open", seed=3, output=tmp_path / "out")
     records, prompts = rows(output), rows(options["input"])
@@ -66,7 +61,8 @@ def test_requests_and_records(tmp_path, options, sampler, tokenizer, eos):
             assert request == {
                 "model": str(options["model"]), "prompt": row["prompt_ids"], "max_tokens": LIMIT, "temperature": 0.7,
                 "top_p": 1, "top_k": -1, "min_p": 0, "repetition_penalty": 1, "presence_penalty": 0,
-                "frequency_penalty": 0, "stop_token_ids": [eos], "return_token_ids": True, "seed": request["seed"]}
+                "frequency_penalty": 0, "stop_token_ids": [tokenizer.eos_token_id], "return_token_ids": True,
+                "seed": request["seed"]}
 
 
 def test_the_responses_follow_the_seed_and_not_the_requests_at_a_time(tmp_path, options, sampler):
@@ -90,8 +86,8 @@ KINDS = {  # the server's choice -> the ids and the finish that are recorded; -1
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_how_a_response_ends(tmp_path, options, eos, kind):
-    (ids, finish, more), recorded = json.loads(json.dumps(KINDS[kind]).replace("-1", str(eos)))
+def test_how_a_response_ends(tmp_path, options, tokenizer, kind):
+    (ids, finish, more), recorded = json.loads(json.dumps(KINDS[kind]).replace("-1", f"{tokenizer.eos_token_id}"))
     choice = {"token_ids": ids, "finish_reason": finish} | more
     with serving(lambda request, before: choice, [options["model"]]) as server:
         records = rows(run(AT_URL, **options, url=server.url, output=tmp_path / "out"))
@@ -167,9 +163,10 @@ def test_the_options_are_those_of_02_and_have_its_defaults():
 
 
 @pytest.mark.parametrize("on_length_limit", ["eos", "open", "drop"])
-def test_the_same_responses_make_the_same_file_as_in_02(tmp_path, options, pi_0, tokenizer, eos, on_length_limit):
+def test_the_same_responses_make_the_same_file_as_in_02(tmp_path, options, pi_0, tokenizer, on_length_limit):
     model = shutil.copytree(pi_0, tmp_path / "pi_with_weights")
-    (model / "generation_config.json").write_text(json.dumps({"eos_token_id": [eos, *range(40, 60)]}))
+    eos = [tokenizer.eos_token_id, *range(40, 60)]
+    (model / "generation_config.json").write_text(json.dumps({"eos_token_id": eos}))
     prompts = [chat.prompt_ids(tokenizer, row["prompt"], "") for row in rows(options["input"])]
     options |= dict(model=model, max_prompt_length=int(np.median([len(ids) for ids in prompts])))
     ours = run("02_generate", **options, on_length_limit=on_length_limit, output=tmp_path / "ours")

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from conftest import save_tiny
 from extras import plain_spa
-from stages import counts, digest, refused, rows, run, write_rows
+from stages import counts, digest, load, refused, rows, run, write_rows
 from support import chat
 
 
@@ -54,11 +54,11 @@ def test_02_gives_the_same_whatever_the_batches_and_another_with_another_seed(re
     assert sum(a["responses"] != b["responses"] for a, b in zip(one, two)) > len(one) / 2
 
 
-def test_02_samples_a_prompt_alike_in_another_file(responses, generate, world, tmp_path):
-    some = rows(world / "prompts_1.jsonl")[::-3]
-    again = {row["id"]: row for row in rows(generate(input=write_rows(tmp_path / "some.jsonl", some)))}
-    assert len(again) == len(some)
-    assert all(row == again[row["id"]] for row in rows(responses) if row["id"] in again)
+def test_02_samples_a_prompt_alike_in_another_file_and_beside_more_samples(responses, generate, world, tmp_path):
+    some = write_rows(tmp_path / "some.jsonl", rows(world / "prompts_1.jsonl")[::-3])
+    again = {row["id"]: row["responses"] for row in rows(generate(input=some, samples=3))}
+    assert len(again) == len(rows(some)) and all(len(of_prompt) == 3 for of_prompt in again.values())
+    assert all(row["responses"] == again[row["id"]][:2] for row in rows(responses) if row["id"] in again)
 
 
 def test_02_counts_what_it_does_with_responses_that_hit_the_limit(responses, generate, tokenizer):
@@ -84,11 +84,6 @@ def test_02_drops_and_counts_long_prompts(generate, responses):
     left = [row for row in rows(responses) if len(row["prompt_ids"]) <= lengths[5]]
     assert rows(output) == left and 0 < len(left) < len(lengths)
     assert counts(output)["dropped as too long"] == len(lengths) - len(left)
-
-
-def test_02_takes_more_than_two_samples(generate, responses):
-    for three, two in zip(rows(generate(samples=3)), rows(responses), strict=True):
-        assert three["responses"][:2] == two["responses"] and len(three["responses"]) == 3
 
 
 @pytest.fixture
@@ -177,3 +172,14 @@ def test_03_pairs_the_best_with_the_worst(generate, judged, samples):
         assert abs(2 * labelled["p"] - 1) == pytest.approx(math.tanh(margin / 2), abs=1e-6)
         middle += {best, worst} != {0, 1}
     assert middle > 0
+
+
+@pytest.mark.parametrize("logps_policy, logps_ref, beta, p", [
+    # log-ratios -10 + 11 = 1 and -12 + 11 = -1: 0.5 * 1 - 0.5 * (-1) = 1, sigmoid(1) = 1 / (1 + e^-1) = 0.7310585786
+    ([-10, -12], [-11, -11], 0.5, 0.7310585786), ([-12, -10], [-11, -11], 0.5, 0.2689414214),
+    ([-31.7, -205.3], [-31.7, -205.3], 0.1, 0.5),  # a model judged against itself
+    ([0, -5000], [0, 0], 1, 1), ([-5000, 0], [0, 0], 1, 0)])  # log-ratios of thousands of nats overflow nothing
+def test_equation_7_by_hand(logps_policy, logps_ref, beta, p):
+    judge = load("03_judge")
+    found = judge.preference(*judge.implicit_rewards(logps_policy, logps_ref, beta))
+    assert found == (p if p in (0, 0.5, 1) else pytest.approx(p))

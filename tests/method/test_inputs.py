@@ -144,12 +144,7 @@ def test_the_world_is_decided_by_its_seed(world, tmp_path):
     assert all(made(other, name) != made(world, name) for name in NAMES)
 
 
-def test_a_larger_seed_leaves_the_world_s_prompt_sets_as_they_are(world, tmp_path):
-    larger = run("00_inputs", **WORLD | {"seed_size": 30}, output=tmp_path / "world")
-    assert all(made(world, name) == made(larger, name) for name in NAMES[1:])
-
-
-def test_a_sample_of_the_world_s_seed_changes_nothing_else(world, tmp_path):
+def test_another_sample_or_size_of_the_world_s_seed_changes_nothing_else(world, tmp_path):
     samples = [world, *(run("00_inputs", **WORLD, seed_sample=k, output=tmp_path / f"world_{k}") for k in (1, 2))]
     its_own = {"args.json", "seed.jsonl", "all_gold.jsonl", "judge_sft.jsonl"}
     files = [path.relative_to(world) for path in world.rglob("*") if path.is_file() and path.name not in its_own]
@@ -163,6 +158,8 @@ def test_a_sample_of_the_world_s_seed_changes_nothing_else(world, tmp_path):
     assert len({row["id"] for rows in seeds + others for row in rows}) == len(prompts)
     for sample, seed in zip(samples, seeds):
         assert made(sample, "all_gold") == seed + made(world, "all_gold")[20:]
+    larger = run("00_inputs", **WORLD | {"seed_size": 30}, output=tmp_path / "larger")
+    assert all(made(world, name) == made(larger, name) for name in NAMES[1:])
     # 23,040 prompts: what sample 1 leaves for SFT, and one more
     assert "--seed-sample" in refused("00_inputs", **WORLD | {"sft_size": 23040 - 56 - 20 + 1}, seed_sample=1,
                                       output=tmp_path / "out")

@@ -112,18 +112,6 @@ def benchmark(monkeypatch):
     return sampling
 
 
-def test_the_benchmark_takes_generates_responses_to_their_ends(benchmark, llama):
-    theirs = benchmark.by_generate(llama, PROMPTS, BATCHES, benchmark.greedy())
-    for i, prompt in enumerate(PROMPTS):
-        alone = llama.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)),
-                               generation_config=benchmark.greedy())
-        assert theirs[i] == [alone[0, len(prompt):].tolist()]
-    assert len({len(response) for [response] in theirs.values()}) > 1
-    ours = benchmark.by_common(llama, PROMPTS, BATCHES, 0, 0, 12)
-    assert ours == {i: [response] * 2 for i, [response] in theirs.items()}
-    assert benchmark.compare_greedy(llama, PROMPTS, ours, theirs) == (2 * sum(len(y) for [y] in theirs.values()), 0)
-
-
 @pytest.mark.parametrize("way", ["by_common", "by_generate", "static cache", "by_generate_batch"])
 def test_the_benchmark_draws_two_responses_a_prompt_up_to_their_ends(benchmark, way):
     if way == "by_generate_batch" and transformers.__version__.startswith("5.17") and not is_psutil_available():

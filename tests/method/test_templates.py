@@ -92,18 +92,6 @@ def test_an_answer_ends_with_the_first_end_that_the_template_writes(made, name, 
     assert tokenizer.decode(ids[:-1], skip_special_tokens=True).removeprefix("final").strip() == ANSWER
 
 
-def test_a_response_cut_at_the_limit_gets_the_end_that_the_template_writes(tmp_path, tokenizer, world):
-    # only the template names <eos>: elsewhere <unk> is the EOS
-    other = type(tokenizer).from_pretrained(world / "base")
-    other.chat_template = other.chat_template.replace("eos_token", "'<eos>'")
-    end, other.eos_token = other.eos_token_id, "<unk>"
-    model = save_tiny(tmp_path / "model", other, eos_token_id=other.eos_token_id)
-    options = dict(model=model, input=world / "prompts_1.jsonl", max_new_tokens=3)
-    sampled = [y for row in rows(run("02_generate", **options, output=tmp_path / "out")) for y in row["responses"]]
-    cut = [y["ids"] for y in sampled if y["finish"] == "length"]
-    assert cut and all(ids[3:] == [end] for ids in cut)
-
-
 def test_a_system_message_that_the_template_leaves_out_is_an_error(made):
     tokenizer, eos = made("phi-3-medium")
     assert answer(tokenizer, eos)[1] == f"{ANSWER}<|end|>"

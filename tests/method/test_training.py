@@ -3,6 +3,7 @@
 import math
 import re
 import types
+from collections import deque
 
 import numpy as np
 import pytest
@@ -111,6 +112,22 @@ def test_nothing_is_flagged_before_50_pairs_are_known(train_04):
     # three epochs do: after 8 + 8 + 8 + 8 + 8 + 1 pairs of the first and 8 + 8 of the second, that is from step 9 on
     logged = metrics(train_04(window=50))
     assert [line["tau"] > 0 for line in logged] == [False] * 8 + [True] * 10
+
+
+@pytest.mark.parametrize("batch_size", [1, 8, 32])
+def test_k_percent_of_the_pairs_are_flagged_on_average(batch_size):
+    # Independent confidences, tau from the last 50 before the step. The k-th smallest of 50 has k / 51 of the next
+    # ones below it, so 5.1 / 51 = 10 %. About 1,200 independent windows: a standard error of 4.2 % / sqrt(1200) =
+    # 0.12 %. numpy's default percentile would flag 11.6 %, the authors' sorted[5], sorted[6] 12.7 %.
+    threshold = stages.load("04_refined_dpo").threshold
+    rng, window, flagged, count = np.random.default_rng(0), deque(maxlen=50), 0, 0
+    for _ in range(60_000 // batch_size):
+        confidence = rng.random(batch_size)
+        if len(window) == 50:
+            flagged += (confidence < threshold(window, 10)).sum()
+            count += batch_size
+        window.extend(confidence)
+    assert flagged / count == pytest.approx(0.10, abs=0.005)
 
 
 @pytest.mark.parametrize("stage, words, defaults", [
