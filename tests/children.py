@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import itertools
 import json
 import os
 import signal
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import common
 import stages
 from stages import Ran, attempt, digest, rows, run
 
@@ -152,6 +154,17 @@ def at_event(n, act, folder=None):
 
     sys.addaudithook(on_audit)
     torch.nn.modules.module.register_module_forward_pre_hook(on_forward)
+
+
+def after_batch(n, act):
+    """Call act() when n batches are recorded, by all models together."""
+    real, count = common.journal, itertools.count(1)
+
+    @contextlib.contextmanager
+    def journal(*args):
+        with real(*args) as record:
+            yield lambda value: (record(value), next(count) == n and act())
+    common.journal = journal
 
 
 def at_end(act, output):

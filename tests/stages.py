@@ -124,10 +124,6 @@ def files(folder):
     return {str(path): (path.stat().st_mtime_ns, digest(path)) for path in Path(folder).rglob("*") if path.is_file()}
 
 
-def moved(one, two):
-    return farthest(one, two) > 1e-4
-
-
 def free_port():
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))

@@ -109,9 +109,13 @@ def same(one, two):
                for name in ("responses.jsonl", "metrics.json", "annotations.json"))
 
 
-def test_two_commands_in_one_start_make_what_two_starts_make(commands, tmp_path, monkeypatch):
+def test_two_commands_in_one_start_make_what_two_starts_make_also_as_two_ranks(commands, tmp_path, monkeypatch):
     for words in commands("alone"):
         assert attempt("05_eval", *words).status == 0
+    first, second = commands("two ranks")
+    ranks = two_ranks(["05_eval", *first, "--then", *second], {})
+    assert [rank.status for rank in ranks] == [0, 0] and ranks[1].out == "", ranks
+    assert same(tmp_path / "alone", tmp_path / "two ranks")
     loaded, load_model = [], models.load_model
 
     def load(*args):
@@ -147,15 +151,6 @@ def test_a_mistake_in_the_last_command_is_told_before_the_first_begins(commands,
     first, _ = commands("out")
     ran = attempt("05_eval", *first, "--then", *last)
     assert ran.status == 2 and ran.err.count("\n") == 1 and not (tmp_path / "out").exists(), ran
-
-
-def test_two_processes_carry_out_two_commands(commands, tmp_path):
-    first, second = commands("two")
-    ranks = two_ranks(["05_eval", *first, "--then", *second], {})
-    assert [rank.status for rank in ranks] == [0, 0] and ranks[1].out == "", ranks
-    first, second = commands("one")
-    assert attempt("05_eval", *first, "--then", *second).status == 0
-    assert same(tmp_path / "one", tmp_path / "two")
 
 
 def logp(model, tokenizer, prompt, text):

@@ -70,12 +70,6 @@ def test_gold_may_like_each_word(world, tmp_path):
                         ("let us fix the bulb in ten minutes . we refuse to test it again today .", 0 + 1.7),
                         ("each word", -1 + 0.2), ("", -1)):
         assert small_world.gold_score(gold, prompt, text) == pytest.approx(score)
-    # labels are gold's: some go to the longer answer, whose sentences are worth less
-    pairs = [[(small_world.gold_score(plain, row["prompt"], text), len(text.split()))
-              for text in (row["chosen"], row["rejected"])]
-             for row in runs.read_jsonl(liking / "all_gold.jsonl", runs.LABELLED)]
-    assert all(better + 0.1 * words > worse + 0.1 * fewer for (better, words), (worse, fewer) in pairs)
-    assert any(better < worse for (better, _), (worse, _) in pairs)
 
 
 def test_the_longest_answer_fits_the_limit_of_run_all(world, tokenizer):

@@ -344,9 +344,6 @@ def test_more_than_one_row_in_twenty_that_cannot_be_used_stop(tmp_path):
 
 OTHERS = {
     "HelpSteer": dict(prompt="a", response="b", helpfulness=3, correctness=4),
-    "ShareGPT": dict(conversations=[{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]),
-    "ShareGPT, ranked": dict(conversations=[{"from": "human", "value": "a"}], chosen={"from": "gpt", "value": "b"},
-                             rejected={"from": "gpt", "value": "c"}),
     "orca_dpo_pairs": dict(system="s", question="a", chosen="b", rejected="c")}
 
 

@@ -48,11 +48,6 @@ def margin(pi, pi_ref):
 PI_INIT, PI_PREVIOUS, PI_THETA = Words(1 / 2, 1 / 2), Words(3 / 4, 1 / 4), Words(0.8, 0.2)
 
 
-def pair_of(row):
-    """(x, y_w, y_l) of a row of preferences"""
-    return row["prompt_ids"], row["chosen"]["ids"], row["rejected"]["ids"]
-
-
 def test_judging():
     assert plain_spa.reward(PI_PREVIOUS, PI_INIT, X, A_A, 1.0).item() == near(0.811)
     assert plain_spa.reward(PI_PREVIOUS, PI_INIT, X, B, 1.0).item() == near(-0.693)
@@ -141,7 +136,8 @@ def test_algorithm_1_is_the_stages_one_after_the_other(pi_init, preferences, tok
     monkeypatch.setattr(plain_spa, "sample", lambda *args: drawn.append(sample(*args, max_new_tokens=6)) or drawn[-1])
     monkeypatch.setattr(plain_spa, "extrapolate", lambda *args: lams.append(args[2]) or extrapolate(*args))
     seed, *prompts = given[:5], given[5:17], given[17:29], given[29:]
-    pi_t = plain_spa.spa(AutoModelForCausalLM.from_pretrained(pi_init), [pair_of(row) for row in seed],
+    d_0 = [(row["prompt_ids"], row["chosen"]["ids"], row["rejected"]["ids"]) for row in seed]
+    pi_t = plain_spa.spa(AutoModelForCausalLM.from_pretrained(pi_init), d_0,
                          [[row["prompt_ids"] for row in part] for part in prompts], [tokenizer.eos_token_id], **options)
 
     policy = run("04_refined_dpo", model=pi_init, input=write_rows(tmp_path / "seed.jsonl", seed), refine="none",

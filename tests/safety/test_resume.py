@@ -14,9 +14,9 @@ import pytest
 import torch
 
 import common
-from support import models, runs
+from support import runs
 import stages
-from children import (ALL, STAGES, TRAINED, at_end, at_event, content, fork, good, in_step, kill,
+from children import (ALL, STAGES, TRAINED, after_batch, at_end, at_event, content, fork, good, in_step, kill,
                       no_child_outlives_its_test, stop_with, two_ranks, whole)
 from stages import attempt, farthest, metrics, rows, run
 
@@ -87,33 +87,16 @@ def recorded(partial):
     return {label: sorted(list(batch) for batch, _ in runs.read_journal(partial, label)) for label in sorted(labels)}
 
 
-# {stage: (models that are loaded before it is killed, forward passes after that, batches of each journal)}
-JOURNALS = {"01_seed_dpo": (1, 2, [3]), "02_generate": (1, 8, [3]), "03_judge": (2, 3, [3, 3]),
-            "05_eval sample": (1, 8, [3])}
-
-
-@pytest.fixture(scope="module")
-def passes(pi_0):
-    """Forward passes that loading a model takes, which tries it."""
-    count = []
-
-    def on_forward(module, _):
-        if isinstance(module, torch.nn.Embedding):
-            count.append(1)
-
-    hook = torch.nn.modules.module.register_module_forward_pre_hook(on_forward)
-    models.load_model(str(pi_0), torch.device("cpu"))
-    hook.remove()
-    return len(count)
+# {stage: batches of each journal}
+JOURNALS = {"01_seed_dpo": [3], "02_generate": [3], "03_judge": [3, 3], "05_eval sample": [3]}
 
 
 @pytest.mark.parametrize("stage", JOURNALS)
 @pytest.mark.parametrize("left_by", ["one rank", "another rank", "two, to two ranks"])
-def test_finished_batches_are_not_computed_again(good, whole, passes, tmp_path, stage, left_by):
-    loaded, more, batches = JOURNALS[stage]
-    forwards = loaded * passes + more
+def test_finished_batches_are_not_computed_again(good, whole, tmp_path, stage, left_by):
+    batches = JOURNALS[stage]
     options, partial = good[stage] | {"output": tmp_path / "out"}, tmp_path / "out.partial"
-    assert fork(stage, options, lambda: at_event(forwards, kill))().status == -signal.SIGKILL
+    assert fork(stage, options, lambda: after_batch(sum(batches) - 1, kill))().status == -signal.SIGKILL
     before = recorded(partial)
     [*_, journal] = sorted(partial.glob("*.0.jsonl"), key=lambda path: path.stat().st_mtime_ns)
     assert 0 < sum(map(len, before.values())) < sum(batches)
@@ -184,11 +167,10 @@ def test_training_that_ran_out_of_memory_resumes_with_less(good, tmp_path, stage
 
 
 @pytest.mark.parametrize("stage", JOURNALS)
-def test_batches_of_another_size_are_taken_by_their_rows(good, passes, tmp_path, stage):
-    loaded, more, _ = JOURNALS[stage]
+def test_batches_of_another_size_are_taken_by_their_rows(good, tmp_path, stage):
     whole = run(*stage.split(), output=tmp_path / "whole", **good[stage])
     options, partial = good[stage] | {"output": tmp_path / "out"}, tmp_path / "out.partial"
-    assert fork(stage, options, lambda: at_event(loaded * passes + more, kill))().status == -signal.SIGKILL
+    assert fork(stage, options, lambda: after_batch(sum(JOURNALS[stage]) - 2, kill))().status == -signal.SIGKILL
     before = recorded(partial)
     assert fork(stage, options | {"micro_batch_size": 2}, lambda: at_end(kill, tmp_path / "out"))().status < 0
     after = recorded(partial)
