@@ -70,6 +70,11 @@ def test_gold_may_like_each_word(world, tmp_path):
                         ("let us fix the bulb in ten minutes . we refuse to test it again today .", 0 + 1.7),
                         ("each word", -1 + 0.2), ("", -1)):
         assert small_world.gold_score(gold, prompt, text) == pytest.approx(score)
+    # labels are gold's: some go to the longer answer, whose sentences are worth less
+    more = [[small_world.gold_score(judge, row["prompt"], row["chosen"])
+             - small_world.gold_score(judge, row["prompt"], row["rejected"]) for judge in (gold, plain)]
+            for row in runs.read_jsonl(liking / "all_gold.jsonl", runs.LABELLED)]
+    assert all(by_gold > 0 for by_gold, _ in more) and any(by_plain < 0 for _, by_plain in more)
 
 
 def test_the_longest_answer_fits_the_limit_of_run_all(world, tokenizer):
