@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import types
 
 import huggingface_hub
 import numpy as np
@@ -12,7 +11,6 @@ import pytest
 
 import common
 from chat_server import KEY, on_the_loopback, serving
-from extras import endpoint
 from support import chat
 from stages import attempt, counts, digest, parsed, refused, rows, run
 
@@ -112,13 +110,6 @@ def test_a_prompt_that_is_refused_for_ever_is_dropped_and_counted(tmp_path, opti
     assert [row["id"] for row in rows(tmp_path / "out")] == [str(row["id"]) for row in prompts]
 
 
-def test_an_error_in_place_of_the_models_is_shown(tmp_path, options, monkeypatch):
-    said = {"error": {"code": 503, "message": "no server is up"}}
-    reply = types.SimpleNamespace(status_code=200, text=json.dumps(said), json=lambda: said)
-    monkeypatch.setattr(endpoint.Endpoint, "send", lambda *_, **options: reply)
-    assert "no server is up" in refused(AT_URL, **options, url="http://host/v1", output=tmp_path / "out")
-
-
 def stops(request, **change):
     return {"token_ids": [20], "prompt_token_ids": request["prompt"], "finish_reason": "stop"} | change
 
@@ -185,11 +176,12 @@ def test_the_same_responses_make_the_same_file_as_in_02(tmp_path, options, pi_0,
     assert counted["dropped as too long"] > 0 and 0 < counted["responses at the length limit"] < counted["responses"]
 
 
-@pytest.mark.parametrize("case", ["another model", "no server", "a key", "no URL", "offline"])
+@pytest.mark.parametrize("case", ["another model", "no server", "a key", "no URL", "offline", "an error"])
 def test_bad_options_are_one_line_and_nothing_is_asked(tmp_path, options, sampler, case, monkeypatch):
-    said = {"another model": "pi_7", "a key": "OPENAI_API_KEY", "offline": "HF_HUB_OFFLINE"}
+    said = {"another model": "pi_7", "a key": "OPENAI_API_KEY", "offline": "HF_HUB_OFFLINE", "an error": "no one is up"}
+    listed = {"error": {"code": 503, "message": "no one is up"}} if case == "an error" else ["pi_7"]
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", case == "offline")
-    with serving(sampler, ["pi_7"]) as server:
+    with serving(sampler, listed) as server:
         url = {"no server": "http://127.0.0.1:9/v1", "a key": f"http://user:{KEY}@host/v1"}.get(case, server.url)
         words = dict(options, url_model="pi_8") if case == "no URL" else dict(options, url=url)
         error = refused(AT_URL, **words, output=tmp_path / "out")

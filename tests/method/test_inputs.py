@@ -45,14 +45,6 @@ def labelled(folder, name):
     return runs.read_jsonl(folder / f"{name}.jsonl", runs.LABELLED)
 
 
-def lengths(folder):
-    return [len(made(folder, name)) for name in NAMES]
-
-
-def by_prompt(folder, name):
-    return {json.dumps(row["prompt"]): row for row in made(folder, name)}
-
-
 def sizes(*values, **more):
     seed_size, *prompt_sizes, eval_size = values
     return dict(seed_size=seed_size, prompt_sizes=prompt_sizes, eval_size=eval_size) | more
@@ -66,8 +58,8 @@ def source(tmp_path):
 
 def test_the_sets_are_disjoint_and_the_prompt_sets_have_no_labels(source, tmp_path):
     output = run("00_inputs", source=source, **sizes(6, 10, 12, 4), all_gold=True, output=tmp_path / "out")
-    assert lengths(output) == [6, 10, 12, 4]
-    prompts = [prompt for name in NAMES for prompt in by_prompt(output, name)]
+    assert [len(made(output, name)) for name in NAMES] == [6, 10, 12, 4]
+    prompts = [json.dumps(row["prompt"]) for name in NAMES for row in made(output, name)]
     assert len(set(prompts)) == len(prompts) == 32
     assert all(list(row) == ["id", "prompt", "chosen", "rejected"] for row in made(output, "seed"))
     # which TRL reads: messages in every column
@@ -80,7 +72,7 @@ def test_the_sets_are_disjoint_and_the_prompt_sets_have_no_labels(source, tmp_pa
     ids = [row["id"] for name in NAMES for row in made(output, name)]
     assert len(set(ids)) == len(ids)
     # all_gold: the labels of the seed and of all prompts
-    assert sorted(by_prompt(output, "all_gold")) == sorted(prompts[:28])
+    assert sorted(json.dumps(row["prompt"]) for row in made(output, "all_gold")) == sorted(prompts[:28])
     assert all(row["chosen"] == f"yes {row['id']}" for row in labelled(output, "all_gold"))
     assert not (output / "judge_sft.jsonl").exists()
 
@@ -104,7 +96,8 @@ def test_a_sample_of_the_seed_is_the_next_block_with_the_same_prompt_sets(source
     assert digest(first / "seed.jsonl") == digest(outputs[0] / "seed.jsonl")
     for name in NAMES[1:]:
         assert {digest(output / f"{name}.jsonl") for output in [*outputs, large]} == {digest(first / f"{name}.jsonl")}
-    assert lengths(first) == [6, 10, 8, 4]  # of 40, so that three samples of 6 are what is left
+    # of 40, so that three samples of 6 are what is left
+    assert [len(made(first, name)) for name in NAMES] == [6, 10, 8, 4]
     assert len({row["id"] for output in outputs for name in NAMES for row in made(output, name)}) == 40
     # a larger seed is that of several samples
     assert made(large, "seed") == made(outputs[1], "seed") + made(outputs[0], "seed")

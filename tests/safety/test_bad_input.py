@@ -249,11 +249,14 @@ def test_gold_that_is_not_a_gold_judge_and_a_folder_without_metrics(good, world,
     refused(f"05_eval report {tmp_path}", tmp_path / "metrics.json", output=tmp_path / "report")
 
 
-def test_what_stdout_cannot_encode_is_escaped(good, tmp_path):
-    words = stages.command_line(good["00_inputs"] | {"output": tmp_path / "ö"})
-    done = subprocess.run([sys.executable, stages.ROOT / "00_inputs.py", *words], capture_output=True, text=True,
-                          env=stages.NO_RANKS | {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"})
-    assert (done.returncode, done.stderr) == (0, "") and f"{tmp_path}/\\xf6: " in done.stdout
+def test_a_process_of_its_own_prints_one_line_in_which_what_cannot_be_encoded_is_escaped(good, tmp_path):
+    options = good["00_inputs"] | {"output": tmp_path / "ö"}
+    for more, status, line in (({}, 0, f"{tmp_path}/\\xf6: "), ({"seed_size": 5}, 2, "00_inputs.py: ")):
+        words = stages.command_line(options | more)
+        done = subprocess.run([sys.executable, stages.ROOT / "00_inputs.py", *words], capture_output=True, text=True,
+                              env=stages.NO_RANKS | {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"})
+        assert (done.returncode, (done.stdout + done.stderr).count("\n")) == (status, 1)
+        assert (done.stderr if status else done.stdout).startswith(line)
     assert (tmp_path / "ö" / "seed.jsonl").exists()
 
 
@@ -294,12 +297,3 @@ def test_more_processes_than_gpus(monkeypatch, environment):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(runs.InputError, match="2 GPUs"):
         common.start_ranks()
-
-
-def test_a_process_of_its_own_prints_no_more_than_one_line(good, tmp_path):
-    # as above, with whatever Python and its packages print at their start and end
-    words = stages.command_line(good["02_generate"] | {"input": tmp_path / "no.jsonl", "output": tmp_path / "out"})
-    done = subprocess.run([sys.executable, stages.ROOT / "02_generate.py", *words], capture_output=True, text=True,
-                          env=stages.NO_RANKS)
-    assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.count("\n") == 1 and done.stderr.startswith("02_generate.py: ") and "no.jsonl" in done.stderr
