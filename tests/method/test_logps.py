@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
-from transformers import Gemma3Config, LlamaConfig
+from transformers import Gemma3Config, LlamaConfig, OPTConfig
 
 import common
 from extras import plain_spa
@@ -139,9 +139,12 @@ def test_a_prompt_is_computed_once_for_all_its_responses_where_that_is_exact(mod
         torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-4)
 
 
-def test_dropout_is_zero_in_the_config_of_a_multimodal_model(tmp_path):
-    Gemma3Config(text_config={"attention_dropout": 0.5}).save_pretrained(tmp_path)
-    assert models.load_config(str(tmp_path)).get_text_config().attention_dropout == 0
+@pytest.mark.parametrize("config, name", [
+    (Gemma3Config(text_config={"attention_dropout": 0.5}), "attention_dropout"),  # of a multimodal model
+    (OPTConfig(layerdrop=0.5), "layerdrop")])
+def test_every_dropout_is_zero_in_the_config(tmp_path, config, name):
+    config.save_pretrained(tmp_path)
+    assert getattr(models.load_config(str(tmp_path)).get_text_config(), name) == 0
 
 
 def test_a_text_reaches_every_weight_of_a_text_model(model):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import (AutoConfig, BertConfig, CohereConfig, Gemma3TextConfig, GPT2Config, GPTNeoXConfig,
-                          LlamaConfig, MambaConfig, MixtralConfig, Olmo3Config, OPTConfig, Phi3Config, PhiConfig,
+                          LlamaConfig, MambaConfig, MixtralConfig, Olmo3Config, Phi3Config, PhiConfig,
                           Qwen3MoeConfig)
 
 from families import FAMILIES, SHAPE, make, with_images
@@ -135,13 +135,6 @@ def test_what_the_stages_cannot_use_is_refused(tmp_path, name):
     make(config).save_pretrained(tmp_path / "model")
     with pytest.raises(runs.InputError, match=f"{tmp_path / 'model'}: not supported: .*{found}"):
         load(tmp_path / "model")
-
-
-def test_layers_that_are_dropped_in_training_are_not(tmp_path):
-    # OPT's `layerdrop` is a number of the config like a dropout's
-    config = OPTConfig(vocab_size=40, hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=2,
-                       max_position_embeddings=64, word_embed_proj_dim=32, layerdrop=0.9, dropout=0.5, init_std=0.3)
-    load(saved(tmp_path / "model", config))
 
 
 @pytest.fixture(scope="module")

@@ -128,6 +128,7 @@ def test_k_percent_of_the_pairs_are_flagged_on_average(batch_size):
             count += batch_size
         window.extend(confidence)
     assert flagged / count == pytest.approx(0.10, abs=0.005)
+    assert threshold(window, 0) == 0  # nothing is below it
 
 
 @pytest.mark.parametrize("stage, words, defaults", [

@@ -129,9 +129,8 @@ def files(world, tokenizer, tmp_path_factory):
     lines("preferences", *({"id": f"p{k}", **asked, "chosen": one, "rejected": two, "p": 0.7} for k in range(3)))
     lines("labels", *({"id": k, "label": 1 + k % 2} for k in range(3)))
     as_json("gold", {"lid": {"we fix it .": 1, "no .": -1}})
-    mine = [{"id": "a", "prompt": "a", "chosen": "b", "rejected": "c"}, {"prompt": "q"},
-            {"prompt": TALK, "chosen": TALK + [{"role": "assistant", "content": "y"}], "rejected": "z"}]
-    lines("mine", *mine)
+    lines("mine", {"id": "a", "prompt": "a", "chosen": "b", "rejected": "c"}, {"prompt": "q"},
+          {"prompt": TALK, "chosen": TALK + [{"role": "assistant", "content": "y"}], "rejected": "z"})
     for name in ("base", "ours"):
         as_json(name, [{"instruction": f"say {k}", "output": f"{name} {k}", "generator": name} for k in range(3)])
     as_json("annotations", [{"instruction": f"say {k}", "output_1": "a", "output_2": "bb", "preference": value}
