@@ -44,7 +44,7 @@ def completion(choice):
 
 class Server:
     """respond: (the request's JSON, how often this one was asked before) -> a choice, or (status, body, headers),
-    or a number of seconds to keep the client waiting. models: the names that it lists."""
+    or a number of seconds to keep the client waiting. models: the names that it lists, or what it says instead."""
 
     def __init__(self, respond, models):
         self.respond, self.requests, self.headers, self.paths, self.together = respond, [], [], [], 0
@@ -57,7 +57,7 @@ class Server:
 
             def do_GET(self):
                 listed = {"object": "list", "data": [{"id": str(name), "object": "model"} for name in models]}
-                reply(self, 200, json.dumps(listed), {})
+                reply(self, 200, json.dumps(models if isinstance(models, dict) else listed), {})
 
             def log_message(self, *_):
                 pass

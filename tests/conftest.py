@@ -28,13 +28,13 @@ def world(tmp_path_factory):
     return stages.run("00_inputs", **WORLD, output=tmp_path_factory.mktemp("world") / "data")
 
 
-def save_tiny(folder, tokenizer, noise=0.0, **changes):
+def save_tiny(folder, tokenizer, noise=0.0, kind=AutoModelForCausalLM, **changes):
     """A Llama whose random weights are large enough for peaked predictions; with noise, one that is near to it."""
     torch.manual_seed(0)
     shape = dict(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
                  num_attention_heads=2, max_position_embeddings=256, initializer_range=0.3, tie_word_embeddings=False,
                  bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)
-    model = AutoModelForCausalLM.from_config(LlamaConfig(**shape | changes))
+    model = kind.from_config(LlamaConfig(**shape | changes))
     with torch.no_grad():
         for weight in model.parameters():
             weight += noise * torch.randn_like(weight)

@@ -1,19 +1,13 @@
-"""Start stages as a person would, but in this process, where torch is imported already.
-
-As a program, under torchrun: runs several stages in turn as one of the ranks (test_ranks.py), see `run_ranks`.
-"""
+"""Start stages as a person would, but in this process, where torch is imported already."""
 
 import contextlib
 import functools
-import glob
 import hashlib
 import importlib.util
 import io
 import json
 import os
-import signal
 import socket
-import subprocess
 import sys
 from collections import namedtuple
 from pathlib import Path
@@ -75,6 +69,12 @@ def refused(name, /, *words, **options):
     return ran.err
 
 
+def as_torchrun(monkeypatch, **changes):
+    """The environment of one of two processes that torchrun has started, with these changes; None: not set."""
+    for name, value in (AS_TORCHRUN | changes).items():
+        monkeypatch.delenv(name, raising=False) if value is None else monkeypatch.setenv(name, value)
+
+
 def parsed(name, words):
     """What a stage makes of the words of its command line, defaults included."""
     argv, sys.argv = sys.argv, [name, *words]
@@ -93,6 +93,11 @@ def write_rows(path, rows):
     return path
 
 
+def counts(output):
+    """What a stage has counted: rows read, kept, dropped and why."""
+    return runs.read_record(output)["counts"]
+
+
 def metrics(model):
     return rows(Path(model) / "metrics.jsonl")
 
@@ -109,11 +114,6 @@ def farthest(one, two):
     return max((one[key] - two[key]).abs().max().item() for key in one)
 
 
-def other_steps(one, two):
-    """The steps whose metrics differ between two models: short, where a comparison of all would not be."""
-    return [a["step"] for a, b in zip(metrics(one), metrics(two), strict=True) if a != b]
-
-
 def digest(path):
     """For comparing files: where it fails, pytest would take minutes to explain how megabytes differ."""
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
@@ -124,76 +124,7 @@ def files(folder):
     return {str(path): (path.stat().st_mtime_ns, digest(path)) for path in Path(folder).rglob("*") if path.is_file()}
 
 
-def moved(one, two):
-    return farthest(one, two) > 1e-4
-
-
-# ---------------------------------------------------------------------------------------------
-# Two ranks
-
-
 def free_port():
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]
-
-
-def run_ranks(folder, *jobs):
-    """Each of jobs, (stage, options) or (stage, command, options), by two processes -> for each, the two ranks' Ran.
-
-    One torchrun serves all the jobs, each with a port of its own to meet at: most of the time goes into imports.
-    The option stop_after=N is not the stage's: it has SIGTERM once N steps are taken.
-    """
-    job = [[words, {key: str(v) if isinstance(v, Path) else v for key, v in options.items()}, free_port()]
-           for *words, options in jobs]
-    (folder / "job.json").write_text(json.dumps(job))
-    with subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port",
-                           str(free_port()), __file__, folder / "job.json"], text=True, stdout=subprocess.PIPE,
-                          stderr=subprocess.STDOUT, env=NO_RANKS | {
-                              "OMP_NUM_THREADS": "1"}) as torchrun:
-        try:
-            output, _ = torchrun.communicate(timeout=600)
-        except subprocess.TimeoutExpired:
-            torchrun.terminate()  # not kill: its processes must end too
-            output, _ = torchrun.communicate()
-    assert torchrun.returncode == 0, output[-5000:]
-    ranks = [[Ran(*ran) for ran in rows(folder / f"job.json.{rank}")] for rank in range(2)]
-    return list(zip(*ranks, strict=True))
-
-
-@contextlib.contextmanager
-def stopped_after(steps):
-    real = runs.log_step
-
-    def log_step(partial, progress, step, *rest, **more):
-        real(partial, progress, step, *rest, **more)
-        if step + 1 == steps:
-            os.kill(os.getpid(), signal.SIGTERM)
-    runs.log_step = log_step
-    yield
-    runs.log_step = real
-
-
-def gloo_threads():
-    names = [Path(task, "comm").read_text() for task in glob.glob("/proc/self/task/*")]
-    return sum("gloo" in name for name in names)
-
-
-def be_a_rank(job):
-    import torch
-    torch.set_num_threads(1)
-    done = []
-    for k, (words, options, port) in enumerate(json.loads(Path(job).read_text())):
-        if k > 0:  # the first meets where torchrun says
-            os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), TORCHELASTIC_USE_AGENT_STORE="False")
-        with stopped_after(options.pop("stop_after", None)):
-            before = gloo_threads()
-            done.append(attempt(*words, **options))
-            # one that is left may want the GIL when Python ends, which aborts the process
-            assert gloo_threads() <= before or "fsdp" in options, words
-    write_rows(f"{job}.{os.environ['RANK']}", done)
-    os._exit(0)  # torch keeps FSDP's mesh, and with it those threads
-
-
-if __name__ == "__main__":
-    be_a_rank(sys.argv[1])

@@ -38,10 +38,6 @@ def logit(p):
     return math.log(p / (1 - p))
 
 
-# ---------------------------------------------------------------------------------------------
-# The metrics
-
-
 @pytest.mark.parametrize("model", MODELS)
 def test_official_models(tmp_path, model):
     if not OFFICIAL.exists():
@@ -132,10 +128,6 @@ def test_the_baseline_itself_has_50_by_construction():
     assert (found["win_rate"], found["length_controlled_winrate"], found["lc_standard_error"]) == (50, 50, 0)
 
 
-# ---------------------------------------------------------------------------------------------
-# Files
-
-
 def write_gamed(path, count):
     path.write_text("preference,index,std_delta_len,instruction_difficulty,not_gamed_baseline,model\n" + "".join(
         f"0.6,{k},{k - 1.5},{k / 10},False,{model}\n" for model in ("verbose", "concise") for k in range(count)))
@@ -219,10 +211,6 @@ def test_defaults():
     for words, limit in ((["alpaca-sample", "--instructions", "i"], 2048), (["mt-sample", "--questions", "q"], 1024),
                          (["sample", "--input", "i"], 300), (["sample", "--input", "i", "--max-new-tokens", "9"], 9)):
         assert stages.parsed("05_eval", words + options).max_new_tokens == limit
-
-
-# ---------------------------------------------------------------------------------------------
-# The report
 
 
 def write_metrics(path, name, **figures):
@@ -417,9 +405,3 @@ def test_a_file_without_metrics_is_named(tmp_path, metrics):
     path = tmp_path / "m.json"
     path.write_text(json.dumps({"name": "SFT"} | metrics if isinstance(metrics, dict) else metrics))
     assert str(path) in stages.refused("05_eval", "report", path, output=tmp_path / "report")
-
-
-def test_a_command_of_one_process_refuses_torchrun(tmp_path, monkeypatch):
-    for name, value in stages.AS_TORCHRUN.items():
-        monkeypatch.setenv(name, value)
-    assert "without torchrun" in stages.refused("05_eval", "report", "x", output=tmp_path / "out")

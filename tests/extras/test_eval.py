@@ -1,14 +1,18 @@
-"""05_eval.py sample and its report: what a run writes, and several commands in one start."""
+"""05_eval.py sample: what a run writes, several commands in one start, and --init-model: agreement, distance."""
 
 import json
+import math
 import weakref
 
 import numpy as np
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import AutoModelForCausalLM
 
 import stages
+from children import no_child_outlives_its_test, two_ranks
+from conftest import save_tiny
+from extras import held_out, plain_spa
 from extras.small_world import gold_score
 from support import chat, models, runs
 from stages import attempt, command_line, digest, files, refused, rows, run, write_rows
@@ -29,10 +33,6 @@ def test_the_judge_accuracy_by_hand(tmp_path):
         {"id": k, "prompt": LAMP, "prompt_ids": [1], "chosen": w, "rejected": l} for k, (w, l) in enumerate(pairs)])
     assert evaluation.judge_accuracy(path, GOLD) == pytest.approx(200 / 3)
     assert evaluation.judge_accuracy(write_rows(path, rows(path)[3:]), GOLD) is None  # no pair to judge by
-
-
-# ---------------------------------------------------------------------------------------------
-# A run
 
 
 @pytest.fixture(scope="module")
@@ -76,24 +76,17 @@ def test_the_annotations_have_the_same_metrics_in_alpaca_evals_format(evaluated,
 
 @pytest.mark.parametrize("size", [2, 16])
 def test_an_answer_is_as_long_as_the_model_has_positions_for(tmp_path, tokenizer, size, monkeypatch):
-    """As the same model's with twice the positions, cut where there is no room; a model of learned positions."""
+    """As the same model's with twice the positions, cut where there is no room."""
     monkeypatch.setattr(chat, "response_text", lambda tokenizer, prompt, ids: " ".join(map(str, ids)))
-    torch.manual_seed(0)
-    long, short = (GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=2, n_head=2, n_positions=n,
-                                              initializer_range=0.3)) for n in (80, 40))
-    weights = long.state_dict()
-    short.load_state_dict(weights | {"transformer.wpe.weight": weights["transformer.wpe.weight"][:40]})
     lengths = [1, 2, 13, 14, 20, 20, 20, 21, 35, 36]
     path = write_rows(tmp_path / "in.jsonl", [{"id": k, "prompt": "lid " * n} for k, n in enumerate(lengths)])
     found, lines = [], []
-    for model in (long, short):
-        folder = tmp_path / str(len(found))
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        ran = attempt("05_eval", "sample", model=folder, input=path, max_new_tokens=24, micro_batch_size=size,
-                      output=folder / "eval")
+    for positions in (80, 40):  # by the same random weights
+        model = save_tiny(tmp_path / f"{positions}", tokenizer, max_position_embeddings=positions)
+        ran = attempt("05_eval", "sample", model=model, input=path, max_new_tokens=24, micro_batch_size=size,
+                      output=model / "eval")
         assert ran.status == 0, ran
-        found.append([row["response"].split() for row in rows(folder / "eval/responses.jsonl")])
+        found.append([row["response"].split() for row in rows(model / "eval/responses.jsonl")])
         lines.append(ran.out)
     used = [len(chat.prompt_ids(tokenizer, runs.as_messages("lid " * n), "")) for n in lengths]
     room = [min(24, 40 - n) for n in used]
@@ -101,14 +94,6 @@ def test_an_answer_is_as_long_as_the_model_has_positions_for(tmp_path, tokenizer
     assert sum(len(ids) > n for ids, n in zip(found[0], room)) > 3
     assert [ids[:n] for ids, n in zip(found[0], room)] == found[1]
     assert "less room" not in lines[0] and "answers with less room than --max-new-tokens 7" in lines[1]
-    too_long = write_rows(tmp_path / "in.jsonl", [*rows(path), {"id": 10, "prompt": "lid " * 37}])
-    line = refused("05_eval", "sample", model=tmp_path / "1", input=too_long, output=tmp_path / "out")
-    assert "id 10: 41 tokens" in line and "40 positions" in line
-    assert not list(tmp_path.glob("out.partial/sampling*"))
-
-
-# ---------------------------------------------------------------------------------------------
-# Several commands in one start
 
 
 @pytest.fixture
@@ -124,9 +109,13 @@ def same(one, two):
                for name in ("responses.jsonl", "metrics.json", "annotations.json"))
 
 
-def test_two_commands_in_one_start_make_what_two_starts_make(commands, tmp_path, monkeypatch):
+def test_two_commands_in_one_start_make_what_two_starts_make_also_as_two_ranks(commands, tmp_path, monkeypatch):
     for words in commands("alone"):
         assert attempt("05_eval", *words).status == 0
+    first, second = commands("two ranks")
+    ranks = two_ranks(["05_eval", *first, "--then", *second], {})
+    assert [rank.status for rank in ranks] == [0, 0] and ranks[1].out == "", ranks
+    assert same(tmp_path / "alone", tmp_path / "two ranks")
     loaded, load_model = [], models.load_model
 
     def load(*args):
@@ -164,10 +153,85 @@ def test_a_mistake_in_the_last_command_is_told_before_the_first_begins(commands,
     assert ran.status == 2 and ran.err.count("\n") == 1 and not (tmp_path / "out").exists(), ran
 
 
-def test_two_processes_carry_out_two_commands(commands, tmp_path):
-    first, second = commands("two")
-    [ranks] = stages.run_ranks(tmp_path, ("05_eval", *map(str, [*first, "--then", *second]), {}))
-    assert [rank.status for rank in ranks] == [0, 0] and ranks[1].out == "", ranks
-    first, second = commands("one")
-    assert attempt("05_eval", *first, "--then", *second).status == 0
-    assert same(tmp_path / "one", tmp_path / "two")
+def logp(model, tokenizer, prompt, text):
+    ids = tokenizer(text).input_ids + [tokenizer.eos_token_id]
+    return plain_spa.log_prob(model, chat.prompt_ids(tokenizer, prompt, ""), ids).item()
+
+
+@pytest.fixture(scope="module")
+def labelled(world, tmp_path_factory):
+    """Rows with both answers; the last without, and one whose chosen answer is the shorter one."""
+    seed = runs.read_jsonl(world / "seed.jsonl", runs.LABELLED)[:9]
+    seed[0]["chosen"] = seed[0]["chosen"].split()[0]
+    seed.append({"id": "x", "prompt": seed[0]["prompt"]})
+    return write_rows(tmp_path_factory.mktemp("held_out") / "eval.jsonl", seed)
+
+
+def metrics_of(folder, **options):
+    output = run("05_eval", "sample", max_new_tokens=4, **options, output=folder / "out")
+    return json.loads((output / "metrics.json").read_text())
+
+
+def test_agreement_is_that_of_equation_7(labelled, pi_0, pi_init, tokenizer, tmp_path):
+    policy, init = (AutoModelForCausalLM.from_pretrained(name) for name in (pi_0, pi_init))
+    margins, likelihoods, longer = [], [], []
+    for row in rows(labelled)[:9]:
+        ours, theirs = ({y: logp(model, tokenizer, row["prompt"], row[y]) for y in ("chosen", "rejected")}
+                        for model in (policy, init))
+        margins.append(0.3 * (ours["chosen"] - theirs["chosen"] - ours["rejected"] + theirs["rejected"]))
+        likelihoods.append(theirs["chosen"] - theirs["rejected"])
+        longer.append(len(row["chosen"]) - len(row["rejected"]))
+    metrics = metrics_of(tmp_path, model=pi_0, init_model=pi_init, input=labelled, beta=0.3, micro_batch_size=4)
+    right = [margin > 0 for margin in margins]
+    assert 0 < sum(right) < 9 and metrics["agreement_n"] == 9
+    assert metrics["agreement"] == pytest.approx(100 * sum(right) / 9)
+    assert metrics["agreement_error"] == pytest.approx(100 * np.std(right, ddof=1) / 3)
+    assert metrics["init_agreement"] == pytest.approx(100 * sum(x > 0 for x in likelihoods) / 9)
+    assert metrics["longer_agreement"] == pytest.approx(100 * sum((np.sign(longer) + 1) / 2) / 9)
+    assert sum(n for _, _, n in metrics["calibration"]) == 9
+    confidence = [1 / (1 + math.exp(-abs(margin))) for margin in margins]
+    mean = sum(c * n for c, _, n in metrics["calibration"] if n) / 9
+    assert mean == pytest.approx(np.mean(confidence), abs=1e-4)
+
+
+def test_pi_init_itself_has_no_implicit_reward(labelled, pi_init, tmp_path):
+    metrics = metrics_of(tmp_path, model=pi_init, init_model=pi_init, input=labelled)
+    assert "agreement" not in metrics and "calibration" not in metrics and metrics["agreement_n"] == 9
+    assert metrics["kl_per_token"] == 0
+
+
+def test_prompts_alone_are_answered_as_before(world, pi_0, pi_init, tmp_path):
+    metrics = metrics_of(tmp_path, model=pi_0, init_model=pi_init, input=world / "prompts_1.jsonl")
+    assert "agreement_n" not in metrics and metrics["n"] == 14
+
+
+def test_agreement_and_calibration_by_hand():
+    # right, tie, wrong, right: 2.5 of 4; the standard deviation of 1, 1/2, 0, 1 is sqrt(11 / 48)
+    rate, error = held_out.agreement(np.array([2.0, 0.0, -1.0, 0.1]))
+    assert rate == 62.5 and error == pytest.approx(100 * (11 / 48) ** 0.5 / 2)
+    assert held_out.agreement(np.array([-3.0])) == (0.0, None)
+    # confidences 0.52 (right), 0.97 (wrong), 0.99 (right), 1 (right)
+    bins = held_out.calibration(np.array([0.52, 0.03, 0.99, 1.0]))
+    assert bins[0] == [pytest.approx(0.52), 100, 1] and bins[1:9] == [[None, None, 0]] * 8
+    assert bins[9] == [pytest.approx((0.97 + 0.99 + 1) / 3), pytest.approx(200 / 3), 3]
+
+
+def test_the_distance_from_pi_init_is_the_mean_kl_of_a_token(world, pi_0, pi_init, tokenizer, tmp_path, monkeypatch):
+    """By torch.distributions, one sequence at a time; the responses are those of 02 with the same seed."""
+    responses = run("02_generate", model=pi_0, input=world / "eval.jsonl", max_new_tokens=4, temperature=3,
+                    on_length_limit="open", output=tmp_path / "responses.jsonl")
+    policy, init = (AutoModelForCausalLM.from_pretrained(name) for name in (pi_0, pi_init))
+    divergences, improbable = [], 0
+    for row in rows(responses):
+        x, y = row["prompt_ids"], row["responses"][0]["ids"]
+        p, q = (torch.distributions.Categorical(logits=model(torch.tensor([x + y])).logits[0, len(x) - 1:-1].double())
+                for model in (policy, init))
+        divergences += torch.distributions.kl_divergence(p, q).tolist()
+        improbable += (q.log_prob(torch.tensor(y)).exp() < 1e-4).sum().item()
+    assert 0 < improbable < len(divergences)
+    for chunk in (10 ** 6, 3):
+        monkeypatch.setattr("common.chunk_rows", lambda weight: chunk)
+        metrics = metrics_of(tmp_path / str(chunk), model=pi_0, init_model=pi_init, input=world / "eval.jsonl",
+                            temperature=3)
+        assert metrics["kl_per_token"] == pytest.approx(np.mean(divergences), rel=1e-4) and metrics["kl_per_token"] > 0
+        assert metrics["improbable"] == pytest.approx(100 * improbable / len(divergences))

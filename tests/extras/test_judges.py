@@ -1,4 +1,7 @@
-"""--judge and --length-penalty of 03: each judge against an independent computation."""
+"""--judge and --length-penalty of 03: each judge against an independent computation.
+
+PairRM against the llm-blender package on a tiny model, whose numbers are quoted here.
+"""
 
 import json
 import math
@@ -8,16 +11,18 @@ from argparse import Namespace
 import numpy as np
 import pytest
 import torch
-from tokenizers.processors import TemplateProcessing
-from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassification, BertConfig, LlamaConfig,
-                          PreTrainedTokenizerFast)
+from safetensors.torch import load_file, save_file
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
+from transformers import (AutoModelForCausalLM, AutoModelForSequenceClassification, BertConfig, DebertaV2Config,
+                          DebertaV2Model, PreTrainedTokenizerFast)
 
 import common
 import stages
-from extras import judges, small_world
+from children import no_child_outlives_its_test, two_ranks
+from conftest import save_tiny
+from extras import judges, pairrm, small_world
 from support import chat, runs
-from stages import attempt, refused, rows, run, write_rows
-from test_pairrm import save_pairrm
+from stages import attempt, counts, refused, rows, run, write_rows
 
 stage = stages.load("03_judge")
 
@@ -59,23 +64,15 @@ def check(sampled, labelled, rewards, name, abs=1e-3):
         assert judged["judge"] == name and (judged["id"], judged["prompt"]) == (row["id"], row["prompt"])
 
 
-# ---------------------------------------------------------------------------------------------
-# By a reward model
-
-
-def save_llama(folder, tokenizer, kind=AutoModelForSequenceClassification, **more):
+def save_llama(folder, tokenizer, **changes):
     """A tiny Llama with a score head, padding with the EOS as the small world does."""
-    torch.manual_seed(1)
-    config = LlamaConfig(vocab_size=len(tokenizer), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-                         num_attention_heads=2, **{"num_labels": 1, "pad_token_id": tokenizer.pad_token_id} | more)
-    kind.from_config(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+    return save_tiny(folder, tokenizer, **{"kind": AutoModelForSequenceClassification, "num_labels": 1,
+                                           "pad_token_id": tokenizer.pad_token_id} | changes)
 
 
 @pytest.fixture(scope="module")
 def reward_model(tokenizer, tmp_path_factory):
-    return save_llama(tmp_path_factory.mktemp("reward") / "model", tokenizer, initializer_range=0.3)
+    return save_llama(tmp_path_factory.mktemp("reward") / "model", tokenizer)
 
 
 @torch.no_grad()
@@ -89,7 +86,7 @@ def score_alone(model, ids):
 def test_a_reward_model_scores_each_response_by_itself(judged, responses, reward_model, tokenizer, tmp_path, pads):
     name = reward_model
     if not pads:  # then transformers takes one text at a time, and its last token
-        name = save_llama(tmp_path / "model", tokenizer, initializer_range=0.3, pad_token_id=None)
+        name = save_llama(tmp_path / "model", tokenizer, pad_token_id=None)
     model = AutoModelForSequenceClassification.from_pretrained(name)
     expected = [[score_alone(model, tokenizer.apply_chat_template(
         row["prompt"] + [{"role": "assistant", "content": y["text"]}], return_dict=False))
@@ -106,7 +103,7 @@ def bert(tokenizer, tmp_path_factory):
     names = ["input_ids", "token_type_ids", "attention_mask"]
     reader = PreTrainedTokenizerFast.from_pretrained(tokenizer.name_or_path, model_input_names=names)
     reader.chat_template = None
-    reader.backend_tokenizer.post_processor = TemplateProcessing(
+    reader.backend_tokenizer.post_processor = processors.TemplateProcessing(
         single="$A <eos>", pair="$A <eos> $B:1 <bos>:1", special_tokens=[("<eos>", 0), ("<bos>", 1)])
     torch.manual_seed(2)
     config = BertConfig(vocab_size=len(reader), hidden_size=32, intermediate_size=48, num_hidden_layers=1,
@@ -144,10 +141,6 @@ def test_a_model_that_does_not_give_one_finite_score_is_refused(responses, token
     model = save_llama(tmp_path / "model", tokenizer, **changes)
     line = refused("03_judge", judge="reward", reward_model=model, input=responses, output=tmp_path / "out")
     assert (f"{responses}, id world-" if "rms_norm_eps" in changes else f"{model}: ") in line
-
-
-# ---------------------------------------------------------------------------------------------
-# By an LLM
 
 
 LISTING_1 = """Consider the following conversation between a human and an assistant:
@@ -196,20 +189,6 @@ def test_of_several_responses_the_llm_is_asked_about_every_pair(pi_0, three, jud
         scores = judges.llm_rewards(3, labelled["options"])
         assert labelled["chosen"] == row["responses"][scores.index(max(scores))]
         assert labelled["rejected"] == row["responses"][scores.index(min(scores))]
-
-
-def test_the_judge_s_training_data_ask_what_03_asks(world, tokenizer):
-    seed = {row["id"]: row for row in runs.read_jsonl(world / "seed.jsonl", runs.LABELLED)}
-    examples = rows(world / "judge_sft.jsonl")
-    assert len(examples) == 2 * len(seed)
-    for example in examples:
-        row_id, letter = example["id"].rsplit("-", 1)
-        row = seed[row_id]
-        one, two = (row["chosen"], row["rejected"]) if letter == "A" else (row["rejected"], row["chosen"])
-        question = LISTING_1.format(prompt=row["prompt"][0]["content"], one=one, two=two)
-        assert example["prompt"] == [{"role": "user", "content": question}] and example["response"] == letter
-        ids = chat.prompt_ids(tokenizer, example["prompt"], "")
-        assert tokenizer.unk_token_id not in ids and len(ids) + 2 <= 256  # the model's positions
 
 
 @pytest.mark.parametrize("empty_system", [True, False])
@@ -264,10 +243,6 @@ def test_a_judge_whose_options_are_not_single_tokens_is_refused(responses, tmp_p
     assert f"{judge}: " in line and "A" in line
 
 
-# ---------------------------------------------------------------------------------------------
-# By gold
-
-
 def test_gold_is_the_small_world_s_judge(judged, responses, world):
     gold = small_world.read_gold(world / "gold.json")
     scores = [[small_world.gold_score(gold, row["prompt"], y["text"]) for y in row["responses"]]
@@ -296,10 +271,6 @@ def test_bad_labels_are_refused(responses, tmp_path, label, named):
     labels = write_rows(tmp_path / "labels.jsonl", [label])
     line = refused("03_judge", judge="gold", gold=labels, input=responses, output=tmp_path / "out")
     assert str(labels) in line and named in line
-
-
-# ---------------------------------------------------------------------------------------------
-# Eq. 13
 
 
 def mean_gap(rewards, lengths, alpha):
@@ -331,6 +302,139 @@ def test_equation_13_and_the_automatic_penalty_by_hand():
     # without need of one it is 0: thresholds -1 and 2, of the same size
     assert judges.balancing_penalty([[-1, 0], [2, 0]], [[2, 1], [2, 1]]) == 0.0
     assert judges.balancing_penalty([[-1, 0], [2, 0]], [[3, 3], [1, 1]]) == 0.0
+
+
+SPECIAL = ["[PAD]", "[CLS]", "[SEP]", "[UNK]", "[MASK]"]
+PREFIXES = ["<|source|>", "<|candidate1|>", "<|candidate2|>", "<|candidate|>"]
+FIELDS = ["source_prefix_id", "cand1_prefix_id", "cand2_prefix_id", "cand_prefix_id"]
+
+
+def save_pairrm(folder):
+    """A tiny PairRM in its published form. Its weights are a formula, so that every library makes the same."""
+    pieces = [*SPECIAL, *"▁abcdefghijklmnopqrstuvwxyz.,<>|[]012", "▁the", "ing", "▁a"]
+    reader = Tokenizer(models.Unigram([(piece, -float(k)) for k, piece in enumerate(pieces)], unk_id=3))
+    reader.normalizer = normalizers.Sequence([normalizers.Strip(), normalizers.Replace(Regex(" {2,}"), " ")])
+    reader.pre_tokenizer = pre_tokenizers.Metaspace()
+    reader.add_special_tokens(SPECIAL)
+    reader.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B [SEP]",
+                                                          special_tokens=[("[CLS]", 1), ("[SEP]", 2)])
+    reader.add_tokens(PREFIXES)
+    names = dict(zip(["pad", "cls", "sep", "unk", "mask", "bos", "eos"], [*SPECIAL, "[CLS]", "[SEP]"]))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=reader, **{f"{k}_token": v for k, v in names.items()})
+    tokenizer.save_pretrained(folder)
+    edit_json(folder / "tokenizer_config.json", tokenizer_class="DebertaV2Tokenizer")
+    config = DebertaV2Config(
+        vocab_size=len(tokenizer) + 3, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=24,
+        relative_attention=True, position_buckets=8, max_position_embeddings=32, norm_rel_ebd="layer_norm",
+        share_att_key=True, pos_att_type=["p2c", "c2p"], position_biased_input=False, type_vocab_size=0, pad_token_id=0,
+        n_tasks=2, drop_out=0.05, sep_token_id=2, **dict(zip(FIELDS, tokenizer.convert_tokens_to_ids(PREFIXES))))
+    config.save_pretrained(folder)
+    shapes = {f"pretrained_model.{name}": tuple(w.shape) for name, w in DebertaV2Model(config).state_dict().items()}
+    shapes |= {"head_layer.1.weight": (16, 32), "head_layer.1.bias": (16,), "head_layer.4.weight": (2, 16),
+               "head_layer.4.bias": (2,)}
+    weights = {}
+    for k, (name, shape) in enumerate(sorted(shapes.items())):
+        values = 0.5 * np.sin(np.arange(1, math.prod(shape) + 1) ** 2.0 + k) + name.endswith("LayerNorm.weight")
+        weights[name] = torch.tensor(values, dtype=torch.float32).reshape(shape)
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def edit_json(path, **changes):
+    fields = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({key: value for key, value in fields.items() if value is not None}))
+
+
+@pytest.fixture
+def pairrm_model(tmp_path):
+    return save_pairrm(tmp_path / "pairrm")
+
+
+# (prompt, y_1, y_2, logit in this order, logit in the other), the logits by llm-blender 0.0.2 with transformers 4.44.2
+# and torch 2.13, of what save_pairrm(folder) writes:
+#   tokenizer, model = AutoTokenizer.from_pretrained(folder), DebertaV2PairRM.from_pretrained(folder).eval()
+#   model(**tokenize_pair(tokenizer, [prompt], [y_1], [y_2])).logits
+# The second prompt is cut, and both responses to the fourth.
+ORACLE = [
+    ("name a fish.", "an eel is a fish.", "the whale", 0.26215678453445435, -0.05874605476856232),
+    ("a  long\nrow: " + "the fish is in the sea. " * 200, "it is", "so is a whale, and the eel. " * 60,
+     0.022030889987945557, -0.2289956510066986),
+    ("is it?", "yes.", "", 0.1350577473640442, 0.02367357909679413),
+    ("say it twice.", "say it twice. " * 200, "twice " * 300, 0.159787118434906, -0.030795633792877197)]
+
+
+def answers(*responses):
+    """Rows of 02: (prompt, texts of the responses)."""
+    return [{"id": f"{k}", "prompt": prompt, "prompt_ids": [1],
+             "responses": [{"text": text, "ids": [2 + j], "finish": "eos"} for j, text in enumerate(texts)]}
+            for k, (prompt, texts) in enumerate(responses)]
+
+
+@pytest.fixture
+def judged_by_pairrm(pairrm_model, tmp_path):
+    """Judge responses by PairRM -> the rows that 03 writes."""
+    def start(*responses, **options):
+        path, output = write_rows(tmp_path / "responses.jsonl", answers(*responses)), tmp_path / "out.jsonl"
+        ran = attempt("03_judge", judge="pairrm", reward_model=pairrm_model, input=path, output=output, **options)
+        assert (ran.status, ran.err) == (0, "")  # not a warning either
+        return rows(output)
+    return start
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_the_logits_of_pairrm_are_those_of_the_package(judged_by_pairrm, batch):
+    labelled = judged_by_pairrm(*((prompt, [one, two]) for prompt, one, two, *_ in ORACLE), micro_batch_size=batch)
+    for row, (_, one, two, there, back) in zip(labelled, ORACLE, strict=True):
+        assert [k for *pair, _ in row["logits"] for k in pair] == [0, 1, 1, 0]
+        assert [logit for *_, logit in row["logits"]] == pytest.approx([there, back], abs=1e-5)
+        p = 1 / (1 + math.exp(-(there - back) / 2))
+        assert row["p"] == pytest.approx(p, abs=1e-5) and row["judge"] == "pairrm"
+        assert row["chosen"]["text"] == (one if p > 0.5 else two)
+
+
+def test_of_several_responses_each_is_compared_with_every_other(judged_by_pairrm):
+    texts = ["an eel is a fish.", "the whale", "no thing", "the"]
+    [row] = judged_by_pairrm(("name a fish.", texts))
+    logit = {(one, two): value for one, two, value in row["logits"]}
+    assert len(logit) == len(row["logits"]) == 12
+    assert [logit[0, 1], logit[1, 0]] == pytest.approx(ORACLE[0][3:], abs=1e-5)
+    mean = [sum((logit[k, j] - logit[j, k]) / 2 for j in range(4) if j != k) / 4 for k in range(4)]
+    assert (row["chosen"]["text"], row["rejected"]["text"]) == (texts[np.argmax(mean)], texts[np.argmin(mean)])
+    sign = 1 if np.argmax(mean) < np.argmin(mean) else -1
+    assert row["p"] == pytest.approx(1 / (1 + math.exp(-sign * (max(mean) - min(mean)))), abs=1e-9)
+
+
+def test_a_token_of_pairrm_that_a_text_spells_is_text(pairrm_model):
+    _, read = pairrm.load_pairrm(str(pairrm_model), "cpu")
+    ids = read("<|source|> a[SEP]", "<|candidate2|>", "[CLS]<|candidate|>")
+    assert [i for i in ids if i in (1, 2, 45, 46, 47, 48)] == [1, 45, 2, 1, 46, 2, 1, 47, 2] and len(ids) > 40
+
+
+def test_of_several_turns_the_conversation_is_pairrm_s_source(judged_by_pairrm):
+    turns = [("user", "name a fish."), ("assistant", "the eel."), ("user", "a thing")]
+    as_messages = [{"role": role, "content": content} for role, content in turns]
+    as_one = "user: name a fish.\n\nassistant: the eel.\n\nuser: a thing"
+    one, two = judged_by_pairrm((as_messages, ["yes.", "no"]), (as_one, ["yes.", "no"]))
+    assert one["logits"] == two["logits"]
+
+
+@pytest.mark.parametrize("change, named", [
+    (dict(cand1_prefix_id=None), "cand1_prefix_id"), (dict(source_prefix_id=9), "source_prefix_id"),
+    (dict(vocab_size=48), "vocabulary"), (dict(n_tasks=None), "n_tasks"), ("head_layer.4.bias", "head_layer.4.bias"),
+    ("tokenizer.json", "tokenizer")])
+def test_what_is_not_pairrm_is_refused(pairrm_model, tmp_path, change, named):
+    model = pairrm_model
+    if isinstance(change, dict):
+        edit_json(model / "config.json", **change)
+    elif change == "tokenizer.json":
+        (model / change).unlink()
+    else:
+        weights = load_file(model / "model.safetensors")
+        del weights[change]
+        save_file(weights, model / "model.safetensors", {"format": "pt"})
+    path = write_rows(tmp_path / "responses.jsonl", answers(("a", ["the", "a"])))
+    line = refused("03_judge", judge="pairrm", reward_model=model, input=path, output=tmp_path / "out")
+    assert f"{model}: " in line and named in line
 
 
 FIT = {"init": ["model", "init_model"], "previous": ["model", "ref_model"], "none": ["model"],
@@ -365,7 +469,7 @@ def test_the_penalty_goes_with_every_judge(judged, responses, options_of, penalt
 def test_the_penalty_that_was_chosen_is_printed(responses, pi_0, tmp_path):
     output = tmp_path / "out"
     ran = attempt("03_judge", judge="none", model=pi_0, input=responses, length_penalty="auto", output=output)
-    alpha = json.loads(runs.args_path(output).read_text())["counts"]["length penalty"]
+    alpha = counts(output)["length penalty"]
     assert type(alpha) is float and f"length penalty {alpha}" in ran.out
 
 
@@ -383,24 +487,10 @@ def test_a_model_of_another_judge_is_refused_and_what_a_judge_needs_is_asked_for
         assert "--" + key.replace("_", "-") in line and f"--judge {name}" in line
 
 
-def test_two_processes_write_the_same_bytes_which_04_reads(options_of, pi_0, tmp_path):
-    names = [name for name in FIT if name != "init"]
-    ran = stages.run_ranks(tmp_path, *(("03_judge", options_of[name] | {"output": tmp_path / name}) for name in names))
-    assert all(rank.status == 0 for ranks in ran for rank in ranks), ran
-    for name in names:
-        one = run("03_judge", **options_of[name], output=tmp_path / f"{name}_alone")
-        assert one.read_bytes() == (tmp_path / name).read_bytes(), name
-        run("04_refined_dpo", model=pi_0, input=one, batch_size=4, output=tmp_path / f"pi_{name}")
-
-
-@pytest.mark.parametrize("name", ["previous", "none", "pairrm", "reward", "llm"])
-def test_what_is_finished_is_not_computed_again(options_of, tmp_path, monkeypatch, name):
-    journals = []
-    for _ in range(2):  # stopped at the end, and started again
-        with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
-            patch.setattr(runs, "close_output", lambda *_: 1 / 0)
-            run("03_judge", **options_of[name], output=tmp_path / "stopped")
-        journals.append({path: path.read_text().split() for path in tmp_path.glob("stopped.partial/*.0.jsonl")})
-    assert journals[0] == journals[1] and len(journals[0]) == (2 if name == "previous" else 1)
-    whole = run("03_judge", **options_of[name], output=tmp_path / "whole")
-    assert run("03_judge", **options_of[name], output=tmp_path / "stopped").read_bytes() == whole.read_bytes()
+@pytest.mark.parametrize("name", [name for name in FIT if name != "init"])
+def test_two_processes_write_the_same_bytes_which_04_reads(options_of, pi_0, tmp_path, name):
+    ranks = two_ranks("03_judge", options_of[name] | {"output": tmp_path / "two"})
+    assert [rank.status for rank in ranks] == [0, 0], ranks
+    one = run("03_judge", **options_of[name], output=tmp_path / "one")
+    assert one.read_bytes() == (tmp_path / "two").read_bytes()
+    run("04_refined_dpo", model=pi_0, input=one, batch_size=4, output=tmp_path / "pi")

@@ -130,8 +130,11 @@ def respond(request, before):
 
 
 def test_judgments_and_scores(tmp_path, judge_options):
+    answers = write_answers(tmp_path, "ours")
     with serving(respond) as server:
-        rows = judge(write_answers(tmp_path, "ours"), server, judge_options)
+        stopped = stages.attempt("05_eval", "mt-judge", answers, judge_url=server.url, max_requests=3, **judge_options)
+        assert stopped.status == 2 and not (tmp_path / "bench" / "model_judgment").exists()
+        rows = judge(answers, server, judge_options | {"max_requests": 5})  # resumed
         assert {(r["model"], r["temperature"], r["max_tokens"]) for r in server.requests} == {("org/gpt-x", 0, 2048)}
         assert all("logprobs" not in r for r in server.requests) and len(server.requests) == 8
         systems = {r["messages"][1]["content"]: r["messages"][0] for r in server.requests}
@@ -201,15 +204,6 @@ def test_a_judgment_that_cannot_be_written_is_not_an_answer(tmp_path, judge_opti
         ran = stages.attempt("05_eval", "mt-judge", write_answers(tmp_path, "ours"), judge_url=server.url,
                              judge_retries=0, **judge_options)
     assert ran.status == 2 and "8 of 8" in ran.err and ran.err.count("\n") == 1
-
-
-def test_a_stopped_run_resumes(tmp_path, judge_options):
-    answers = write_answers(tmp_path, "ours")
-    with serving(respond) as server:
-        ran = stages.attempt("05_eval", "mt-judge", answers, judge_url=server.url, max_requests=3, **judge_options)
-        assert ran.status == 2 and "--max-requests 3" in ran.err and ran.err.count("\n") == 1
-        assert not (tmp_path / "bench" / "model_judgment").exists()
-        assert len(judge(answers, server, judge_options | {"max_requests": 5})) == 8 == len(server.requests)
 
 
 def test_a_local_judge_writes_judgments(tmp_path, judge_options, pi_init, monkeypatch):

@@ -26,10 +26,6 @@ def plan():
     return tables.Plan(Path("runs"), 1)
 
 
-# ---------------------------------------------------------------------------------------------
-# What is run
-
-
 def test_there_is_every_table():
     assert list(tables.TABLES) == ["1", "C", "2", "3", "4", "5", "6", "7", "10", "11", "F3", "F4", "F5b"]
     for _, _, table in tables.TABLES.values():  # a row is compared with one of its table
@@ -140,10 +136,6 @@ def test_stages_run_in_turn_are_not_run_again_and_the_one_that_fails_is_named(tm
         assert "01_seed_dpo.py ended with status 2" in line and found in line
 
 
-# ---------------------------------------------------------------------------------------------
-# What it reports
-
-
 def results(*win_rates):
     return [{"length_controlled_winrate": [1.0, 1.0], "win_rate": rates, "avg_length": [5.0, 5.0]}
             for rates in win_rates]
@@ -218,17 +210,13 @@ def test_labels_turned_round(tmp_path):
     assert turned[0.1] < turned[0.3]
 
 
-# ---------------------------------------------------------------------------------------------
-# What it is made of
-
-
 def test_equation_2(world, tmp_path, monkeypatch):
     """The reward model learns its pairs, and 03 scores with it as it was trained."""
     monkeypatch.setattr(sys, "argv", ["reward_model.py", *stages.command_line(dict(
         model=world / "base", input=world / "all_gold.jsonl", output=tmp_path / "model", lr=3e-3, epochs=20,
         batch_size=8))])
     runpy.run_path(str(stages.ROOT / "benchmarks" / "reward_model.py"), run_name="__main__")
-    counts = json.loads((tmp_path / "model" / "args.json").read_text())["counts"]
+    counts = stages.counts(tmp_path / "model")
     assert counts["pairs"] == len(rows(world / "all_gold.jsonl")) * 9 // 10 + 1 and counts["last loss"] < 0.3
     model, reader = judges.load_reward_model(str(tmp_path / "model"), torch.device("cpu"))
     right = 0

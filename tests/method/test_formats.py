@@ -9,6 +9,7 @@ import re
 
 import pytest
 
+import stages
 from stages import ROOT, attempt, digest, refused, run, write_rows
 from support import runs
 from test_inputs import NAMES, TALK, assistant, made, sizes, user, write
@@ -24,11 +25,7 @@ def seed_of(folder, source, size):
     """({id: row} of a seed of that size, the counts). One prompt more is taken."""
     output = run("00_inputs", source=source, **sizes(size, 1, 0), output=folder / "out")
     seed = {row["id"]: row for row in runs.read_jsonl(output / "seed.jsonl", runs.LABELLED)}
-    return seed, json.loads((output / "args.json").read_text())["counts"]
-
-
-# ---------------------------------------------------------------------------------------------
-# What is read
+    return seed, stages.counts(output)
 
 
 def talk(k, answer):
@@ -143,7 +140,7 @@ def test_ultrachat_gives_conversations_for_sft(tmp_path, on_the_hub):
     assert made(output, "sft") == [
         {"id": str(k), "prompt": TALK if k % 2 else [{"role": "system", "content": ""}, user(f"ask {k}")],
          "response": "roach" if k % 2 else f"yes {k}"} for k in range(40)]
-    counts = json.loads((output / "args.json").read_text())["counts"]
+    counts = stages.counts(output)
     assert counts["columns not read"] == ["prompt_id"] and counts["rows read"] == 42
     assert counts['dropped (no answer in "messages")'] == "2, first ultrachat, row 40"
     given[:2] = [{"prompt": "a", "messages": None}] * 2
@@ -159,19 +156,6 @@ def test_the_same_path_size_and_time_may_be_another_parquet_file(tmp_path):
         stats.append((path.stat().st_size, path.stat().st_mtime))
         seeds.append(seed_of(tmp_path / str(k), path, 1)[0]["0"]["chosen"])
     assert seeds == ["fin", "eel"] and stats[0] == stats[1]
-
-
-def test_a_cache_that_cannot_be_written_is_no_matter_to_a_file_and_is_named_for_the_hub(tmp_path, monkeypatch):
-    import datasets
-    source = write(tmp_path / "mine.parquet", [*map(pair, range(3)), pair(3)])
-    (tmp_path / "file").write_text("")
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "file" / "cache")
-    assert len(seed_of(tmp_path, source, 3)[0]) == 3
-
-    def load_dataset(name, split):
-        raise PermissionError(13, "Permission denied", "/its/cache")
-    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    assert "/its/cache" in refused("00_inputs", source="some-one/pairs", output=tmp_path / "other")
 
 
 def test_parquet_s_types_that_json_lacks(tmp_path):
@@ -205,10 +189,6 @@ def test_a_path_comes_before_a_name_on_the_hub_which_is_named_where_it_cannot_be
     assert len(seed_of(tmp_path, "some-one/pairs", 3)[0]) == 3
 
 
-# ---------------------------------------------------------------------------------------------
-# The format is the file's, not a row's
-
-
 def test_an_answer_that_begins_like_its_prompt_is_left_whole(tmp_path):
     given = [pair(0, prompt="Hello", chosen="Hello! How can I help?", rejected="Hello there"),
              pair(1, prompt="Hi", chosen="Hi you", rejected="Hi there"),  # both repeat it, as no other row does
@@ -218,21 +198,6 @@ def test_an_answer_that_begins_like_its_prompt_is_left_whole(tmp_path):
     assert [(seed[str(k)]["chosen"], seed[str(k)]["rejected"]) for k in range(3)] == [
         ("Hello! How can I help?", "Hello there"), ("Hi you", "Hi there"), ("Human: a person", "A robot")]
     assert not any("cut off" in name for name in counts)
-
-
-@pytest.mark.parametrize("name, other", [
-    ("repeated prompts", pair(40)), ("repeated prompts", pair(40, chosen="ask 40 yes")),
-    ("repeated prompts", pair(40, chosen="ask 40 yes", rejected="ask 400")), ("hh-rlhf", pair(40)),
-    ("hh-rlhf", {"chosen": talk(40, "yes"), "rejected": talk(40, "no")})])
-def test_a_row_of_another_format_than_most_is_dropped(tmp_path, name, other):
-    source = write_rows(tmp_path / "mine.jsonl", [*map(FORMATS[name], range(40)), other, MORE])
-    seed, counts = seed_of(tmp_path, source, 40)
-    assert "40" not in seed and [value for key, value in counts.items() if "dropped (" in key] == [
-        f"1, first {source}:41"]
-
-
-# ---------------------------------------------------------------------------------------------
-# What other columns hold
 
 
 def code(k, **columns):
@@ -276,12 +241,8 @@ def test_the_summary_names_the_columns_that_are_not_read(tmp_path, name, more, u
     source = write_rows(tmp_path / "mine.jsonl", [FORMATS[name](k) | {"id": k} | (more if k % 2 else {})
                                                   for k in range(8)])
     ran = attempt("00_inputs", source=source, **sizes(7, 1, 0), output=tmp_path / "out")
-    counts = json.loads((tmp_path / "out" / "args.json").read_text())["counts"]
+    counts = stages.counts(tmp_path / "out")
     assert counts.get("columns not read", []) == unread and all(repr(column) in ran.out for column in unread)
-
-
-# ---------------------------------------------------------------------------------------------
-# What cannot be used
 
 
 HUMAN = "\n\nHuman: ask 0\n\nAssistant:"
@@ -309,13 +270,24 @@ NOTHING_MORE = {"tool_calls": None, "function_call": {"name": None, "arguments":
                 "id": "message 1"}
 
 
-@pytest.mark.parametrize("row, cause", UNUSABLE)
-def test_a_row_that_cannot_be_used_is_dropped_counted_and_named(tmp_path, row, cause):
-    source = write_rows(tmp_path / "mine.jsonl", [*map(pair, range(1, 19)), MORE, row])
+@pytest.mark.parametrize("name, row, cause", [("TRL, standard", *case) for case in UNUSABLE] + [
+    ("hh-rlhf", {"chosen": f"{HUMAN} yes", "rejected": "\n\nHuman: ask 1\n\nAssistant: no"}, "different prompts"),
+    ("hh-rlhf", {"chosen": f"{HUMAN} yes", "rejected": HUMAN}, '"rejected"'),
+    ("hh-rlhf", {"chosen": f"{HUMAN} yes\n\nHuman: thanks", "rejected": f"{HUMAN} no"}, '"chosen"'),
+    ("hh-rlhf", {"chosen": f"{HUMAN} no", "rejected": f"{HUMAN} no"}, "equal"),
+    ("hh-rlhf", {"chosen": f"{HUMAN} yes", "rejected": f"{HUMAN} no\n\nHuman: why?\n\nAssistant: so"}, "different"),
+    # of another format than most
+    ("hh-rlhf", pair(40), "not transcripts"),
+    ("hh-rlhf", {"chosen": talk(40, "yes"), "rejected": talk(40, "no")}, "not transcripts"),
+    ("repeated prompts", pair(40), "not strings that"),
+    ("repeated prompts", pair(40, chosen="ask 40 yes"), "not strings that"),
+    ("repeated prompts", pair(40, chosen="ask 40 yes", rejected="ask 400"), "not strings that")])
+def test_a_row_that_cannot_be_used_is_dropped_counted_and_named(tmp_path, name, row, cause):
+    source = write_rows(tmp_path / "mine.jsonl", [*map(FORMATS[name], range(1, 19)), MORE, row])
     seed, counts = seed_of(tmp_path, source, 18)
     assert len(seed) == 18 and counts["rows read"] == 20
-    [(name, said)] = [item for item in counts.items() if "dropped (" in item[0]]
-    assert cause in name and said == f"1, first {source}:20"
+    [(found, said)] = [item for item in counts.items() if "dropped (" in item[0]]
+    assert cause in found and said == f"1, first {source}:20"
 
 
 def turns_with(fields):
@@ -361,16 +333,6 @@ def test_fields_that_say_nothing_are_left_out(tmp_path, kind):
     assert not any("dropped (" in name for name in counts)
 
 
-@pytest.mark.parametrize("chosen, rejected, cause", [
-    (f"{HUMAN} yes", "\n\nHuman: ask 1\n\nAssistant: no", "different prompts"), (f"{HUMAN} yes", HUMAN, '"rejected"'),
-    (f"{HUMAN} yes\n\nHuman: thanks", f"{HUMAN} no", '"chosen"'), (f"{HUMAN} no", f"{HUMAN} no", "equal"),
-    (f"{HUMAN} yes", f"{HUMAN} no\n\nHuman: why?\n\nAssistant: so", "different prompts")])
-def test_a_transcript_that_cannot_be_used_is_dropped_too(tmp_path, chosen, rejected, cause):
-    given = [*map(FORMATS["hh-rlhf"], range(1, 19)), MORE, dict(chosen=chosen, rejected=rejected)]
-    _, counts = seed_of(tmp_path, write_rows(tmp_path / "mine.jsonl", given), 18)
-    assert any("dropped (" in name and cause in name for name in counts)
-
-
 def test_more_than_one_row_in_twenty_that_cannot_be_used_stop(tmp_path):
     given = [*map(pair, range(37)), pair(37, chosen=""), pair(38, rejected="yes 38"), MORE]
     source = write_rows(tmp_path / "mine.jsonl", given)
@@ -382,9 +344,6 @@ def test_more_than_one_row_in_twenty_that_cannot_be_used_stop(tmp_path):
 
 OTHERS = {
     "HelpSteer": dict(prompt="a", response="b", helpfulness=3, correctness=4),
-    "ShareGPT": dict(conversations=[{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]),
-    "ShareGPT, ranked": dict(conversations=[{"from": "human", "value": "a"}], chosen={"from": "gpt", "value": "b"},
-                             rejected={"from": "gpt", "value": "c"}),
     "orca_dpo_pairs": dict(system="s", question="a", chosen="b", rejected="c")}
 
 
@@ -402,7 +361,7 @@ def test_the_last_prompt_set_may_be_short_by_one_in_twenty(tmp_path):
     options = dict(source=source, seed_size=6, eval_size=4)
     output = run("00_inputs", **options, prompt_sizes=[9, 22], output=tmp_path / "out")
     assert [len(made(output, name)) for name in NAMES] == [6, 9, 21, 4]
-    assert json.loads((output / "args.json").read_text())["counts"]["missing from the last prompt set"] == 1
+    assert stages.counts(output)["missing from the last prompt set"] == 1
     refused("00_inputs", **options, prompt_sizes=[8, 24], output=tmp_path / "other")
     # with a smaller seed it is the same set and one row more, which was the seed's
     smaller = run("00_inputs", **options | {"seed_size": 5}, prompt_sizes=[9, 22], output=tmp_path / "smaller")
@@ -411,12 +370,8 @@ def test_the_last_prompt_set_may_be_short_by_one_in_twenty(tmp_path):
                                                            made(output, "eval")]
 
 
-# ---------------------------------------------------------------------------------------------
-# What others read
-
-
 def test_the_readme_s_line_for_trl_is_the_one_that_is_tried_with_trl():
-    [line] = re.findall(r"^ +(lambda row: .*)\)$", (ROOT / "README.md").read_text(), re.MULTILINE)
+    [line] = re.findall(r"^ +(lambda row: .*)\)$", (ROOT / "extras/README.md").read_text(), re.MULTILINE)
     assert line in (ROOT / "benchmarks" / "trl_reads.py").read_text()
     answers = {key: {"text": key, "ids": [1, 2], "finish": "eos"} for key in ("chosen", "rejected")}
     assert eval(line)({"id": "0", **answers}) == {key: [assistant(key)] for key in answers}

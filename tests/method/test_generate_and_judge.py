@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from conftest import save_tiny
 from extras import plain_spa
-from stages import digest, refused, rows, run, write_rows
+from stages import counts, digest, load, refused, rows, run, write_rows
 from support import chat
 
 
@@ -35,14 +35,6 @@ def responses(generate):
     return generate()
 
 
-def record(output):
-    return json.loads(output.with_name(output.name + ".args.json").read_text())
-
-
-# ---------------------------------------------------------------------------------------------
-# 02
-
-
 def test_02_writes_two_different_responses_per_prompt_in_the_order_of_the_prompts(responses, world, tokenizer):
     prompts = rows(world / "prompts_1.jsonl")
     for prompt, row in zip(prompts, rows(responses), strict=True):
@@ -62,11 +54,11 @@ def test_02_gives_the_same_whatever_the_batches_and_another_with_another_seed(re
     assert sum(a["responses"] != b["responses"] for a, b in zip(one, two)) > len(one) / 2
 
 
-def test_02_samples_a_prompt_alike_in_another_file(responses, generate, world, tmp_path):
-    some = rows(world / "prompts_1.jsonl")[::-3]
-    again = {row["id"]: row for row in rows(generate(input=write_rows(tmp_path / "some.jsonl", some)))}
-    assert len(again) == len(some)
-    assert all(row == again[row["id"]] for row in rows(responses) if row["id"] in again)
+def test_02_samples_a_prompt_alike_in_another_file_and_beside_more_samples(responses, generate, world, tmp_path):
+    some = write_rows(tmp_path / "some.jsonl", rows(world / "prompts_1.jsonl")[::-3])
+    again = {row["id"]: row["responses"] for row in rows(generate(input=some, samples=3))}
+    assert len(again) == len(rows(some)) and all(len(of_prompt) == 3 for of_prompt in again.values())
+    assert all(row["responses"] == again[row["id"]][:2] for row in rows(responses) if row["id"] in again)
 
 
 def test_02_counts_what_it_does_with_responses_that_hit_the_limit(responses, generate, tokenizer):
@@ -81,9 +73,9 @@ def test_02_counts_what_it_does_with_responses_that_hit_the_limit(responses, gen
     # drop: only prompts with both responses finished are left
     whole = [row for row in opened if all(y["finish"] == "eos" for y in row["responses"])]
     assert rows(dropped) == whole and 0 < len(whole) < len(opened)
-    counts = record(dropped)["counts"]
-    assert (counts["prompts read"], counts["responses at the length limit"]) == (len(opened), len(cut))
-    assert (counts["prompts kept"], counts["prompts dropped for them"]) == (len(whole), len(opened) - len(whole))
+    counted = counts(dropped)
+    assert (counted["prompts read"], counted["responses at the length limit"]) == (len(opened), len(cut))
+    assert (counted["prompts kept"], counted["prompts dropped for them"]) == (len(whole), len(opened) - len(whole))
 
 
 def test_02_drops_and_counts_long_prompts(generate, responses):
@@ -91,16 +83,7 @@ def test_02_drops_and_counts_long_prompts(generate, responses):
     output = generate(max_prompt_length=lengths[5])
     left = [row for row in rows(responses) if len(row["prompt_ids"]) <= lengths[5]]
     assert rows(output) == left and 0 < len(left) < len(lengths)
-    assert record(output)["counts"]["dropped as too long"] == len(lengths) - len(left)
-
-
-def test_02_takes_more_than_two_samples(generate, responses):
-    for three, two in zip(rows(generate(samples=3)), rows(responses), strict=True):
-        assert three["responses"][:2] == two["responses"] and len(three["responses"]) == 3
-
-
-# ---------------------------------------------------------------------------------------------
-# 03
+    assert counts(output)["dropped as too long"] == len(lengths) - len(left)
 
 
 @pytest.fixture
@@ -133,9 +116,9 @@ def test_03_labels_by_equations_7_and_8(responses, sampler, pi_init, tmp_path, j
         assert labelled["judge"] == judge and all(labelled[key] == row[key] for key in ("id", "prompt", "prompt_ids"))
         first, longer = first + (w == 0), longer + len(y[w]["ids"]) - len(y[l]["ids"])
     assert 0 < first < len(rows(output))
-    counts = record(output)["counts"]
-    assert counts["pairs with the first response chosen"] == first
-    assert counts["mean extra tokens of the chosen response"] == pytest.approx(longer / counts["pairs"], abs=1e-3)
+    counted = counts(output)
+    assert counted["pairs with the first response chosen"] == first
+    assert counted["mean extra tokens of the chosen response"] == pytest.approx(longer / counted["pairs"], abs=1e-3)
 
 
 def test_03_reports_how_far_the_policy_is_from_pi_init(responses, judged, sampler, tokenizer, tmp_path):
@@ -151,11 +134,11 @@ def test_03_reports_how_far_the_policy_is_from_pi_init(responses, judged, sample
             lengths.append(len(ids))
     assert 0 < sum(improbable) < sum(lengths)
     output = judged(init_model=sure)
-    counts = record(output)["counts"]
+    counted = counts(output)
     assert [k for row in rows(output) for k in row["improbable"]] == improbable
-    assert counts["log-ratio per response"] == pytest.approx(np.mean(difference), abs=1e-3)
-    assert counts["log-ratio per token"] == pytest.approx(sum(difference) / sum(lengths), abs=1e-3)
-    assert counts["improbable tokens (%)"] == pytest.approx(100 * sum(improbable) / sum(lengths), abs=1e-3)
+    assert counted["log-ratio per response"] == pytest.approx(np.mean(difference), abs=1e-3)
+    assert counted["log-ratio per token"] == pytest.approx(sum(difference) / sum(lengths), abs=1e-3)
+    assert counted["improbable tokens (%)"] == pytest.approx(100 * sum(improbable) / sum(lengths), abs=1e-3)
 
 
 def test_03_scores_a_model_against_itself_with_p_one_half(responses, sampler, tmp_path):
@@ -171,8 +154,8 @@ def test_03_drops_and_counts_identical_responses(responses, judged, tmp_path):
     path = write_rows(tmp_path / "in.jsonl", sampled)
     output = judged(input=path)
     assert [row["id"] for row in rows(output)] == [row["id"] for k, row in enumerate(sampled) if k not in (0, 2)]
-    counts = record(output)["counts"]
-    assert counts["dropped for identical responses"] == 2 and counts["pairs"] == len(sampled) - 2
+    counted = counts(output)
+    assert counted["dropped for identical responses"] == 2 and counted["pairs"] == len(sampled) - 2
 
 
 @pytest.mark.parametrize("samples", [3, 4])
@@ -191,7 +174,12 @@ def test_03_pairs_the_best_with_the_worst(generate, judged, samples):
     assert middle > 0
 
 
-def test_03_gives_the_same_labels_whatever_the_batches(judged):
-    one, two = (rows(judged(f"out_{size}", micro_batch_size=size)) for size in (1, 16))
-    assert [row["chosen"] for row in one] == [row["chosen"] for row in two]
-    assert [row["p"] for row in one] == pytest.approx([row["p"] for row in two], abs=1e-5)
+@pytest.mark.parametrize("logps_policy, logps_ref, beta, p", [
+    # log-ratios -10 + 11 = 1 and -12 + 11 = -1: 0.5 * 1 - 0.5 * (-1) = 1, sigmoid(1) = 1 / (1 + e^-1) = 0.7310585786
+    ([-10, -12], [-11, -11], 0.5, 0.7310585786), ([-12, -10], [-11, -11], 0.5, 0.2689414214),
+    ([-31.7, -205.3], [-31.7, -205.3], 0.1, 0.5),  # a model judged against itself
+    ([0, -5000], [0, 0], 1, 1), ([-5000, 0], [0, 0], 1, 0)])  # log-ratios of thousands of nats overflow nothing
+def test_equation_7_by_hand(logps_policy, logps_ref, beta, p):
+    judge = load("03_judge")
+    found = judge.preference(*judge.implicit_rewards(logps_policy, logps_ref, beta))
+    assert found == (p if p in (0, 0.5, 1) else pytest.approx(p))

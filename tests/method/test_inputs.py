@@ -8,7 +8,7 @@ import stages
 from conftest import WORLD
 from extras import small_world
 from support import chat, runs
-from stages import digest, refused, rows, run
+from stages import counts, digest, refused, rows, run
 
 NAMES = ["seed", "prompts_1", "prompts_2", "eval"]
 
@@ -45,21 +45,9 @@ def labelled(folder, name):
     return runs.read_jsonl(folder / f"{name}.jsonl", runs.LABELLED)
 
 
-def lengths(folder):
-    return [len(made(folder, name)) for name in NAMES]
-
-
-def by_prompt(folder, name):
-    return {json.dumps(row["prompt"]): row for row in made(folder, name)}
-
-
 def sizes(*values, **more):
     seed_size, *prompt_sizes, eval_size = values
     return dict(seed_size=seed_size, prompt_sizes=prompt_sizes, eval_size=eval_size) | more
-
-
-# ---------------------------------------------------------------------------------------------
-# A person's file
 
 
 @pytest.fixture
@@ -70,8 +58,8 @@ def source(tmp_path):
 
 def test_the_sets_are_disjoint_and_the_prompt_sets_have_no_labels(source, tmp_path):
     output = run("00_inputs", source=source, **sizes(6, 10, 12, 4), all_gold=True, output=tmp_path / "out")
-    assert lengths(output) == [6, 10, 12, 4]
-    prompts = [prompt for name in NAMES for prompt in by_prompt(output, name)]
+    assert [len(made(output, name)) for name in NAMES] == [6, 10, 12, 4]
+    prompts = [json.dumps(row["prompt"]) for name in NAMES for row in made(output, name)]
     assert len(set(prompts)) == len(prompts) == 32
     assert all(list(row) == ["id", "prompt", "chosen", "rejected"] for row in made(output, "seed"))
     # which TRL reads: messages in every column
@@ -84,7 +72,7 @@ def test_the_sets_are_disjoint_and_the_prompt_sets_have_no_labels(source, tmp_pa
     ids = [row["id"] for name in NAMES for row in made(output, name)]
     assert len(set(ids)) == len(ids)
     # all_gold: the labels of the seed and of all prompts
-    assert sorted(by_prompt(output, "all_gold")) == sorted(prompts[:28])
+    assert sorted(json.dumps(row["prompt"]) for row in made(output, "all_gold")) == sorted(prompts[:28])
     assert all(row["chosen"] == f"yes {row['id']}" for row in labelled(output, "all_gold"))
     assert not (output / "judge_sft.jsonl").exists()
 
@@ -95,8 +83,7 @@ def test_repeated_prompts_are_dropped_and_counted(tmp_path):
     others = [{"role": "system", "content": "be long"}, *TALK[1:]]  # another system message: another prompt
     source = write(tmp_path / "mine.jsonl", [*pairs, *({"prompt": prompt} for prompt in (TALK, others, TALK))])
     output = run("00_inputs", source=source, **sizes(3, 5, 3, 0), output=tmp_path / "out")
-    counts = json.loads((output / "args.json").read_text())["counts"]
-    assert (counts["rows read"], counts["repeated prompts dropped"]) == (16, 5)
+    assert (counts(output)["rows read"], counts(output)["repeated prompts dropped"]) == (16, 5)
     contents = [row["prompt"][0]["content"] for name in NAMES[:3] for row in made(output, name)]
     assert sorted(contents) == ["be brief", "be long", *(f"text {k}" for k in range(9))]
 
@@ -109,7 +96,8 @@ def test_a_sample_of_the_seed_is_the_next_block_with_the_same_prompt_sets(source
     assert digest(first / "seed.jsonl") == digest(outputs[0] / "seed.jsonl")
     for name in NAMES[1:]:
         assert {digest(output / f"{name}.jsonl") for output in [*outputs, large]} == {digest(first / f"{name}.jsonl")}
-    assert lengths(first) == [6, 10, 8, 4]  # of 40, so that three samples of 6 are what is left
+    # of 40, so that three samples of 6 are what is left
+    assert [len(made(first, name)) for name in NAMES] == [6, 10, 8, 4]
     assert len({row["id"] for output in outputs for name in NAMES for row in made(output, name)}) == 40
     # a larger seed is that of several samples
     assert made(large, "seed") == made(outputs[1], "seed") + made(outputs[0], "seed")
@@ -118,7 +106,7 @@ def test_a_sample_of_the_seed_is_the_next_block_with_the_same_prompt_sets(source
     refused("00_inputs", **options | {"prompt_sizes": [10, 13]}, seed_sample=2, output=tmp_path / "out")
 
 
-def test_an_empty_system_message_is_put_before_prompts_that_have_none(world, pi_init, tokenizer, tmp_path):
+def test_an_empty_system_message_is_put_before_prompts_that_have_none(world, tmp_path):
     empty = {"role": "system", "content": ""}
     given = made(world, "all_gold")[:12] + [{"id": "talk", "prompt": TALK, "chosen": "a", "rejected": "b"}]
     given.append(given[0] | {"id": "again", "prompt": [empty, *given[0]["prompt"]]})  # now it is the same prompt
@@ -127,11 +115,6 @@ def test_an_empty_system_message_is_put_before_prompts_that_have_none(world, pi_
     kept = [row["prompt"] for name in NAMES for row in made(output, name)]
     assert len(kept) == 13 and TALK in kept and all(prompt[:1] in ([empty], TALK[:1]) for prompt in kept)
     assert {json.dumps(row["prompt"]) for row in made(output, "all_gold")} <= set(map(json.dumps, kept))
-    # the stages render it, without an option
-    responses = run("02_generate", model=pi_init, input=output / "prompts_1.jsonl", max_new_tokens=2,
-                    output=tmp_path / "responses.jsonl")
-    marks = tokenizer.convert_tokens_to_ids(["<system>", "<user>"])
-    assert all([i for i in row["prompt_ids"] if i in marks][:2] == marks for row in rows(responses))
     assert "--empty-system" in refused("00_inputs", **WORLD, empty_system=True, output=tmp_path / "world")
 
 
@@ -144,10 +127,6 @@ def test_the_sets_follow_the_seed_not_blank_lines_windows_line_ends_or_a_byte_or
     assert made(one, "seed") != made(three, "seed") and not (one / "all_gold.jsonl").exists()
 
 
-# ---------------------------------------------------------------------------------------------
-# The small world
-
-
 def test_the_world_is_decided_by_its_seed(world, tmp_path):
     again, other = (run("00_inputs", **WORLD | {"seed": seed}, output=tmp_path / f"world_{seed}") for seed in (0, 1))
     files = sorted(path.relative_to(world) for path in world.rglob("*") if path.is_file() and path.name != "args.json")
@@ -158,12 +137,7 @@ def test_the_world_is_decided_by_its_seed(world, tmp_path):
     assert all(made(other, name) != made(world, name) for name in NAMES)
 
 
-def test_a_larger_seed_leaves_the_world_s_prompt_sets_as_they_are(world, tmp_path):
-    larger = run("00_inputs", **WORLD | {"seed_size": 30}, output=tmp_path / "world")
-    assert all(made(world, name) == made(larger, name) for name in NAMES[1:])
-
-
-def test_a_sample_of_the_world_s_seed_changes_nothing_else(world, tmp_path):
+def test_another_sample_or_size_of_the_world_s_seed_changes_nothing_else(world, tmp_path):
     samples = [world, *(run("00_inputs", **WORLD, seed_sample=k, output=tmp_path / f"world_{k}") for k in (1, 2))]
     its_own = {"args.json", "seed.jsonl", "all_gold.jsonl", "judge_sft.jsonl"}
     files = [path.relative_to(world) for path in world.rglob("*") if path.is_file() and path.name not in its_own]
@@ -177,6 +151,8 @@ def test_a_sample_of_the_world_s_seed_changes_nothing_else(world, tmp_path):
     assert len({row["id"] for rows in seeds + others for row in rows}) == len(prompts)
     for sample, seed in zip(samples, seeds):
         assert made(sample, "all_gold") == seed + made(world, "all_gold")[20:]
+    larger = run("00_inputs", **WORLD | {"seed_size": 30}, output=tmp_path / "larger")
+    assert all(made(world, name) == made(larger, name) for name in NAMES[1:])
     # 23,040 prompts: what sample 1 leaves for SFT, and one more
     assert "--seed-sample" in refused("00_inputs", **WORLD | {"sft_size": 23040 - 56 - 20 + 1}, seed_sample=1,
                                       output=tmp_path / "out")
@@ -197,16 +173,14 @@ def test_the_world_s_sets_are_disjoint_and_labelled_by_gold(world):
 
 
 def test_the_world_s_words_are_all_in_its_vocabulary(world, tokenizer):
-    for name, key, read in (("sft", "response", made), ("seed", "chosen", labelled), ("eval", "reference", made)):
+    for name, key, read in (("sft", "response", made), ("seed", "chosen", labelled), ("eval", "reference", made),
+                            ("judge_sft", "response", made)):
         for row in read(world, name):
             assert tokenizer.unk_token_id not in tokenizer(row[key]).input_ids
             assert tokenizer.decode(tokenizer(row[key]).input_ids) == row[key]
             prompt = chat.prompt_ids(tokenizer, runs.as_messages(row["prompt"]), "")
             assert tokenizer.unk_token_id not in prompt and prompt.count(tokenizer.bos_token_id) == 1
-
-
-# ---------------------------------------------------------------------------------------------
-# What is rejected
+            assert len(prompt) + 60 < 256  # the model's positions; no response has more tokens
 
 
 def test_an_id_that_is_there_twice_is_named(tmp_path):
@@ -221,10 +195,7 @@ def test_too_few_rows_are_counted_out(source, tmp_path):
     assert "--sft-size" in refused("00_inputs", **WORLD | {"sft_size": 10 ** 6}, output=tmp_path / "out")
 
 
-@pytest.mark.parametrize("name, content", [
-    ("no.jsonl", None), ("bad.parquet", b"PAR1"), ("latin.jsonl:2", b'{"prompt": "x"}\n{"prompt": "\xe9"}')])
-def test_a_source_that_cannot_be_read_is_named(tmp_path, name, content):
-    source = tmp_path / name.split(":")[0]
-    if content is not None:
-        source.write_bytes(content)
-    assert f"{tmp_path / name}: " in refused("00_inputs", source=source, **sizes(0, 1, 0), output=tmp_path / "out")
+def test_a_parquet_file_that_cannot_be_read_is_named(tmp_path):
+    source = tmp_path / "bad.parquet"
+    source.write_bytes(b"PAR1")
+    assert f"{source}: " in refused("00_inputs", source=source, **sizes(0, 1, 0), output=tmp_path / "out")

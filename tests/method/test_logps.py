@@ -7,11 +7,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
-from transformers import Gemma2Config, Gemma3Config, LlamaConfig
+from transformers import Gemma3Config, LlamaConfig, OPTConfig
 
 import common
 from extras import plain_spa
-from support import models, runs
+from support import models
 from families import FAMILIES, HYBRIDS, SHAPE, make
 
 CPU = torch.device("cpu")
@@ -92,34 +92,15 @@ def test_the_full_logits_are_never_in_memory(two, monkeypatch):
         assert peak_memory(lambda: common.ResponseLogps(model)(batch, *more)) < 0.5 * whole
 
 
-class Table(torch.nn.Module):
-    """A model whose logits after token i are the i-th row of a table (V, V), without attention."""
-
-    def __init__(self, table):
-        super().__init__()
-        self.head = torch.nn.Linear(*table.shape, bias=False)
-        self.head.weight.data = table.T.clone()
-
-    def base_model(self, input_ids, **_):
-        return types.SimpleNamespace(last_hidden_state=F.one_hot(input_ids, len(self.head.weight)).float())
-
-    def get_output_embeddings(self):
-        return self.head
-
-
-@pytest.mark.parametrize("shift", [0.0, 1e4, -1e4])  # exp(1e4) would overflow; 1e4 + ln 3 has 3 digits after the point
-def test_logps_and_their_gradient_by_hand(shift):
-    # softmax of (0, ln 3) = (1/4, 3/4), of (0, 0) = (1/2, 1/2). The prompt is 0, the responses are (1, 0) and (1):
-    # ln 3/4 + ln 1/2 = ln 3/8, and ln 3/4. The gradient by the logits is the one-hot label less the softmax.
-    model = Table(torch.tensor([[0.0, math.log(3)], [0.0, 0.0]]) + shift)
-    near = dict(rtol=0, atol=1e-3 if shift else 1e-6)
-    batch = batch_of([([0], [1, 0]), ([0], [1])])
-    logp = common.ResponseLogps(model)(batch)
-    torch.testing.assert_close(logp, torch.tensor([0.75, 0.5, 0.75]).log(), **near)
-    logps = common.response_logps(logp, batch.lengths)
-    torch.testing.assert_close(logps, torch.tensor([3 / 8, 3 / 4]).log(), **near)
-    logps.sum().backward()
-    torch.testing.assert_close(model.head.weight.grad, torch.tensor([[-0.5, 0.5], [0.5, -0.5]]), **near)
+@pytest.mark.parametrize("shift", [0.0, 1e4, -1e4])  # exp(1e4) would overflow; 1e4 + 1 has 3 digits after the point
+def test_label_logps_are_the_cross_entropy_whatever_the_logits(shift):
+    torch.manual_seed(0)
+    logits, labels = (torch.randn(9, 7) + shift).requires_grad_(), torch.arange(9) % 7
+    expected = -F.cross_entropy(logits, labels, reduction="none")
+    ours = common.LabelLogps.apply(logits.clone(), labels)
+    torch.testing.assert_close(ours, expected, rtol=0, atol=2e-3 if shift else 1e-6)
+    torch.testing.assert_close(*(torch.autograd.grad((logp * torch.arange(9)).sum(), logits)[0]
+                                 for logp in (ours, expected)), rtol=0, atol=1e-5)
 
 
 def test_logits_of_a_bf16_model_are_summed_in_float32():
@@ -158,20 +139,12 @@ def test_a_prompt_is_computed_once_for_all_its_responses_where_that_is_exact(mod
         torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-4)
 
 
-# ---------------------------------------------------------------------------------------------
-# What load_model makes of a checkpoint
-
-
-def test_a_model_that_caps_its_logits_is_refused(tmp_path):
-    # Gemma 2 takes tanh of its logits after the head, which ResponseLogps does not
-    make(Gemma2Config(**SHAPE, head_dim=16, final_logit_softcapping=5.0)).save_pretrained(tmp_path / "gemma")
-    with pytest.raises(runs.InputError, match=str(tmp_path / "gemma")):
-        models.load_model(str(tmp_path / "gemma"), CPU)
-
-
-def test_dropout_is_zero_in_the_config_of_a_multimodal_model(tmp_path):
-    Gemma3Config(text_config={"attention_dropout": 0.5}).save_pretrained(tmp_path)
-    assert models.load_config(str(tmp_path)).get_text_config().attention_dropout == 0
+@pytest.mark.parametrize("config, name", [
+    (Gemma3Config(text_config={"attention_dropout": 0.5}), "attention_dropout"),  # of a multimodal model
+    (OPTConfig(layerdrop=0.5), "layerdrop")])
+def test_every_dropout_is_zero_in_the_config(tmp_path, config, name):
+    config.save_pretrained(tmp_path)
+    assert getattr(models.load_config(str(tmp_path)).get_text_config(), name) == 0
 
 
 def test_a_text_reaches_every_weight_of_a_text_model(model):

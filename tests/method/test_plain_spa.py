@@ -48,15 +48,6 @@ def margin(pi, pi_ref):
 PI_INIT, PI_PREVIOUS, PI_THETA = Words(1 / 2, 1 / 2), Words(3 / 4, 1 / 4), Words(0.8, 0.2)
 
 
-def pair_of(row):
-    """(x, y_w, y_l) of a row of preferences"""
-    return row["prompt_ids"], row["chosen"]["ids"], row["rejected"]["ids"]
-
-
-# ---------------------------------------------------------------------------------------------
-# The pair of the docstring, whose numbers stand here as they stand there
-
-
 def test_judging():
     assert plain_spa.reward(PI_PREVIOUS, PI_INIT, X, A_A, 1.0).item() == near(0.811)
     assert plain_spa.reward(PI_PREVIOUS, PI_INIT, X, B, 1.0).item() == near(-0.693)
@@ -118,18 +109,6 @@ def test_every_number_of_the_docstring_is_checked_here():
     assert len(numbers) == 15 and all(number in here for number in numbers)
 
 
-def test_in_the_first_step_nothing_can_be_told():
-    logged = []
-    plain_spa.train(copy.deepcopy(PI_PREVIOUS), PI_PREVIOUS, [(X, A_A, B), (X, B, A_A)], refine=True, batch_size=1,
-                    log=logged.append)
-    assert (logged[0]["confidence"], logged[0]["rewards/margins"]) == (0.5, 0)
-    assert logged[0]["loss"] == pytest.approx(math.log(2))
-
-
-# ---------------------------------------------------------------------------------------------
-# Log-probs and sampling
-
-
 def test_the_log_prob_of_a_response_is_the_sum_over_its_tokens():
     # after 0: 1/4, 3/4; after 1: 1/2, 1/2. y = (1, 0) after x = (.., 0): ln 3/4 + ln 1/2; what precedes counts nothing
     pi = after_each([[0.0, math.log(3)], [7.0, 7.0]])
@@ -149,10 +128,6 @@ def test_a_sample_is_drawn_token_by_token_and_ends_with_eos_or_at_the_limit():
     assert drawn.count(0) / 4000 == pytest.approx(odds / (1 + odds), abs=0.02)
 
 
-# ---------------------------------------------------------------------------------------------
-# Beside the stages; 01 and 04 by themselves are in test_training.py
-
-
 def test_algorithm_1_is_the_stages_one_after_the_other(pi_init, preferences, tokenizer, tmp_path, monkeypatch):
     # refined from the third step on: in the first two, the rate of the first being 0, every p is 0.5 to rounding
     options = dict(beta=0.3, lr=1e-3, batch_size=4, alpha=0.3, window=4, k_percent=25, refine_after=0.5)
@@ -161,7 +136,8 @@ def test_algorithm_1_is_the_stages_one_after_the_other(pi_init, preferences, tok
     monkeypatch.setattr(plain_spa, "sample", lambda *args: drawn.append(sample(*args, max_new_tokens=6)) or drawn[-1])
     monkeypatch.setattr(plain_spa, "extrapolate", lambda *args: lams.append(args[2]) or extrapolate(*args))
     seed, *prompts = given[:5], given[5:17], given[17:29], given[29:]
-    pi_t = plain_spa.spa(AutoModelForCausalLM.from_pretrained(pi_init), [pair_of(row) for row in seed],
+    d_0 = [(row["prompt_ids"], row["chosen"]["ids"], row["rejected"]["ids"]) for row in seed]
+    pi_t = plain_spa.spa(AutoModelForCausalLM.from_pretrained(pi_init), d_0,
                          [[row["prompt_ids"] for row in part] for part in prompts], [tokenizer.eos_token_id], **options)
 
     policy = run("04_refined_dpo", model=pi_init, input=write_rows(tmp_path / "seed.jsonl", seed), refine="none",

@@ -100,9 +100,6 @@ def test_uniforms_are_decided_by_seed_prompt_and_sample():
     assert many.mean() == pytest.approx(0.5, abs=0.01)  # standard error 0.29 / 100
 
 
-# ---------------------------------------------------------------------------------------------
-# benchmarks/sampling.py
-
 BATCHES = [[1, 2], [3, 0]]
 
 
@@ -113,18 +110,6 @@ def benchmark(monkeypatch):
     monkeypatch.setattr(sampling, "LIMIT", 12)
     monkeypatch.setattr(sampling, "GREEDY_LIMIT", 12)
     return sampling
-
-
-def test_the_benchmark_takes_generates_responses_to_their_ends(benchmark, llama):
-    theirs = benchmark.by_generate(llama, PROMPTS, BATCHES, benchmark.greedy())
-    for i, prompt in enumerate(PROMPTS):
-        alone = llama.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)),
-                               generation_config=benchmark.greedy())
-        assert theirs[i] == [alone[0, len(prompt):].tolist()]
-    assert len({len(response) for [response] in theirs.values()}) > 1
-    ours = benchmark.by_common(llama, PROMPTS, BATCHES, 0, 0, 12)
-    assert ours == {i: [response] * 2 for i, [response] in theirs.items()}
-    assert benchmark.compare_greedy(llama, PROMPTS, ours, theirs) == (2 * sum(len(y) for [y] in theirs.values()), 0)
 
 
 @pytest.mark.parametrize("way", ["by_common", "by_generate", "static cache", "by_generate_batch"])

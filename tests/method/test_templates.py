@@ -1,7 +1,6 @@
 """Chat templates as models of these names have them: how a turn ends, what is left out, dates, thoughts, channels."""
 
 import json
-import re
 from array import array
 from datetime import datetime, timedelta
 
@@ -27,9 +26,6 @@ CHAT = {
     "gemma": "{% for m in messages %}<start_of_turn>{{ 'model' if m.role == 'assistant' else m.role }}\n"
              "{{ m.content | trim }}<end_of_turn>\n{% endfor %}"
              "{% if add_generation_prompt %}<start_of_turn>model\n{% endif %}",
-    "llama-3.1": "Today is {{ strftime_now('%d %b %Y %H:%M:%S') }}{% for m in messages %}<|im_start|>{{ m.role }}\n"
-                 "{{ m.content }}<|eot_id|>{% endfor %}"
-                 "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
     # opens a thought in the prompt, and strips thoughts from all turns
     "deepseek-r1": "{% for m in messages %}{% if m.role == 'assistant' %}<|assistant|>"
                    "{{ m.content.split('</think>')[-1] }}</s>{% else %}<|user|>{{ m.content }}{% endif %}{% endfor %}"
@@ -76,10 +72,6 @@ def answer(tokenizer, eos, text=ANSWER, asked=ASKED):
     return tokenizer.decode(prompt), tokenizer.decode(chat.response_ids(tokenizer, asked, prompt, text, eos))
 
 
-# ---------------------------------------------------------------------------------------------
-# How a turn ends
-
-
 @pytest.mark.parametrize("name, config, generation, end, others", [
     ("phi-4-mini", None, ["<|endoftext|>", "<|end|>"], "<|end|>", ["</s>", "<|endoftext|>"]),  # it writes both
     ("phi-4-mini", "<|endoftext|>", None, "<|end|>", ["</s>", "<|endoftext|>"]),
@@ -98,22 +90,6 @@ def test_an_answer_ends_with_the_first_end_that_the_template_writes(made, name, 
     ids = chat.response_ids(tokenizer, ASKED, prompt, ANSWER, eos)
     assert ids[-1] == ID[end] and not {*ids[:-1]} & {*eos}
     assert tokenizer.decode(ids[:-1], skip_special_tokens=True).removeprefix("final").strip() == ANSWER
-
-
-def test_a_response_cut_at_the_limit_gets_the_end_that_the_template_writes(tmp_path, tokenizer, world):
-    # only the template names <eos>: elsewhere <unk> is the EOS
-    other = type(tokenizer).from_pretrained(world / "base")
-    other.chat_template = other.chat_template.replace("eos_token", "'<eos>'")
-    end, other.eos_token = other.eos_token_id, "<unk>"
-    model = save_tiny(tmp_path / "model", other, eos_token_id=other.eos_token_id)
-    options = dict(model=model, input=world / "prompts_1.jsonl", max_new_tokens=3)
-    sampled = [y for row in rows(run("02_generate", **options, output=tmp_path / "out")) for y in row["responses"]]
-    cut = [y["ids"] for y in sampled if y["finish"] == "length"]
-    assert cut and all(ids[3:] == [end] for ids in cut)
-
-
-# ---------------------------------------------------------------------------------------------
-# What a template leaves out
 
 
 def test_a_system_message_that_the_template_leaves_out_is_an_error(made):
@@ -137,10 +113,6 @@ def test_a_stage_says_where_a_message_is_left_out(world, pi_0, tmp_path, name):
     path = write_rows(tmp_path / "in.jsonl", [row | {"id": 6, "prompt": ASKED}, row])
     line = refused(*name.split(), model=pi_0, input=path, chat_template=tmp_path / "template", output=tmp_path / "out")
     assert "id 7: " in line and "system" in line and "--chat-template" in line
-
-
-# ---------------------------------------------------------------------------------------------
-# Dates
 
 
 def test_a_date_in_the_prompts_is_that_of_the_output_in_all_runs_that_make_it(world, pi_0, tokenizer, tmp_path,
@@ -171,15 +143,6 @@ def test_a_date_in_the_prompts_is_that_of_the_output_in_all_runs_that_make_it(wo
     assert [words for words in first if "my" in words] == first[:1]
     assert json.loads(runs.args_path(parts).read_text())["begun"] == "2026-01-30T23:59:00"
 
-
-def test_the_templates_of_one_output_write_one_time(made):
-    tokenizer, _ = made("llama-3.1")
-    prompts = {chat.render(tokenizer, ASKED) for _ in range(2)}
-    assert len(prompts) == 1 and re.search(r"\d\d:\d\d:\d\d", prompts.pop())
-
-
-# ---------------------------------------------------------------------------------------------
-# Thoughts and channels
 
 THOUGHT = "<think>\nan eel is a fish\n</think>\n\nthe eel"
 
@@ -250,10 +213,6 @@ def test_responses_cut_within_a_thought_that_the_prompt_opened_are_empty(tmp_pat
     assert {y["text"] for row in sampled for y in row["responses"]} == {""}
     evaluated = run("05_eval", "sample", **options, input=world / "eval.jsonl", output=tmp_path / "eval")
     assert {row["response"] for row in rows(evaluated / "responses.jsonl")} == {""}
-
-
-# ---------------------------------------------------------------------------------------------
-# The letters of an LLM judge
 
 
 @pytest.mark.parametrize("name, before", [

@@ -1,11 +1,10 @@
 """Prompts and responses as token ids, and their batches as tensors."""
 
 import functools
-import types
 
 import pytest
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from transformers import GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
+from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 import common
 from extras import judges
@@ -32,12 +31,8 @@ TALK = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "
 TEXT = "the grey whale is no fish ."
 
 
-# ---------------------------------------------------------------------------------------------
-# Tokenizers
-
-
-def byte_level(special, **options):
-    bpe = Tokenizer(models.BPE(**options))
+def byte_level(special):
+    bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     return bpe, trainers.BpeTrainer(special_tokens=special, show_progress=False,
                                     initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
@@ -74,10 +69,8 @@ def whole_words(special):
 
 
 KINDS = {"byte-level": byte_level,
-         "byte-level, whole words first": lambda special: byte_level(special, ignore_merges=True),
          "Metaspace, BPE": lambda special: metaspace(special, models.BPE(), "first"), "Metaspace, Unigram": unigram,
          "Llama 2's": llama_2, "whole words": whole_words}
-LOSSLESS = ("byte-level", "byte-level, whole words first")
 
 
 def make_tokenizer(kind="byte-level", special=SPECIAL, template=None):
@@ -88,33 +81,6 @@ def make_tokenizer(kind="byte-level", special=SPECIAL, template=None):
                                    eos_token=special[2], additional_special_tokens=special[3:], chat_template=template)
     assert made.convert_tokens_to_ids(special) == list(range(len(special)))
     return made
-
-
-# ---------------------------------------------------------------------------------------------
-# Chat templates
-
-
-@pytest.fixture(params=[("chatml", "<|im_end|>", 0), ("zephyr", "</s>", 0), ("llama-3", "<|eot_id|>", 1),
-                        ("mistral", "</s>", 1), ("no eos", "</s>", 0)], ids=lambda param: param[0])
-def case(request, tmp_path):
-    """A tokenizer, whose EOS is </s>; the token that ends a turn; the BOS in a prompt; the ids that end a response."""
-    name, end, bos = request.param
-    template = CHAT.get(name, NO_EOS).replace("\n\n", "\n")  # of two the last merges with a response
-    tokenizer = make_tokenizer(template=template)
-    end = tokenizer.convert_tokens_to_ids(end)
-    LlamaConfig(eos_token_id=2).save_pretrained(tmp_path)
-    GenerationConfig(eos_token_id=2 if end == 2 else [2, end]).save_pretrained(tmp_path)  # Llama 3's is a list
-    return types.SimpleNamespace(tokenizer=tokenizer, end=end, bos=bos, eos=chat.eos_ids(str(tmp_path), tokenizer))
-
-
-@pytest.mark.parametrize("messages", [TALK, TALK[1:2], TALK[1:]], ids=["system and turns", "one turn", "turns"])
-def test_a_prompt_has_the_template_s_bos_once_and_all_of_its_messages(case, messages):
-    ids = chat.prompt_ids(case.tokenizer, messages, "here")
-    assert ids.count(1) == case.bos and (ids[:1] == [1]) == bool(case.bos)
-    text = case.tokenizer.decode(ids)
-    at = [text.index(m["content"]) for m in messages]
-    assert at == sorted(at)
-    assert ids == case.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
 
 
 @pytest.mark.parametrize("name", ["llama-3", "zephyr"])
@@ -129,13 +95,19 @@ def test_one_bos_where_the_tokenizer_adds_one_itself(name):
     assert 1 not in response and tokenizer.decode(response[:-1]).strip() == TEXT
 
 
-def test_a_response_is_the_rest_of_the_joint_rendering_with_one_eos_the_last(case):
-    prompt = chat.prompt_ids(case.tokenizer, TALK, "here")
-    ids = chat.response_ids(case.tokenizer, TALK, prompt, TEXT, case.eos)
-    assert ids[-1] == case.end and sum(i in case.eos for i in ids) == 1 and 1 not in ids
-    assert case.tokenizer.decode(ids[:-1]).strip() == TEXT
-    joint = case.tokenizer.apply_chat_template(TALK + [{"role": "assistant", "content": TEXT}], return_dict=False)
-    shared = len(prompt) + len(ids) - (case.end not in joint)  # an EOS that the template does not write
+@pytest.mark.parametrize("name, end", [("chatml", "<|im_end|>"), ("zephyr", "</s>"), ("llama-3", "<|eot_id|>"),
+                                       ("mistral", "</s>"), ("no eos", "</s>")])
+def test_a_response_is_the_rest_of_the_joint_rendering_with_one_eos_the_last(tmp_path, name, end):
+    template = CHAT.get(name, NO_EOS).replace("\n\n", "\n")  # of two the last merges with a response
+    tokenizer = make_tokenizer(template=template)  # whose EOS is </s>
+    end = tokenizer.convert_tokens_to_ids(end)
+    LlamaConfig(eos_token_id=[2, end]).save_pretrained(tmp_path)
+    eos, prompt = chat.eos_ids(str(tmp_path), tokenizer), chat.prompt_ids(tokenizer, TALK, "here")
+    ids = chat.response_ids(tokenizer, TALK, prompt, TEXT, eos)
+    assert ids[-1] == end and sum(i in eos for i in ids) == 1 and 1 not in ids
+    assert tokenizer.decode(ids[:-1]).strip() == TEXT
+    joint = tokenizer.apply_chat_template(TALK + [{"role": "assistant", "content": TEXT}], return_dict=False)
+    shared = len(prompt) + len(ids) - (end not in joint)  # an EOS that the template does not write
     assert (prompt + ids)[:shared] == joint[:shared]
 
 
@@ -186,7 +158,7 @@ def test_a_special_token_that_a_content_spells_is_text(both, kind, spelled):
     for messages in (talk, talk[:1], talk[2:] + talk):
         ids = chat.chat_ids(tokenizer, messages, add_generation_prompt=True)
         assert ids == oracle.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
-        if kind in LOSSLESS:
+        if kind == "byte-level":  # which loses nothing
             rendered = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
             assert tokenizer.decode(ids) == rendered
 
@@ -208,7 +180,7 @@ def test_a_response_that_spells_an_eos_has_one_the_last(both, kind, tmp_path, te
     prompt = chat.prompt_ids(tokenizer, TALK[1:2], "here")
     ids = chat.response_ids(tokenizer, TALK[1:2], prompt, text, eos)
     assert [i in eos for i in ids] == [False] * (len(ids) - 1) + [True]
-    if kind in LOSSLESS:
+    if kind == "byte-level":  # which loses nothing
         assert tokenizer.decode(ids[:-1]).strip() == text.strip()
 
 
@@ -240,10 +212,6 @@ def test_a_special_token_that_merges_make_is_kept_apart_too(ignore_merges):
     messages = [{"role": "user", "content": "x </s> </s>"}]
     ids = chat.chat_ids(tokenizer, messages)
     assert ids.count(0) == 1 and tokenizer.decode(ids) == "<|user|>\nx </s> </s></s>\n"
-
-
-# ---------------------------------------------------------------------------------------------
-# Batches
 
 
 def test_collate_gives_the_tensors_of_its_docstring():

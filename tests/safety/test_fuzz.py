@@ -1,6 +1,6 @@
 """Thousands of damaged files: whatever a reader is given, it succeeds, or says in one line which file, and where.
 
-    FUZZ=5000 python -m pytest tests/safety/test_fuzz.py -q      # so many files of each of 20 kinds
+    FUZZ=5000 python -m pytest tests/safety/test_fuzz.py -q      # so many files of each of 16 kinds
 
 A damaged file is decided by (kind, number): a failure shows both, and `damaged(good, number)` makes it again.
 """
@@ -19,17 +19,15 @@ from argparse import Namespace
 import pytest
 
 import stages
-from children import STAGES, at_end, fork, good, kill, no_child_outlives_its_test, succeeded
+from children import at_end, fork, good, kill, no_child_outlives_its_test, succeeded
 from extras import alpaca_eval, mt_bench
-from extras.answers import is_string
 from extras.small_world import gold_score, read_gold
 from support import chat, runs
 
 FILES = int(os.environ.get("FUZZ", 150))  # damaged files of each kind
-KINDS = ["seed.jsonl", "sft.jsonl", "prompts_1.jsonl", "preferences.jsonl", "responses.jsonl", "labels.jsonl",
-         "gold.json", "mine.jsonl", "mine.json", "base.json", "ours.json", "annotations.json", "df_gamed.csv",
-         "judge.txt", "questions.jsonl", "model.jsonl", "judge_prompts.jsonl", "judgments.jsonl", "metrics.json",
-         "chat.jinja"]
+KINDS = ["seed.jsonl", "sft.jsonl", "preferences.jsonl", "responses.jsonl", "labels.jsonl", "gold.json", "mine.jsonl",
+         "base.json", "annotations.json", "df_gamed.csv", "judge.txt", "questions.jsonl", "model.jsonl",
+         "judge_prompts.jsonl", "metrics.json", "chat.jinja"]
 TALK = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "my lid is broken ."}]
 DEEP, HUGE = "[" * 5000 + "]" * 5000, "9" * 400
 LONG = "x" * 3_000_000
@@ -111,10 +109,6 @@ def damaged(good, number):
         lambda: good[:at] + bytes(rng.randrange(5000)) + good[at:]])(), None
 
 
-# ---------------------------------------------------------------------------------------------
-# What is read, and how
-
-
 @pytest.fixture(scope="module")
 def files(world, tokenizer, tmp_path_factory):
     """A folder with a good file of every kind."""
@@ -126,7 +120,7 @@ def files(world, tokenizer, tmp_path_factory):
     def as_json(name, value):
         (folder / f"{name}.json").write_text(json.dumps(value))
 
-    for name in ("seed", "sft", "prompts_1", "eval"):
+    for name in ("seed", "sft"):
         lines(name, *stages.rows(world / f"{name}.jsonl")[:6])
     one, two = {"text": "we fix it .", "ids": [7, 0], "finish": "eos"}, {"text": "no .", "ids": [9], "finish": "length"}
     asked = {"prompt": TALK, "prompt_ids": [5, 6]}
@@ -134,10 +128,8 @@ def files(world, tokenizer, tmp_path_factory):
     lines("preferences", *({"id": f"p{k}", **asked, "chosen": one, "rejected": two, "p": 0.7} for k in range(3)))
     lines("labels", *({"id": k, "label": 1 + k % 2} for k in range(3)))
     as_json("gold", {"lid": {"we fix it .": 1, "no .": -1}})
-    mine = [{"id": "a", "prompt": "a", "chosen": "b", "rejected": "c"}, {"prompt": "q"},
-            {"prompt": TALK, "chosen": TALK + [{"role": "assistant", "content": "y"}], "rejected": "z"}]
-    lines("mine", *mine)
-    as_json("mine", mine)
+    lines("mine", {"id": "a", "prompt": "a", "chosen": "b", "rejected": "c"}, {"prompt": "q"},
+          {"prompt": TALK, "chosen": TALK + [{"role": "assistant", "content": "y"}], "rejected": "z"})
     for name in ("base", "ours"):
         as_json(name, [{"instruction": f"say {k}", "output": f"{name} {k}", "generator": name} for k in range(3)])
     as_json("annotations", [{"instruction": f"say {k}", "output_1": "a", "output_2": "bb", "preference": value}
@@ -151,7 +143,6 @@ def files(world, tokenizer, tmp_path_factory):
     lines("model", *({"question_id": k, "choices": [{"index": 0, "turns": ["a", "b"]}]} for k in range(3)))
     lines("judge_prompts", *({"name": f"single{math}-v1{turn}", "system_prompt": "s", "prompt_template": "{answer_2}"}
                              for math in ("", "-math") for turn in ("", "-multi-turn")))
-    lines("judgments", *(row | {"judgment": "[[7]]", "score": 7, "tstamp": 0} for row in to_judge(folder)[0]))
     as_json("metrics", {"name": "SPA, iteration 1", "gold_labels": "3 %", "win_rate": 50.0, "standard_error": 2.0,
                         "mt_bench_categories": {"math": 3.0}, "avg_length": 12})
     return folder
@@ -189,41 +180,24 @@ def kinds(files, tokenizer, pi_0):
         with_it = chat.load_tokenizer(str(pi_0), chat_template=str(path))
         return chat.prompt_ids(with_it, TALK, path), chat.eos_ids(str(pi_0), with_it)
 
-    source = stage("00_inputs", "source", files, seed_size=1, prompt_sizes=[1], eval_size=0)
     readers = {
         "seed.jsonl": reader(chat.read_pairs, pi_0, tokenizer, runs.LABELLED, several=True),
         "sft.jsonl": reader(stages.load("00_sft").read_examples, pi_0, tokenizer),
-        "prompts_1.jsonl": lambda path: chat.read_prompts(path, tokenizer, 64),
         "preferences.jsonl": reader(chat.read_pairs, pi_0, tokenizer, runs.PREFERENCES, runs.LABELLED, several=True),
         "responses.jsonl": stage("03_judge", "input", files, judge="gold", gold=files / "labels.jsonl"),
         "labels.jsonl": stage("03_judge", "gold", files, judge="gold", input=files / "responses.jsonl"),
         "gold.json": lambda path: gold_score(read_gold(path), TALK, "we fix it . no ."),
-        "mine.jsonl": source, "mine.json": source,
+        "mine.jsonl": stage("00_inputs", "source", files, seed_size=1, prompt_sizes=[1], eval_size=0),
         "base.json": lambda path: alpaca_eval.read_pairs(path, files / "ours.json"),
-        "ours.json": lambda path: alpaca_eval.read_pairs(files / "base.json", path),
         "annotations.json": stage("05_eval alpaca-score", None, files, df_gamed="none"),
         "df_gamed.csv": stage(f"05_eval alpaca-score {files / 'annotations.json'}", "df_gamed", files),
         "judge.txt": alpaca_eval.read_template, "questions.jsonl": lambda path: to_judge(files, questions=path),
         "model.jsonl": lambda path: to_judge(files, answers=path, reference_answers=path),
         "judge_prompts.jsonl": lambda path: to_judge(files, judge_prompts=path),
-        "judgments.jsonl": lambda path: runs.read_rows(path, {"model": is_string}),
         "metrics.json": stage("05_eval report", None, files),
         "chat.jinja": chat_template}
     assert list(readers) == KINDS
     return {kind: (files / kind, read) for kind, read in readers.items()}
-
-
-@pytest.fixture(autouse=True)
-def no_hang():
-    """A test that takes so long never ends."""
-    def stop(*_):
-        raise TimeoutError
-
-    before = signal.signal(signal.SIGALRM, stop)
-    signal.alarm(120 + 2 * FILES)
-    yield
-    signal.alarm(0)
-    signal.signal(signal.SIGALRM, before)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -248,35 +222,11 @@ def test_a_damaged_file_is_read_or_refused_in_one_line(kinds, tmp_path, kind):
     assert refused > FILES / 20  # else nothing was damaged
 
 
-# ---------------------------------------------------------------------------------------------
-# Whole stages, with models
-
-
-@pytest.fixture(scope="module")
-def work(files, good):
-    """{stage: options that work, without --output}"""
-    names = zip(STAGES[1:], ("sft", "seed", "prompts_1", "responses", "preferences", "eval"))
-    return {stage: good[stage] | {"input": files / f"{name}.jsonl", "micro_batch_size": 2} for stage, name in names}
-
-
-@pytest.mark.parametrize("stage", STAGES[1:])
-def test_a_stage_with_a_damaged_file_succeeds_or_leaves_nothing(work, tmp_path, stage):
-    good, path = work[stage]["input"], tmp_path / "damaged"
-    others = stages.files(good.parent)
-    for number in range(1000, 1000 + max(1, FILES // 30)):
-        content, _ = damaged(good.read_bytes(), number)
-        path.write_bytes(content)
-        output = tmp_path / f"out_{number}"
-        ran = stages.attempt(*stage.split(), output=output, **work[stage] | {"input": path})
-        assert succeeded(ran, path) == output.exists(), number
-    assert not list(tmp_path.glob("*.tmp")) and stages.files(good.parent) == others
-
-
 @pytest.mark.parametrize("stage", ["02_generate", "03_judge"])
-def test_what_a_killed_run_left_and_was_damaged_changes_no_result(work, tmp_path, stage):
-    whole = stages.run(stage, output=tmp_path / "whole", **work[stage])
+def test_what_a_killed_run_left_and_was_damaged_changes_no_result(good, tmp_path, stage):
+    whole = stages.run(stage, output=tmp_path / "whole", **good[stage])
     left, output, partial = tmp_path / "left", tmp_path / "out", tmp_path / "out.partial"
-    assert fork(stage, work[stage] | {"output": output}, lambda: at_end(kill, output))().status == -signal.SIGKILL
+    assert fork(stage, good[stage] | {"output": output}, lambda: at_end(kill, output))().status == -signal.SIGKILL
     partial.rename(left)
     names = sorted(path.name for path in left.iterdir() if path.suffix in (".json", ".jsonl"))
     assert len(names) > 1
@@ -285,23 +235,23 @@ def test_what_a_killed_run_left_and_was_damaged_changes_no_result(work, tmp_path
         file = partial / names[number % len(names)]
         content, _ = damaged(file.read_bytes(), number)
         file.write_bytes(content)
-        ran = stages.attempt(stage, output=output, **work[stage])
+        ran = stages.attempt(stage, output=output, **good[stage])
         if succeeded(ran, partial):
             assert stages.digest(output) == stages.digest(whole), (stage, number)
             output.unlink()
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def test_a_damaged_record_of_an_output_or_a_model(work, tmp_path):
-    options = work["02_generate"]
+def test_a_damaged_record_of_an_output_or_a_model(good, tmp_path):
+    options = good["02_generate"]
     output = stages.run("02_generate", output=tmp_path / "out", **options)
     record, made = runs.args_path(output), stages.digest(output)
-    good, model = record.read_bytes(), shutil.copytree(options["model"], tmp_path / "model")
+    content, model = record.read_bytes(), shutil.copytree(options["model"], tmp_path / "model")
     fingerprint = runs.fingerprint(model)
     for number in range(max(1, FILES // 4)):
-        content, _ = damaged(good, number)
-        record.write_bytes(content)
+        damage, _ = damaged(content, number)
+        record.write_bytes(damage)
         succeeded(stages.attempt("02_generate", output=output, **options), output)
-        assert stages.digest(output) == made and record.read_bytes() == content
-        (model / "args.json").write_bytes(content)
+        assert stages.digest(output) == made and record.read_bytes() == damage
+        (model / "args.json").write_bytes(damage)
         assert runs.fingerprint(model) == fingerprint

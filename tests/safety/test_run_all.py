@@ -28,10 +28,6 @@ def bash(*words, root=ROOT, cwd=None, **environment):
                           cwd=cwd or root, env=CLEAN | {"NPROC": "1"} | environment)
 
 
-# ---------------------------------------------------------------------------------------------
-# End to end
-
-
 def little_run(runs):
     done = bash(**LITTLE, PYTHON=sys.executable, RUNS=str(runs), RUN_NAME="little", OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stderr
@@ -73,12 +69,13 @@ def test_every_stage_of_the_small_world_leaves_its_output_and_metrics(little):
     assert accuracy is None or 0 <= accuracy <= 100  # None: gold may find all the pairs of so small a model equal
     # pi_1 was trained from pi_0, with pi_0 as the reference: at the first step they agree
     assert rows(folder / "pi_1" / "metrics.jsonl")[0]["rewards/margins"] == pytest.approx(0, abs=1e-3)
-    assert stages.moved(folder / "pi_init", folder / "pi_0") and stages.farthest(folder / "pi_0", folder / "pi_1") > 0
+    assert stages.farthest(folder / "pi_init", folder / "pi_0") > 1e-4
+    assert stages.farthest(folder / "pi_0", folder / "pi_1") > 0
 
 
 def test_every_number_that_is_written_is_json(little):
     def refuse(name):  # NaN, which Python writes and others cannot read
-        raise ValueError(f"{name} in {path}")
+        raise ValueError(name)
 
     folder, _ = little
     for path in [*folder.rglob("*.json"), *folder.rglob("*.jsonl")]:
@@ -116,27 +113,17 @@ def statuses(processes, log):
         pytest.fail(Path(log.name).read_text())
 
 
-def test_two_machines_give_what_one_gives(little, tmp_path):
-    first, second = on_machines(2, tmp_path)
-    single = [words[1:3] for words in first if words[1].endswith(".py")]
-    assert single == [["00_inputs.py", "--source"], ["05_eval.py", "report"]]
-    assert not any(words[1].endswith(".py") for words in second) and len(first) == len(second) + 2
-    # 00_inputs.py by the first machine, then 00_sft.py by both, the second too early
-    with open(tmp_path / "log", "w") as log:
-        late = start(second[0], log)
-        assert statuses([start(first[0], log)], log) == [0]
-        assert statuses([start(first[1], log), late], log) == [0, 0], (tmp_path / "log").read_text()
-    folder, _ = little
-    assert stages.farthest(tmp_path / "nodes" / "pi_init", folder / "pi_init") < 2e-5
-
-
 @pytest.mark.parametrize("machines", [1, 2])
 def test_a_process_that_dies_is_started_again_and_goes_on(tmp_path, machines):
     commands = on_machines(machines, tmp_path, NPROC=str(3 - machines), MAX_RESTARTS="1", SAVE_EVERY="4",
                            SFT_EPOCHS="10", SFT_BATCH_SIZE="8", SFT_LR="3e-3")
+    of_one = [words[1:3] for words in commands[0] if words[1].endswith(".py")]
+    assert of_one == [["00_inputs.py", "--source"], ["05_eval.py", "report"]]  # of the first machine alone
+    assert all(len(commands[0]) == len(of_machine) + 2 for of_machine in commands[1:])
     with open(tmp_path / "log", "w") as log:
+        agents = [start(of_machine[0], log) for of_machine in commands[1:]]  # too early
         assert statuses([start(commands[0].pop(0), log)], log) == [0]  # 00_inputs.py
-        agents = [start(of_machine[0], log) for of_machine in commands]
+        agents.insert(0, start(commands[0][0], log))
         folder = tmp_path / "nodes"
         while not list((folder / "pi_init.partial").glob("state-*.pt")) and agents[0].poll() is None:
             time.sleep(0.05)
@@ -150,10 +137,6 @@ def test_a_process_that_dies_is_started_again_and_goes_on(tmp_path, machines):
                        lr=3e-3, epochs=10, batch_size=8, micro_batch_size=8)
     assert stages.farthest(folder / "pi_init", alone) < 1e-4
     assert [line["step"] for line in stages.metrics(folder / "pi_init")] == list(range(1, 81))
-
-
-# ---------------------------------------------------------------------------------------------
-# Commands
 
 
 def commands(setting, **environment):
@@ -224,6 +207,8 @@ def test_a_setting_is_algorithm_1_with_the_paper_s_values(setting):
         policy = train.output
     evaluated = [args for args in only("05_eval", printed) if args.command == "sample"]
     assert [args.model for args in evaluated][::len(evaluated) - 1] == [init, policy]
+    assert {(args.init_model, args.beta, args.preferences) for args in evaluated} == {
+        (init, values["03_judge"]["beta"], None)}
     if not inputs.seed_size:  # pi_init is a base model, without a chat template
         assert evaluated[0].tokenizer or evaluated[0].chat_template
 
@@ -251,21 +236,19 @@ def test_variables_of_the_environment_come_first():
     assert {args.seed for _, args in printed if hasattr(args, "seed")} == {7}
 
 
-@pytest.mark.parametrize("environment, name", [({}, "llm-blender/PairRM-hf"), ({"REWARD_MODEL": "my/own"}, "my/own")])
-def test_pairrm_can_judge(environment, name):
-    judges = only("03_judge", commands("mistral-7b", JUDGE="pairrm", **environment))
-    assert [(args.judge, args.reward_model) for args in judges] == [("pairrm", name)] * 3
-
-
-@pytest.mark.parametrize("order, examples, asked", [("both", "both", "both"), ("one", "one", "first")])
-def test_the_llm_judge_learns_and_judges_in_both_orders_or_in_one(order, examples, asked):  # App. B.2
-    printed = commands("mistral-7b", JUDGE="llm", LLM_ORDER=order)
-    assert {args.llm_judge for args in only("00_inputs", printed)} == {examples}
-    assert {args.llm_order for args in only("03_judge", printed)} == {asked}
+@pytest.mark.parametrize("environment, stage, values", [
+    ({"JUDGE": "pairrm"}, "03_judge", dict(judge="pairrm", reward_model="llm-blender/PairRM-hf")),
+    ({"JUDGE": "pairrm", "REWARD_MODEL": "my/own"}, "03_judge", dict(judge="pairrm", reward_model="my/own")),
+    ({"JUDGE": "llm"}, "00_inputs", dict(llm_judge="both")), ({"JUDGE": "llm"}, "03_judge", dict(llm_order="both")),
+    ({"JUDGE": "llm", "LLM_ORDER": "one"}, "00_inputs", dict(llm_judge="one")),  # App. B.2
+    ({"JUDGE": "llm", "LLM_ORDER": "one"}, "03_judge", dict(llm_order="first"))])
+def test_other_judges(environment, stage, values):
+    found = only(stage, commands("mistral-7b", **environment))
+    assert found and all({name: getattr(args, name) for name in values} == values for args in found)
 
 
 def test_every_row_s_command_is_one_that_run_all_takes():
-    lines = (ROOT / "benchmarks/README.md").read_text(encoding="utf-8").splitlines()
+    lines = (ROOT / "extras/README.md").read_text(encoding="utf-8").splitlines()
     heading = next(k for k, line in enumerate(lines) if line.startswith("| Table | Row | `bash run_all.sh` |"))
     rows = list(itertools.takewhile(lambda line: line.startswith("|"), lines[heading + 2:]))
     tried = 0
@@ -277,7 +260,7 @@ def test_every_row_s_command_is_one_that_run_all_takes():
 
 
 def test_the_row_of_zephyr_has_its_recipe_s_values():  # App. B.2
-    [row] = [line for line in (ROOT / "benchmarks/README.md").read_text().splitlines() if "| Zephyr-7b-beta" in line]
+    [row] = [line for line in (ROOT / "extras/README.md").read_text().splitlines() if "| Zephyr-7b-beta" in line]
     [words] = [shlex.split(code) for code in row.split("`")[1::2] if code.startswith("01_seed_dpo.py")]
     args = parsed("01_seed_dpo", words[1:] + ["--model", "x", "--output", "x"])
     assert (args.beta, args.batch_size, args.epochs, args.lr) == (0.01, 128, 1, 5e-7)
@@ -301,13 +284,6 @@ def test_the_paper_s_models_are_trained_in_shards(setting):
     assert {(args.fsdp, args.gradient_checkpointing) for args in trained} == {(setting != "world",) * 2}
 
 
-def test_several_gpus_share_the_stages_that_have_work_to_share():
-    done = bash("mistral-7b", "--dry-run", NPROC="4")
-    for line in done.stdout.splitlines():
-        single = "00_inputs.py" in line or "05_eval.py report" in line
-        assert ("torch.distributed.run" in line and "--nproc-per-node 4 --standalone" in line) != single, line
-
-
 @pytest.fixture
 def torch_with(tmp_path):
     """A function of a number of GPUs -> variables with which Python imports a torch that finds them, once it has
@@ -323,20 +299,16 @@ def torch_with(tmp_path):
     return variables
 
 
-@pytest.mark.parametrize("gpus", [1, 3])
+@pytest.mark.parametrize("gpus", [0, 1, 3])
 def test_the_gpus_that_are_used_are_those_that_cuda_finds(torch_with, gpus):
-    done = bash("mistral-7b", "--dry-run", **torch_with(gpus))
-    assert (done.returncode, done.stderr) == (0, "")
-    assert ("--nproc-per-node 3 " in done.stdout) == ("torch.distributed.run" in done.stdout) == (gpus == 3)
+    found = torch_with(gpus)
+    done = bash("mistral-7b", "--dry-run", **found)
+    assert done.returncode == 0 and done.stderr.count("\n") == done.stderr.count("on the CPU") == (gpus == 0)
+    for line in done.stdout.splitlines():  # those share the stages that have work to share
+        shared = gpus == 3 and "00_inputs.py" not in line and "05_eval.py report" not in line
+        assert ("--nproc-per-node 3 --standalone" in line) == ("torch.distributed.run" in line) == shared, line
     assert "--nproc-per-node 2 " in bash("mistral-7b", "--dry-run", **torch_with(7) | {"NPROC": "2"}).stdout
-
-
-def test_a_model_s_setting_without_a_gpu_says_so_and_the_small_world_does_not(torch_with):
-    none = torch_with(0)
-    done = bash("mistral-7b", "--dry-run", **none)
-    assert done.returncode == 0 and done.stderr.count("\n") == 1 and "on the CPU" in done.stderr
-    assert "torch.distributed" not in done.stdout
-    assert bash("--dry-run", **none).stderr == ""
+    assert bash("--dry-run", **found).stderr == ""  # the small world is for a CPU
 
 
 def test_a_plan_is_printed_without_python_and_a_run_without_torch_is_refused(tmp_path):
@@ -357,8 +329,7 @@ def test_an_unknown_word_is_refused_before_anything_is_installed(clone, words):
     assert words[-1] in done.stderr and not log.exists()
 
 
-@pytest.mark.parametrize("setting", ["world", "mistral-7b"])
-@pytest.mark.parametrize("variables", [  # the last one is named
+@pytest.mark.parametrize("setting, variables", [*itertools.product(["world", "mistral-7b"], [  # the last one is named
     "LAMBDAS='1 1 1 1' ITERATIONS=4 PROMPT_SIZES=", "PROMPT_SIZES='8000 20000'", "PROMPT_SIZES='8000 2e4 30000'",
     "PROMPT_SIZES='1 2 3 4' ITERATIONS=4 LAMBDAS=", "LAMBDAS='0.5 0.25'", "LAMBDAS='1/2 1/4 1/8'", "ITERATIONS=three",
     "ITERATIONS='a[$(touch evil)]'", "SEED_SIZE=08", "NNODES=two", "NPROC=-1", "LR=1e-", "BETA=nan",
@@ -368,7 +339,9 @@ def test_an_unknown_word_is_refused_before_anything_is_installed(clone, words):
     "EMPTY_SYSTEM=yes", "SEED_SAMPLE=1st", "SFT_LR=high", "MERGE_SEED=yes", "LLM_ORDER=first", "SEED_SIZE=0 PI_0=",
     "SEED_SIZE=0 PI_0=org/pi MERGE_SEED=1", "SEED_SIZE=0 PI_0=org/pi JUDGE=llm JUDGE_MODEL=", "NODE_RANK=1",
     "PI_0=org/pi SEED_REFINE=self", "REWARD_MODEL=org/rm JUDGE=llm", "JUDGE_MODEL=org/judge JUDGE=init",
-    "NNODES=2 RDZV_ENDPOINT=host:1 NODE_RANK=2"])
+    "NNODES=2 RDZV_ENDPOINT=host:1 NODE_RANK=2"]),
+    # what a setting makes by itself cannot be given
+    ("world", "SOURCE=org/data"), ("world", "BASE=org/pi"), ("world", "INIT=org/pi"), ("phi-2-base", "INIT=org/pi")])
 def test_a_plan_that_cannot_be_carried_out_is_refused_before_the_first_stage(clone, setting, variables):
     bash, log = clone
     environment = dict(pair.split("=", 1) for pair in shlex.split(variables))
@@ -376,15 +349,6 @@ def test_a_plan_that_cannot_be_carried_out_is_refused_before_the_first_stage(clo
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert all(word in done.stderr for word in list(environment.items())[-1])
     assert not log.exists() and not list(log.parent.rglob("evil"))
-
-
-@pytest.mark.parametrize("setting, variable, value", [
-    ("world", "SOURCE", "org/data"), ("world", "BASE", "org/pi"), ("world", "INIT", "org/pi"),
-    ("phi-2-base", "INIT", "org/pi")])
-def test_what_a_setting_makes_by_itself_cannot_be_given(setting, variable, value):
-    done = bash(setting, "--dry-run", **{variable: value})
-    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
-    assert variable in done.stderr and value in done.stderr
 
 
 @pytest.mark.parametrize("variable", """SEED SEED_SIZE SEED_SAMPLE PROMPT_SIZES EVAL_SIZE SFT_LR SFT_EPOCHS
@@ -396,10 +360,6 @@ def test_a_number_that_a_stage_would_refuse_is_refused_before_the_first(variable
     for value in ("0", "1.5", "101", "1e999", "-1", "0 0 0"):
         done = bash("phi-3-medium", "--dry-run", **every | {variable: value})
         assert done.returncode == 2 and variable in done.stderr or commands("phi-3-medium", **every | {variable: value})
-
-
-# ---------------------------------------------------------------------------------------------
-# With a Python that only writes down what it is asked
 
 
 @pytest.fixture
@@ -503,13 +463,10 @@ def test_cdpath_sends_it_to_no_other_folder(stub, tmp_path):
 def test_a_checkout_on_windows_has_the_line_ends_that_bash_reads(tmp_path):
     if not shutil.which("git"):
         pytest.skip("takes git")
-    git = ["git", "-C", tmp_path, "-c", "user.name=a", "-c", "user.email=a@b", "-c", "core.autocrlf=true"]
-    for name in (".gitattributes", "run_all.sh"):
-        shutil.copy(ROOT / name, tmp_path)
-    for words in (["init", "-q"], ["add", "."], ["commit", "-qm", "x"], ["rm", "-q", "run_all.sh"],
-                  ["checkout", "-q", "HEAD", "run_all.sh"]):
-        subprocess.run([*git, *words], check=True, capture_output=True)
-    assert (tmp_path / "run_all.sh").read_bytes() == (ROOT / "run_all.sh").read_bytes()
+    shutil.copy(ROOT / ".gitattributes", tmp_path)
+    subprocess.run(["git", "init", "-q", tmp_path], check=True)
+    attribute = subprocess.run(["git", "-C", tmp_path, "check-attr", "eol", "run_all.sh"], capture_output=True)
+    assert attribute.stdout == b"run_all.sh: eol: lf\n"
 
 
 # what bash 3.2, which macOS has, takes for an error or for something else, and since when it is there
@@ -543,14 +500,6 @@ def test_the_seed_joins_each_round_and_has_its_own_refinement():
         (0.3, 7, 1)] * 3
     assert [options.input for options in worst] == [[seed], *plain]
     assert bash("--dry-run", SEED_REFINE="none").returncode == 2
-
-
-@pytest.mark.parametrize("setting", ["world", "mistral-7b", "phi-2"])
-def test_every_setting_ends_with_agreement_and_signs_of_health(setting):
-    evaluated = [options for stage, options in commands(setting) if stage == "05_eval" and options.command == "sample"]
-    init, beta = evaluated[0].model, next(options.beta for stage, options in commands(setting) if stage == "03_judge")
-    assert all((options.init_model, options.beta) == (init, beta) for options in evaluated)
-    assert all(bool(options.preferences) == (setting == "world") for options in evaluated if "SPA" in options.name)
 
 
 def test_a_tokenizer_beside_pi_init_reaches_what_reads_texts_with_pi_init():

@@ -1,7 +1,8 @@
-"""Stages in forked children, stopped at an exact point; torch is imported once. Options that work, for every stage."""
+"""Stages in forked children: as two ranks, stopped at an exact point. Options that work, for every stage."""
 
 import contextlib
 import functools
+import itertools
 import json
 import os
 import signal
@@ -11,13 +12,15 @@ from pathlib import Path
 import pytest
 import torch
 
+import common
 import stages
 from stages import Ran, attempt, digest, rows, run
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # else the package warns of every fork
 CHANGES = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.chmod"}  # audit events of files
 STAGES = ["00_inputs", "00_sft", "01_seed_dpo", "02_generate", "03_judge", "04_refined_dpo", "05_eval sample"]
-TRAINED = ["00_sft", "01_seed_dpo", "04_refined_dpo"]  # of seven steps each, with `good`
+TRAINED = ["00_sft", "01_seed_dpo", "04_refined_dpo", "extras/worst_case_dpo"]  # of seven steps each, with `good`
+ALL = list(dict.fromkeys(STAGES + TRAINED))
 alive = []  # children that were not waited for
 
 
@@ -35,6 +38,8 @@ def good(world, pi_init, pi_0, preferences, tmp_path_factory):
             "02_generate": dict(input=world / "prompts_1.jsonl", **sampling),
             "03_judge": dict(model=pi_0, init_model=pi_init, input=responses, micro_batch_size=5),
             "04_refined_dpo": dict(model=pi_0, input=pairs, batch_size=3, window=4, k_percent=25, **training),
+            "extras/worst_case_dpo": dict(model=pi_0, input=world / "seed.jsonl", batch_size=3, epochs=1, epsilon=0.1,
+                                          resolve_steps=3, **training),
             "05_eval sample": dict(input=world / "eval.jsonl", gold=world / "gold.json", **sampling)}
 
 
@@ -71,7 +76,7 @@ def no_child_outlives_its_test():
 def fork(stage, options, prepare=lambda: None, **environment):
     """Start a stage in a child, after prepare() -> a function that waits for its end and gives its Ran.
 
-    The status is the exit status, or -N where signal N killed it.
+    stage: a string, or a list of words. The status is the exit status, or -N where signal N killed it.
     """
     read, write = os.pipe()
     child = os.fork()
@@ -80,8 +85,10 @@ def fork(stage, options, prepare=lambda: None, **environment):
         with contextlib.suppress(BaseException):
             os.environ.update(environment)
             prepare()
-            ran = attempt(*stage.split(), **options)
+            ran = attempt(*(stage.split() if isinstance(stage, str) else stage), **options)
             os.write(write, json.dumps([ran.out, ran.err]).encode())
+            # a thread of gloo that is left may want the GIL when Python ends, which aborts the process
+            assert ran.status != 0 or "fsdp" in options or not gloo_threads()  # torch keeps FSDP's mesh
             status = ran.status
         os._exit(status)
     os.close(write)
@@ -95,6 +102,10 @@ def fork(stage, options, prepare=lambda: None, **environment):
         return Ran(os.waitstatus_to_exitcode(status), *json.loads(printed or '["", ""]'))
     join.pid = child
     return join
+
+
+def gloo_threads():
+    return [task for task in Path("/proc/self/task").iterdir() if "gloo" in (task / "comm").read_text()]
 
 
 def two_ranks(stage, options, prepare=lambda: None):
@@ -143,6 +154,17 @@ def at_event(n, act, folder=None):
 
     sys.addaudithook(on_audit)
     torch.nn.modules.module.register_module_forward_pre_hook(on_forward)
+
+
+def after_batch(n, act):
+    """Call act() when n batches are recorded, by all models together."""
+    real, count = common.journal, itertools.count(1)
+
+    @contextlib.contextmanager
+    def journal(*args):
+        with real(*args) as record:
+            yield lambda value: (record(value), next(count) == n and act())
+    common.journal = journal
 
 
 def at_end(act, output):
