@@ -31,7 +31,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 from transformers import get_cosine_schedule_with_warmup
 
-from support.runs import InputError, journal, progress, read_journal, torchrun_ranks
+from support.runs import InputError, progress, read_journal, record, torchrun_ranks
 
 # ---------------------------------------------------------------------------------------------
 # Batches
@@ -370,9 +370,8 @@ def map_batches(compute, batches, work, ranks, label):
 
     done = recorded()
     mine = [[i for i in batch if i not in done] for batch in batches[ranks.rank::ranks.world]]
-    with journal(work, label, ranks.rank) as record:
-        for batch in progress([batch for batch in mine if batch], label, ranks):
-            record([batch, compute(batch)])
+    for batch in progress([batch for batch in mine if batch], label, ranks):
+        record([batch, compute(batch)], work, label, ranks.rank)
     ranks.barrier()
     done = recorded()
     ranks.barrier()  # before any rank may remove the folder
