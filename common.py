@@ -316,7 +316,7 @@ class Ranks:
     device: torch.device
 
     def gather(self, rows):
-        """The lists of all ranks as one list, in the order of the ranks."""
+        """The lists of all ranks as one list, in the order of the ranks. Waits for all of them."""
         if self.world == 1:
             return rows
         parts = [None] * self.world
@@ -325,20 +325,14 @@ class Ranks:
 
     def on_first(self, finish):
         """Rank 0 calls finish(), the others wait; its error is raised on every rank."""
-        errors = [None]
+        errors = []
         if self.rank == 0:
             try:
                 finish()
             except (InputError, OSError) as error:
                 errors = [error]
-        if self.world > 1:
-            dist.broadcast_object_list(errors)
-        if errors[0]:
-            raise errors[0]
-
-    def barrier(self):
-        if self.world > 1:
-            dist.barrier()
+        for error in self.gather(errors):
+            raise error
 
 
 def start_ranks():
@@ -372,9 +366,9 @@ def map_batches(compute, batches, work, ranks, label):
     mine = [[i for i in batch if i not in done] for batch in batches[ranks.rank::ranks.world]]
     for batch in progress([batch for batch in mine if batch], label, ranks):
         record([batch, compute(batch)], work, label, ranks.rank)
-    ranks.barrier()
+    ranks.gather([])  # wait until all are done
     done = recorded()
-    ranks.barrier()  # before any rank may remove the folder
+    ranks.gather([])  # before any rank may remove the folder
     return {i: done[i] for batch in batches for i in batch}
 
 

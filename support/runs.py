@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 from typing import IO
 
 import torch
@@ -294,10 +295,9 @@ def check_row(row, fields, where):
     if not isinstance(row, dict):
         raise InputError(f"{where}: not a JSON object: {shown(row)}: write one object a line")
     for name, check in fields.items():
-        if name not in row:
-            raise InputError(f'{where}: the field "{name}" is missing: it must be {check.__doc__}')
-        if not check(row[name]):
-            raise InputError(f'{where}: "{name}" is {shown(row[name])}: it must be {check.__doc__}')
+        if name not in row or not check(row[name]):
+            found = shown(row[name]) if name in row else "missing"
+            raise InputError(f'{where}: the field "{name}" is {found}: it must be {check.__doc__}')
 
 
 def shown(value):
@@ -588,19 +588,12 @@ def close_output(args, work, made, counts):
 # Progress
 
 
-class LogWriter:
-    """tqdm's output if stderr is not a terminal: a line per update, since a bar cannot be redrawn there."""
-
-    def write(self, text):
-        if text.strip():
-            sys.stderr.write(text.strip() + "\n")
-
-
 def progress(steps, label, ranks):
     """A bar with rate and time left, on rank 0; in a log, a line every half minute."""
     options = dict(mininterval=0.2, dynamic_ncols=True)
-    if not sys.stderr.isatty():
-        options = dict(mininterval=30, file=LogWriter(), bar_format="{desc}: {n_fmt} of {total_fmt} in {elapsed}, "
+    if not sys.stderr.isatty():  # a bar cannot be redrawn there
+        lines = SimpleNamespace(write=lambda text: text.strip() and sys.stderr.write(text.strip() + "\n"))
+        options = dict(mininterval=30, file=lines, bar_format="{desc}: {n_fmt} of {total_fmt} in {elapsed}, "
                        "{remaining} left, {rate_fmt}{postfix}")
     return tqdm(steps, desc=label, disable=ranks.rank != 0, leave=False, miniters=1, delay=2, **options)
 
