@@ -297,7 +297,7 @@ def check_row(row, fields, where):
     for name, check in fields.items():
         if name not in row or not check(row[name]):
             found = shown(row[name]) if name in row else "missing"
-            raise InputError(f'{where}: the field "{name}" is {found}: it must be {check.__doc__}')
+            raise InputError(f'{where}: "{name}" is {found}: it must be {check.__doc__}')
 
 
 def shown(value):
