@@ -10,7 +10,6 @@ import contextlib
 import errno
 import json
 import math
-import re
 import shutil
 import sys
 from pathlib import Path
@@ -33,8 +32,6 @@ transformers.utils.logging.set_verbosity_error()
 
 def from_pretrained(loader, name, what, **options):
     """loader.from_pretrained(name), a folder here or a name on the Hub. Never runs a model's own code."""
-    if not Path(name).is_dir() and not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", name):
-        raise InputError(f"{name}: no such folder: give the folder of a model, or its name on the Hub")
     try:
         return loader.from_pretrained(name, trust_remote_code=False, **options)
     except Exception as error:  # transformers raises many kinds, most of them pages long
