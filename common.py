@@ -298,10 +298,9 @@ def end_responses(sampled, on_length_limit, eos, counts):
                "responses at the length limit": sum(finish == "length" for _, finish in responses)}
     if on_length_limit == "drop":
         return [[(ids, finish) for ids, finish in of_prompt if finish == "eos"] for of_prompt in sampled]
-    if on_length_limit == "eos":
-        return [[([*ids, eos[0]] if finish == "length" else ids, finish) for ids, finish in of_prompt]
-                for of_prompt in sampled]
-    return sampled
+    end = [eos[0]] if on_length_limit == "eos" else []
+    return [[([*ids, *end] if finish == "length" else ids, finish) for ids, finish in of_prompt]
+            for of_prompt in sampled]
 
 
 # ---------------------------------------------------------------------------------------------

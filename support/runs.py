@@ -53,11 +53,9 @@ this_run = ThisRun()
 def run(main):
     """Run a stage's main(). Turns any early exit into one stderr line and an exit status.
 
-    InputError, or an error of the system such as a full disk: 2. Ctrl-C: 130. SIGTERM: 143. Rerun the command to resume
-    from what was saved.
+    InputError, or an error of the system such as a full disk: 2. Ctrl-C: 130. SIGTERM: 143.
     """
     global this_run
-    this_run = ThisRun()
     escape_output()
     handlers = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -392,16 +390,13 @@ def read_text(path, expected):
         return file.read()
 
 
-def write_jsonl(path, rows):
-    write_lines(path, (json.dumps(row, ensure_ascii=False, default=list) + "\n" for row in rows))  # list: for arrays
+def write_jsonl(path, rows, indent=None):
+    texts = (json.dumps(row, indent=indent, ensure_ascii=False, default=list) for row in rows)  # list: for arrays
+    write_file(path, lambda file: file.writelines(f"{text}\n".encode() for text in texts))
 
 
 def write_json(path, value):
-    write_lines(path, [json.dumps(value, indent=2, ensure_ascii=False, default=list) + "\n"])
-
-
-def write_lines(path, lines):
-    write_file(path, lambda file: file.writelines(line.encode() for line in lines))
+    write_jsonl(path, [value], indent=2)
 
 
 def write_file(path, write):
@@ -488,7 +483,7 @@ def open_output(args, *inputs, free=("output", "save_every")):
 
     Exits with status 0 where the output is complete. Raises InputError where the output, or what there is of it, was
     made with other arguments or from other inputs, or where another run is making it. Options in `free` do not change
-    the output. Those in ROUNDING may differ too, say after an out-of-memory error; args.json has those of the last start.
+    the output. Those in ROUNDING may differ too, as after an out-of-memory error; args.json has the last ones.
     """
     global this_run
     output = Path(args.output)
