@@ -671,8 +671,7 @@ def save_if_due(every, steps, work, ranks, step, model, optimizer, scheduler, **
     """Every `every` steps, and where a rank was asked to stop, save what `load_state` needs to resume after `step`.
 
     Not after the last of `steps`. state: further fields that `load_state` returns. No RNG state is saved: dropout is 0,
-    and the order of the rows follows from --seed. Every rank calls this. Raises KeyboardInterrupt where
-    one was asked to stop.
+    and the order of the rows follows from --seed. Every rank calls this. Raises KeyboardInterrupt if one is to stop.
     """
     asked = [number for number in ranks.gather([this_run.asked]) if number]
     if step == steps or not asked and step % every:
