@@ -30,7 +30,6 @@ import random
 from support import runs
 
 
-
 def split(rows, args):
     """(D_0, held-out rows, [X_1, ..., X_T]): lists that share no row. rows: shuffled, each prompt once.
 
@@ -72,8 +71,7 @@ def drop_repeats(rows):
 def parse_args():
     parser = runs.Parser(description="Make the seed preferences D_0 and the prompt sets X_t.")
     add = parser.add_argument
-    add("--source", required=True,
-        help="ultrafeedback, ultrachat, org/name, world, or a JSON, JSON Lines or Parquet file")
+    add("--source", required=True, help="ultrafeedback, ultrachat, world, org/name, or a JSON, JSONL or Parquet file")
     add("--split", help="of a data set on the Hub (default: train, of ultrachat train_sft)")
     add("--output", required=True, help="folder for the files")
     # Section 5.1

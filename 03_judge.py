@@ -47,9 +47,8 @@ def preference(reward_1, reward_2):
 
 def best_and_worst(rewards):
     """Indices (first, second), in the order of sampling, of the highest and the lowest reward. For two: (0, 1)."""
-    best = max(range(len(rewards)), key=rewards.__getitem__)
-    worst = min(range(len(rewards)), key=rewards.__getitem__)
-    return min(best, worst), max(best, worst)
+    pair = rewards.index(max(rewards)), rewards.index(min(rewards))
+    return min(pair), max(pair)
 
 
 def penalised(rewards, lengths, alpha):

@@ -31,7 +31,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 from transformers import get_cosine_schedule_with_warmup
 
-from support.runs import InputError, journal, progress, read_journal, torchrun_ranks
+from support.runs import InputError, progress, read_journal, record, torchrun_ranks
 
 # ---------------------------------------------------------------------------------------------
 # Batches
@@ -298,10 +298,9 @@ def end_responses(sampled, on_length_limit, eos, counts):
                "responses at the length limit": sum(finish == "length" for _, finish in responses)}
     if on_length_limit == "drop":
         return [[(ids, finish) for ids, finish in of_prompt if finish == "eos"] for of_prompt in sampled]
-    if on_length_limit == "eos":
-        return [[([*ids, eos[0]] if finish == "length" else ids, finish) for ids, finish in of_prompt]
-                for of_prompt in sampled]
-    return sampled
+    end = [eos[0]] if on_length_limit == "eos" else []
+    return [[([*ids, *end] if finish == "length" else ids, finish) for ids, finish in of_prompt]
+            for of_prompt in sampled]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -316,7 +315,7 @@ class Ranks:
     device: torch.device
 
     def gather(self, rows):
-        """The lists of all ranks as one list, in the order of the ranks."""
+        """The lists of all ranks as one list, in the order of the ranks. Waits for all of them."""
         if self.world == 1:
             return rows
         parts = [None] * self.world
@@ -325,20 +324,14 @@ class Ranks:
 
     def on_first(self, finish):
         """Rank 0 calls finish(), the others wait; its error is raised on every rank."""
-        errors = [None]
+        errors = []
         if self.rank == 0:
             try:
                 finish()
             except (InputError, OSError) as error:
                 errors = [error]
-        if self.world > 1:
-            dist.broadcast_object_list(errors)
-        if errors[0]:
-            raise errors[0]
-
-    def barrier(self):
-        if self.world > 1:
-            dist.barrier()
+        for error in self.gather(errors):
+            raise error
 
 
 def start_ranks():
@@ -370,12 +363,11 @@ def map_batches(compute, batches, work, ranks, label):
 
     done = recorded()
     mine = [[i for i in batch if i not in done] for batch in batches[ranks.rank::ranks.world]]
-    with journal(work, label, ranks.rank) as record:
-        for batch in progress([batch for batch in mine if batch], label, ranks):
-            record([batch, compute(batch)])
-    ranks.barrier()
+    for batch in progress([batch for batch in mine if batch], label, ranks):
+        record([batch, compute(batch)], work, label, ranks.rank)
+    ranks.gather([])  # wait until all are done
     done = recorded()
-    ranks.barrier()  # before any rank may remove the folder
+    ranks.gather([])  # before any rank may remove the folder
     return {i: done[i] for batch in batches for i in batch}
 
 

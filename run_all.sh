@@ -139,11 +139,9 @@ evaluate() {  # folder, name in the table, share of gold labels, model, more opt
 
 # ---- The settings are checked before the first stage ---------------------------------------------------------------
 check_settings() {  # and makes the options that several stages share
-  must_be "a whole number" "$WHOLE" SEED SEED_SIZE SEED_SAMPLE ITERATIONS NODE_RANK MAX_RESTARTS
-  must_be "a whole number" "$WHOLE|" NPROC
-  must_be "a whole number, not 0" "$COUNT" EVAL_SIZE SEED_EPOCHS BATCH_SIZE MICRO_BATCH_SIZE MAX_NEW_TOKENS \
-    SAMPLING_BATCH_SIZE SAVE_EVERY SFT_EPOCHS SFT_BATCH_SIZE JUDGE_EPOCHS JUDGE_BATCH_SIZE NNODES
-  must_be "a whole number, not 0" "$COUNT|" RESOLVE_STEPS
+  must_be "a whole number" "$WHOLE|" SEED SEED_SIZE SEED_SAMPLE ITERATIONS NODE_RANK MAX_RESTARTS NPROC  # or none
+  must_be "a whole number, not 0" "$COUNT|" EVAL_SIZE SEED_EPOCHS BATCH_SIZE MICRO_BATCH_SIZE MAX_NEW_TOKENS NNODES \
+    SAMPLING_BATCH_SIZE SAVE_EVERY SFT_EPOCHS SFT_BATCH_SIZE JUDGE_EPOCHS JUDGE_BATCH_SIZE RESOLVE_STEPS
   must_be "a number" "$NUMBER" BETA LR TEMPERATURE ALPHA K_PERCENT EPSILON SFT_LR JUDGE_LR
   awk "BEGIN { exit !($TEMPERATURE > 0 && $ALPHA <= 1 && $K_PERCENT <= 100) }" || fail \
     "TEMPERATURE is \"$TEMPERATURE\", ALPHA \"$ALPHA\", K_PERCENT \"$K_PERCENT\": above 0, at most 1, at most 100"

@@ -72,35 +72,35 @@ def ask_all(endpoint, jobs, requests, work, label):
     answers = dict(runs.read_journal(work, label))
     waiting, unanswered = [k for k in jobs if k not in answers], {}  # unanswered: {k: (how it ended, why)}
     pool = ThreadPoolExecutor(requests)
-    with runs.journal(work, label) as record:
-        def keep(k, answer):
-            answers[k] = runs.pack(answer)
-            record([k, answer])
 
-        def ask_one(k):
-            how, found = endpoint.ask(jobs[k])
-            with endpoint.lock:
-                if how == "answered" or how == "no letter" and answers:  # a missing preference, as in the official tool
-                    keep(k, found)
-                else:
-                    unanswered[k] = how, found
+    def keep(k, answer):
+        answers[k] = runs.pack(answer)
+        runs.record([k, answer], work, label)
 
-        try:
-            while waiting and not endpoint.works and len(unanswered) < PROBES:
-                pool.submit(ask_one, waiting.pop(0)).result()
-            # of a resumed run: not where none was answered yet for another reason than that it is refused
-            if endpoint.works or answers and all(how == "refused" for how, _ in unanswered.values()):
-                futures = [pool.submit(ask_one, k) for k in waiting]
-                for future in runs.progress(futures, "asking", common.Ranks(0, 1, None)):
-                    future.result()
-        finally:  # on Ctrl-C too: what the requests that were sent have led to is still recorded
-            endpoint.stop.set()
-            pool.shutdown(cancel_futures=True)
-            refused = [k for k, (how, _) in unanswered.items() if how == "refused"]
-            for k in refused if answers and len(refused) <= max(PROBES, len(jobs) // 5) else ():
-                keep(k, None)
-            for k in [k for k, (how, _) in unanswered.items() if how == "no letter" and answers]:
-                keep(k, unanswered.pop(k)[1])
+    def ask_one(k):
+        how, found = endpoint.ask(jobs[k])
+        with endpoint.lock:
+            if how == "answered" or how == "no letter" and answers:  # a missing preference, as in the official tool
+                keep(k, found)
+            else:
+                unanswered[k] = how, found
+
+    try:
+        while waiting and not endpoint.works and len(unanswered) < PROBES:
+            pool.submit(ask_one, waiting.pop(0)).result()
+        # of a resumed run: not where none was answered yet for another reason than that it is refused
+        if endpoint.works or answers and all(how == "refused" for how, _ in unanswered.values()):
+            futures = [pool.submit(ask_one, k) for k in waiting]
+            for future in runs.progress(futures, "asking", common.Ranks(0, 1, None)):
+                future.result()
+    finally:  # on Ctrl-C too: what the requests that were sent have led to is still recorded
+        endpoint.stop.set()
+        pool.shutdown(cancel_futures=True)
+        refused = [k for k, (how, _) in unanswered.items() if how == "refused"]
+        for k in refused if answers and len(refused) <= max(PROBES, len(jobs) // 5) else ():
+            keep(k, None)
+        for k in [k for k, (how, _) in unanswered.items() if how == "no letter" and answers]:
+            keep(k, unanswered.pop(k)[1])
     report_unanswered(endpoint, unanswered, len(jobs), len(jobs.keys() - answers.keys()), work)
     return answers
 

@@ -19,17 +19,12 @@ def check_weights(name, model, unknown):
 
     unknown: the names in its files that transformers has not used
     """
-    if getattr(model, "is_quantized", False):
-        fault = "its weights are quantised"
-    elif hasattr(model, "is_quantized"):  # transformers knew the format, and has made plain weights of it
-        fault = None
-    else:
-        fault = find_misread(name, model, unknown)
-    if fault:
+    if fault := find_misread(name, model, unknown):
         raise InputError(f"{name}: {fault}: give the model as transformers saves it, in float32, bfloat16 or float16")
-    bad = find_not_finite(model.state_dict())
-    if bad:
-        raise InputError(f"{name}: {bad} has values that are not finite: give another copy of the model")
+    for key, weight in model.state_dict().items():
+        # the least and the largest are NaN where a value is; a tenth of the time of isfinite, which makes a copy
+        if weight.numel() and not all(map(math.isfinite, torch.aminmax(weight))):
+            raise InputError(f"{name}: {key} has values that are not finite: give another copy of the model")
 
 
 def find_misread(name, model, unknown):
@@ -37,6 +32,8 @@ def find_misread(name, model, unknown):
 
     In a format that it does not know, transformers takes float8 and int8 for the weights and ignores their scales.
     """
+    if hasattr(model, "is_quantized"):  # it knew the format; False: and has made plain weights of it
+        return "its weights are quantised" if model.is_quantized else None
     weights, stored = model.state_dict(), stored_dtypes(name)
     for key, dtype in stored.items():
         is_mask = dtype in ("BOOL", "U8", "I32", "I64") and not (key in weights and weights[key].is_floating_point())
@@ -56,14 +53,6 @@ def stored_dtypes(name):
     except (OSError, huggingface_hub.errors.NotASafetensorsRepoError):
         return {}  # the Hub has converted them, from torch's own format, which it keeps in another branch
     return {key: tensor.dtype for file in files for key, tensor in file.tensors.items()}
-
-
-def find_not_finite(weights):
-    """The first name in {name: weight} with a NaN or an infinity among its values; None where all are finite."""
-    for key, weight in weights.items():
-        # the least and the largest are NaN where a value is; a tenth of the time of isfinite, which makes a copy
-        if weight.numel() and not all(map(math.isfinite, torch.aminmax(weight))):
-            return key
 
 
 # types of models with rope_parameters for each type of layer, and the older key of the local layers' rope_theta

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
+from types import SimpleNamespace
 from typing import IO
 
 import torch
@@ -52,11 +53,9 @@ this_run = ThisRun()
 def run(main):
     """Run a stage's main(). Turns any early exit into one stderr line and an exit status.
 
-    InputError, or an error of the system such as a full disk: 2. Ctrl-C: 130. SIGTERM: 143. Rerun the command to resume
-    from what was saved.
+    InputError, or an error of the system such as a full disk: 2. Ctrl-C: 130. SIGTERM: 143.
     """
     global this_run
-    this_run = ThisRun()
     escape_output()
     handlers = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -294,10 +293,9 @@ def check_row(row, fields, where):
     if not isinstance(row, dict):
         raise InputError(f"{where}: not a JSON object: {shown(row)}: write one object a line")
     for name, check in fields.items():
-        if name not in row:
-            raise InputError(f'{where}: the field "{name}" is missing: it must be {check.__doc__}')
-        if not check(row[name]):
-            raise InputError(f'{where}: "{name}" is {shown(row[name])}: it must be {check.__doc__}')
+        if name not in row or not check(row[name]):
+            found = shown(row[name]) if name in row else "missing"
+            raise InputError(f'{where}: "{name}" is {found}: it must be {check.__doc__}')
 
 
 def shown(value):
@@ -400,21 +398,28 @@ def read_text(path, expected):
         return file.read()
 
 
-def write_jsonl(path, rows):
-    write_lines(path, (json.dumps(row, ensure_ascii=False, default=list) + "\n" for row in rows))  # list: for arrays
+def write_jsonl(path, rows, indent=None):
+    texts = (json.dumps(row, indent=indent, ensure_ascii=False, default=list) for row in rows)  # list: for arrays
+    write_file(path, lambda file: file.writelines(f"{text}\n".encode() for text in texts))
 
 
 def write_json(path, value):
-    write_lines(path, [json.dumps(value, indent=2, ensure_ascii=False, default=list) + "\n"])
+    write_jsonl(path, [value], indent=2)
 
 
-def write_lines(path, lines):
-    """Write to a temporary name beside `path`, then rename: the file is the old or the new one, never half of it."""
+def write_file(path, write):
+    """Write, by write(file), to a temporary name beside `path`, then rename: the file is the old or the new one.
+
+    Where that fails, nothing is left of the new one: half of it would only fill the disk.
+    """
     temporary = Path(f"{path}.tmp")
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.writelines(lines)
-    to_disk(temporary)
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+        to_disk(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def to_disk(*paths):
@@ -472,12 +477,13 @@ def begun():
     if not this_run.begun:
         try:
             this_run.begun = datetime.fromisoformat(read_record(this_run.work)["begun"])
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        except Exception:  # there is no record yet, or it is damaged
             this_run.begun = datetime.now()
     return this_run.begun
 
 
-ROUNDING = ("micro_batch_size", "micro_batch_tokens", "gradient_checkpointing")  # options that change rounding alone
+# options that change rounding alone
+ROUNDING = ("--micro-batch-size", "--micro-batch-tokens", "--gradient-checkpointing")
 
 
 def open_output(args, *inputs, free=("output", "save_every")):
@@ -485,7 +491,7 @@ def open_output(args, *inputs, free=("output", "save_every")):
 
     Exits with status 0 where the output is complete. Raises InputError where the output, or what there is of it, was
     made with other arguments or from other inputs, or where another run is making it. Options in `free` do not change
-    the output. Those in ROUNDING may differ too, say after an out-of-memory error; args.json has those of every start.
+    the output. Those in ROUNDING may differ too, as after an out-of-memory error; args.json has the last ones.
     """
     global this_run
     output = Path(args.output)
@@ -503,18 +509,12 @@ def open_output(args, *inputs, free=("output", "save_every")):
         work.mkdir(parents=True, exist_ok=True)
         lock(output, work)
         exit_if_complete(output, work, made_from)  # the run that held the lock until now may have completed it
-    earlier = []  # the starts that had other options of ROUNDING
     if has_work(work):
         other = check_made_from(work, made_from)
         if first_rank():
-            old = read_record(work)
-            earlier = old.get("earlier_starts", [])
-            if other:
-                earlier.append({name: old["made_from"]["args"].get(name) for name in ROUNDING if name in options})
             print(f"{output}: resuming{other and ' what was made with ' + other}", flush=True)
     if first_rank():
-        record = {"made_from": made_from, "begun": begun().isoformat()}
-        write_json(work / "args.json", record | ({"earlier_starts": earlier} if earlier else {}))
+        write_json(work / "args.json", {"made_from": made_from, "begun": begun().isoformat()})
     return work
 
 
@@ -529,32 +529,27 @@ def exit_if_complete(output, work, made_from):
     sys.exit(0)
 
 
-def check_made_from(path, made_from):
+def check_made_from(path, new):
     """Raises InputError unless the args.json of `path` says that it was made from the same.
 
-    Returns in which options of ROUNDING it was not, in words.
+    Returns in which options of ROUNDING it was not, in words: "--micro-batch-size 4 (now 2)".
     """
+    def differences(part):
+        return {f"--{k.replace('_', '-')}": f"{old[part].get(k)} (now {new[part].get(k)})"
+                for k in old[part] | new[part] if old[part].get(k) != new[part].get(k)}
+
     try:
         old = read_record(path)["made_from"]
-        rounding, changed = differences(old, made_from)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        stage, options, contents = old["stage"], differences("args"), differences("inputs")
+    except Exception:  # there is no such record, or it is damaged
         raise InputError(f"{path}: exists and does not say how it was made: move it or choose another --output")
-    if changed:
-        raise InputError(f"{path}: was made with {changed}: delete it or choose another --output")
-    return rounding
-
-
-def differences(old, new):
-    """The options and inputs in which two records differ, those in ROUNDING and the others: two texts,
-    '--micro-batch-size 4 (now 2)' and '--lr 0.1 (now 0.2), another content of --input'."""
-    if old.get("stage") != new["stage"]:
-        return "", f"another stage, {old.get('stage')}"
-    changed = {k: f"--{k.replace('_', '-')} {old['args'].get(k)} (now {new['args'].get(k)})"
-               for k in {**old["args"], **new["args"]} if old["args"].get(k) != new["args"].get(k)}
-    rounding = [changed.pop(k) for k in ROUNDING if k in changed]
-    contents = [f"another content of --{k.replace('_', '-')}" for k in {**old["inputs"], **new["inputs"]}
-                if old["inputs"].get(k) != new["inputs"].get(k)]
-    return ", ".join(rounding), ", ".join([*changed.values(), *contents])
+    rounding = [f"{k} {options.pop(k)}" for k in ROUNDING if k in options]
+    others = [f"{k} {values}" for k, values in options.items()] + [f"another content of {k}" for k in contents]
+    if stage != new["stage"]:
+        others = [f"another stage, {stage}"]
+    if others:
+        raise InputError(f"{path}: was made with {', '.join(others)}: delete it or choose another --output")
+    return ", ".join(rounding)
 
 
 def lock(output, work):
@@ -571,7 +566,7 @@ def lock(output, work):
 def has_work(work):
     """Whether a stage has written anything but its arguments."""
     return any(path.name not in ("args.json", "lock") and path.suffix != ".tmp" and path.is_file()
-               and path.stat().st_size > 1 for path in work.rglob("*"))  # a new journal is one newline
+               and path.stat().st_size > 0 for path in work.rglob("*"))
 
 
 def close_output(args, work, made, counts):
@@ -596,19 +591,12 @@ def close_output(args, work, made, counts):
 # Progress
 
 
-class LogWriter:
-    """tqdm's output if stderr is not a terminal: a line per update, since a bar cannot be redrawn there."""
-
-    def write(self, text):
-        if text.strip():
-            sys.stderr.write(text.strip() + "\n")
-
-
 def progress(steps, label, ranks):
     """A bar with rate and time left, on rank 0; in a log, a line every half minute."""
     options = dict(mininterval=0.2, dynamic_ncols=True)
-    if not sys.stderr.isatty():
-        options = dict(mininterval=30, file=LogWriter(), bar_format="{desc}: {n_fmt} of {total_fmt} in {elapsed}, "
+    if not sys.stderr.isatty():  # a bar cannot be redrawn there
+        lines = SimpleNamespace(write=lambda text: text.strip() and sys.stderr.write(text.strip() + "\n"))
+        options = dict(mininterval=30, file=lines, bar_format="{desc}: {n_fmt} of {total_fmt} in {elapsed}, "
                        "{remaining} left, {rate_fmt}{postfix}")
     return tqdm(steps, desc=label, disable=ranks.rank != 0, leave=False, miniters=1, delay=2, **options)
 
@@ -626,17 +614,11 @@ def log_step(work, bar, step, rows, **more):
 # Resuming: finished batches
 
 
-@contextlib.contextmanager
-def journal(work, label, rank=0):
-    """Yields record(value), which appends a line with a checksum to work/LABEL.RANK.jsonl."""
+def record(value, work, label, rank=0):
+    """Append a line with a checksum to work/LABEL.RANK.jsonl, below one that a kill may have left half-written."""
+    text = json.dumps(value)
     with open(work / f"{label}.{rank}.jsonl", "a", encoding="utf-8") as file:
-        file.write("\n")  # ends a line that a kill left half-written
-
-        def record(value):
-            text = json.dumps(value)
-            file.write(f"[{zlib.crc32(text.encode())}, {text}]\n")
-            file.flush()
-        yield record
+        file.write(f"\n[{zlib.crc32(text.encode())}, {text}]\n")
 
 
 def read_journal(work, label):
@@ -697,8 +679,7 @@ def save_if_due(every, steps, work, ranks, step, model, optimizer, scheduler, **
     """Every `every` steps, and where a rank was asked to stop, save what `load_state` needs to resume after `step`.
 
     Not after the last of `steps`. state: further fields that `load_state` returns. No RNG state is saved: dropout is 0,
-    and the order of the rows follows from --seed. Every rank calls this. Raises KeyboardInterrupt where
-    one was asked to stop.
+    and the order of the rows follows from --seed. Every rank calls this. Raises KeyboardInterrupt if one is to stop.
     """
     asked = [number for number in ranks.gather([this_run.asked]) if number]
     if step == steps or not asked and step % every:
@@ -713,18 +694,14 @@ def save_if_due(every, steps, work, ranks, step, model, optimizer, scheduler, **
 
 
 def write_state(work, state):
-    """state-STEP.pt, flushed to disk under a temporary name and renamed. The newest two are kept."""
-    path, temporary = work / f"state-{state['step']}.pt", work / "state.tmp"
+    """state-STEP.pt, with metrics.jsonl so far. The newest two are kept."""
+    path = work / f"state-{state['step']}.pt"
+    state["metrics"] = (work / "metrics.jsonl").read_text(encoding="utf-8")
     try:
-        with open(temporary, "wb") as file:
-            torch.save(state | {"metrics": (work / "metrics.jsonl").read_text(encoding="utf-8")}, file)
-        to_disk(temporary)
-        os.replace(temporary, path)
+        write_file(path, lambda file: torch.save(state, file))
         to_disk(work)
     except (OSError, RuntimeError) as error:  # the system's error, or torch's caused by one
         cause = error if isinstance(error, OSError) else error.__context__ or error
         raise InputError(f"{path}: cannot be written ({cause}): {resume_hint()}")
-    finally:
-        temporary.unlink(missing_ok=True)  # half of it would only fill the disk
     for _, old in saved_states(work)[:-2]:
         old.unlink()

@@ -265,7 +265,7 @@ def test_gold_is_a_file_of_labels(judged, responses, tmp_path):
 
 
 @pytest.mark.parametrize("label, named", [
-    ({"id": "x"}, ':1: the field "label"'), ({"id": "x", "label": 3}, ':1: "label"'),
+    ({"id": "x"}, ':1: "label"'), ({"id": "x", "label": 3}, ':1: "label"'),
     ({"id": "x", "label": True}, ':1: "label"'), ({"id": "x", "label": 1}, "id world-")])
 def test_bad_labels_are_refused(responses, tmp_path, label, named):
     labels = write_rows(tmp_path / "labels.jsonl", [label])

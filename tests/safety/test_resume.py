@@ -163,7 +163,6 @@ def test_training_that_ran_out_of_memory_resumes_with_less(good, tmp_path, stage
         assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-4)
     record = runs.read_record(tmp_path / "out")
     assert {name: record["made_from"]["args"][name] for name in less} == less
-    assert record["earlier_starts"] == [dict(micro_batch_size=8, micro_batch_tokens=None, gradient_checkpointing=False)]
 
 
 @pytest.mark.parametrize("stage", JOURNALS)
@@ -179,8 +178,6 @@ def test_batches_of_another_size_are_taken_by_their_rows(good, tmp_path, stage):
         assert kept == before.get(label, []) and all(len(batch) <= 2 for batch in batches if batch not in kept)
         assert sorted(sum(batches, [])) == list(range(len(sum(batches, []))))  # each row once
     assert attempt(*stage.split(), **options | {"micro_batch_size": 3}).status == 0
-    earlier = runs.read_record(tmp_path / "out")["earlier_starts"]
-    assert [start["micro_batch_size"] for start in earlier] == [good[stage]["micro_batch_size"], 2]
     if stage == "01_seed_dpo":
         assert farthest(whole, tmp_path / "out") < 2e-5
         return
