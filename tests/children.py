@@ -158,13 +158,13 @@ def at_event(n, act, folder=None):
 
 def after_batch(n, act):
     """Call act() when n batches are recorded, by all models together."""
-    real, count = common.journal, itertools.count(1)
+    real, count = common.record, itertools.count(1)
 
-    @contextlib.contextmanager
-    def journal(*args):
-        with real(*args) as record:
-            yield lambda value: (record(value), next(count) == n and act())
-    common.journal = journal
+    def record(*args):
+        real(*args)
+        if next(count) == n:
+            act()
+    common.record = record
 
 
 def at_end(act, output):

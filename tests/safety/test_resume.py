@@ -231,7 +231,7 @@ def test_a_limit_on_the_size_of_files(good, whole, tmp_path, stage, size, where)
 def test_a_file_is_replaced_as_a_whole_or_not_at_all(tmp_path):
     runs.write_json(tmp_path / "file", "old")
     with pytest.raises(ZeroDivisionError):
-        runs.write_lines(tmp_path / "file", (str(1 / k) for k in (1, 0)))
+        runs.write_jsonl(tmp_path / "file", (1 / k for k in (1, 0)))
     assert (tmp_path / "file").read_text() == '"old"\n'
 
 
