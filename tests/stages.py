@@ -38,7 +38,7 @@ def load(name):
 def attempt(name, /, *words, **options):
     """Run a stage -> its exit status and what it wrote to stdout and stderr."""
     main, argv, out, err = load(name).main, sys.argv, io.StringIO(), io.StringIO()
-    sys.argv = [f"{name}.py", *map(str, words), *command_line(options)]
+    sys.argv, status = [f"{name}.py", *map(str, words), *command_line(options)], 1
     try:
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             runs.run(main)
@@ -47,7 +47,7 @@ def attempt(name, /, *words, **options):
         status = stop.code or 0
     finally:
         sys.argv = argv
-        if dist.is_initialized():  # where an error is the end of the process, `run` leaves the group as it is
+        if status != 0 and dist.is_initialized():  # where an error is the end of the process, `run` leaves the group as it is
             dist.destroy_process_group()
     return Ran(status, out.getvalue(), err.getvalue())
 
