@@ -156,7 +156,7 @@ def test_more_tokens_than_the_model_has_positions(gpt2, tmp_path, name, option):
     path = write_rows(tmp_path / "in.jsonl", [{**LONG, "id": 7}, {**LONG, "id": 8}])
     line = refused(*name.split(), model=gpt2, input=path, output=tmp_path / "out", **(
         {"batch_size": 1} if option == "--max-length" else {"max_new_tokens": 8}))
-    assert "id 7: " in line or "the prompts, id 1: " in line and name.startswith("05")
+    assert "id 7: " in line or "the prompts, id 0: " in line and name.startswith("05")
     assert "40 positions" in line and option in line
 
 
