@@ -30,7 +30,7 @@ ABOVE, BELOW = (88, 160, 240), (245, 140, 70)  # the colors of a share above 0 a
 BOLD, MONOSPACE = 'font-weight="bold"', 'font-family="monospace" font-size="12.5"'
 SMALL = 'fill="#5c5c5c" font-size="11"'
 HEAD = ("pi_0 has written two responses to each prompt and labels them: the one with the higher reward is chosen.",
-        "The reward: beta (log pi_0 \u2212 log pi_init), summed over the words. Small numbers: gold's value of a sentence.")
+        "The reward: beta (log pi_0 \u2212 log pi_init), summed over the words. Small: gold's value of a sentence.")
 
 
 def follow_pairs(run):

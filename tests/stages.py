@@ -47,7 +47,7 @@ def attempt(name, /, *words, **options):
         status = stop.code or 0
     finally:
         sys.argv = argv
-        if status != 0 and dist.is_initialized():  # where an error is the end of the process, `run` leaves the group as it is
+        if status != 0 and dist.is_initialized():  # `run` leaves the group as it is after an error
             dist.destroy_process_group()
     return Ran(status, out.getvalue(), err.getvalue())
 

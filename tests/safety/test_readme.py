@@ -1,4 +1,4 @@
-"""The pages: every command is one that the project takes, every link leads somewhere, numbers are those of their source."""
+"""The pages: every command is one that the project takes, every link leads somewhere, numbers are their source's."""
 
 import re
 import shlex
@@ -15,10 +15,10 @@ COMMAND = re.compile(r"""(?:[A-Z_]+=(?:"[^"]*"|\S+) +)*(?:bash run_all\.sh|pytho
 
 
 def commands(page):
-    """[({variable: value}, words)] of the commands of a page: its indented lines, joined at a backslash, and its code."""
+    """Yields ({variable: value}, words) of each command: of the indented lines, joined at a backslash, and of code."""
     text = re.sub(r"\\\n *", "", (ROOT / page).read_text(encoding="utf-8"))
-    found = re.findall(r"^    (.+)$", text, re.MULTILINE) + [" ".join(code.split()) for code in re.findall("`([^`]+)`", text)]
-    for words in (shlex.split(line, comments=True) for line in found if COMMAND.match(line)):
+    lines = re.findall(r"^    (.+)$", text, re.MULTILINE) + re.findall("`([^`]+)`", text)
+    for words in (shlex.split(line, comments=True) for line in lines if COMMAND.match(" ".join(line.split()))):
         variables = [word for word in words if re.match("[A-Z_]+=", word)]
         yield dict(word.split("=", 1) for word in variables), words[len(variables):]
 
