@@ -207,6 +207,11 @@ def arms_table(found, arms):
         yield f"| {' | '.join([ARMS[arm], *cells])} |"
 
 
+def by_seed(found, arms):
+    for arm in arms:
+        yield f"  {ARMS[arm]:46}" + "".join(f"{of_seed[arm]['sentiment']:6.2f}" for of_seed in found)
+
+
 def differences_table(found, arms):
     yield "| | Mean sentiment | Wins against pi_init (points) |\n|---|---|---|"
     for one, two in PAIRS:
@@ -272,6 +277,8 @@ def main():
     arms = args.arms
     print(f"Seeds {' '.join(map(str, args.seeds))}: mean ± standard deviation over the seeds\n")
     print(*arms_table(found, arms), sep="\n")
+    print("\nMean sentiment by seed\n")
+    print(*by_seed(found, arms), sep="\n")
     print("\nPaired differences ± standard error over the seeds (over their prompts)\n")
     print(*differences_table(found, arms), sep="\n")
     print("\nHow often the judge is right (%), in the least certain third of its labels, the next, the most certain\n")

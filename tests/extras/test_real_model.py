@@ -63,6 +63,7 @@ def test_every_arm_is_trained_on_its_labels_and_measured(in_little, capsys):
                 for a, b in zip(texts, answers["pi_init"], strict=True)]
         cells = f"| {statistics.mean(map(gold, texts)):.2f} ± 0.00 | {statistics.mean(wins):.1f} ± 0.0 |"
         assert f"| {real_model.ARMS[arm]} {cells}" in printed
+        assert f"  {real_model.ARMS[arm]:46}{statistics.mean(map(gold, texts)):6.2f}\n" in printed
     right = [real_model.margin(pair) > 0 for pair in first if real_model.margin(pair)]
     assert f"| {100 * statistics.mean(right):.1f} ± 0.0 |" in printed
     assert sum(line.startswith("> ") for line in printed.splitlines()) == 10

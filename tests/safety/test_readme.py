@@ -16,7 +16,7 @@ COMMAND = re.compile(r"""(?:[A-Z_]+=(?:"[^"]*"|\S+) +)*(?:bash run_all\.sh|pytho
 
 def commands(page):
     """Yields ({variable: value}, words) of each command: of the indented lines, joined at a backslash, and of code."""
-    text = re.sub(r"\\\n *", "", (ROOT / page).read_text(encoding="utf-8"))
+    text = re.sub(r"```.*?```|\\\n *", "", (ROOT / page).read_text(encoding="utf-8"), flags=re.DOTALL)
     lines = re.findall(r"^    (.+)$", text, re.MULTILINE) + re.findall("`([^`]+)`", text)
     for words in (shlex.split(line, comments=True) for line in lines if COMMAND.match(" ".join(line.split()))):
         variables = [word for word in words if re.match("[A-Z_]+=", word)]
