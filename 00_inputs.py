@@ -27,7 +27,7 @@ letter is the likelier one. The paper does not give the order: --llm-judge one t
 import json
 import random
 
-from support import runs
+from support import records, runs
 
 
 def split(rows, args):
@@ -117,7 +117,7 @@ def main():
         rows, counts = read_source(args)
         for row in rows:
             if args.empty_system and row["prompt"][0]["role"] != "system":
-                row["prompt"].insert(0, dict(runs.EMPTY_SYSTEM))
+                row["prompt"].insert(0, dict(records.EMPTY_SYSTEM))
         if args.source == "ultrachat":
             runs.write_jsonl(folder / "sft.jsonl", rows)
             return runs.close_output(args, work, folder, counts)

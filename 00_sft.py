@@ -19,7 +19,7 @@ from array import array
 import torch
 
 import common
-from support import chat, models, runs
+from support import chat, model_checks, models, records, runs
 
 
 def parse_args():
@@ -53,7 +53,7 @@ def tokenize(args, row, tokenizer, eos):
         if [m["role"] for m in messages[k - 1:k + 1]] == ["user", "assistant"]:
             prompt, response = turn(messages[:k], messages[k]["content"])
             end = len(prompt) + len(response)
-            if ids[:end] == prompt + response and runs.is_text(messages[k]["content"]):
+            if ids[:end] == prompt + response and records.is_text(messages[k]["content"]):
                 trained[len(prompt):end] = [1] * len(response)
             else:  # within a conversation the template writes it in another way, say without its thoughts
                 left_out += 1
@@ -65,7 +65,7 @@ def read_examples(args, tokenizer):
 
     prompt: the token ids before the first that is trained; response: the others; trained: 1 or 0 for each of these
     """
-    rows = runs.read_jsonl(args.input, runs.EXAMPLES)
+    rows = records.read_jsonl(args.input, records.EXAMPLES)
     eos, examples, all_left_out = chat.eos_ids(args.model, tokenizer), [], 0
     for row in rows:
         ids, trained, left_out = tokenize(args, row, tokenizer, eos)
@@ -90,10 +90,10 @@ def main():
     examples, counts = read_examples(args, tokenizer)
 
     model, policy = models.load_policy(args, ranks)
-    fits = [row for row in examples if common.row_length(row) <= models.count_positions(model)]
+    fits = [row for row in examples if common.row_length(row) <= model_checks.count_positions(model)]
     counts["dropped as too long"] += len(examples) - len(fits)
     examples = fits or examples  # where none fits, the first is named
-    models.check_limits(args.input, ((row["id"], row["prompt"], [row["response"]]) for row in examples), model,
+    model_checks.check_limits(args.input, ((row["id"], row["prompt"], [row["response"]]) for row in examples), model,
                         "--max-length")
     batches = common.epoch_batches(len(examples), args.batch_size, args.epochs, args.seed, args.input)
     optimizer, scheduler = common.make_optimizer(model, args.lr, len(batches))

@@ -20,7 +20,7 @@ dropout are 0, pairs with a prompt of more than 1,024 tokens, or with equal resp
 import torch.nn.functional as F
 
 import common
-from support import chat, models, runs
+from support import chat, models, records, runs
 
 
 def dpo_margin(logps_theta, logps_ref, beta):
@@ -69,7 +69,7 @@ def main():
     work = runs.open_output(args, "model", "ref_model", "input")
     ranks = common.start_ranks()
     tokenizer = chat.load_tokenizer(args.model, args.tokenizer, args.chat_template)
-    pairs, counts = chat.read_pairs(args, tokenizer, runs.LABELLED)
+    pairs, counts = records.read_pairs(args, tokenizer, records.LABELLED)
     batches = common.epoch_batches(len(pairs), args.batch_size, args.epochs, args.seed, " ".join(args.input))
     # models
     if args.ref_model:

@@ -19,7 +19,7 @@ it treats a response that hits the length limit (--on-length-limit).
 import numpy as np
 
 import common
-from support import chat, models, runs
+from support import chat, model_checks, models, records, runs
 
 ON_LENGTH_LIMIT = """what to do with a response of --max-new-tokens tokens without an EOS.
 eos: append one, as in the authors' release (it was not sampled, so its log-ratio is noise).
@@ -50,7 +50,7 @@ def parse_args():
 def sample(args, work, ranks, rows, eos):
     """y_1, y_2 ~ pi_{t-1}(.|x) for the prompt of each row: [(token ids, "eos" or "length") of each sample] of each."""
     model = models.load_model(args.model, ranks.device, common.scoring_dtype(ranks.device))
-    models.check_limits(args.input, ((row["id"], row["prompt_ids"], []) for row in rows), model,
+    model_checks.check_limits(args.input, ((row["id"], row["prompt_ids"], []) for row in rows), model,
                         "--max-prompt-length or --max-new-tokens", args.max_new_tokens)
 
     def generate(batch):
@@ -67,14 +67,12 @@ def main():
     work = runs.open_output(args, "model", "input")
     ranks = common.start_ranks()
     tokenizer = chat.load_tokenizer(args.model, args.tokenizer, args.chat_template)
-    rows, counts = chat.read_prompts(args.input, tokenizer, args.max_prompt_length)
+    rows, counts = records.read_prompts(args.input, tokenizer, args.max_prompt_length)
     eos = chat.eos_ids(args.model, tokenizer)
     sampled = sample(args, work, ranks, rows, eos)
 
     def write():
-        responses = common.end_responses(sampled, args.on_length_limit, eos, counts)
-        records = chat.make_records(args.input, rows, responses, tokenizer, args.max_new_tokens, counts)
-        runs.write_jsonl(work / "responses", records)
+        runs.write_jsonl(work / "responses", records.make_records(args, rows, sampled, tokenizer, eos, counts))
         runs.close_output(args, work, work / "responses", counts)
 
     ranks.on_first(write)

@@ -31,7 +31,7 @@ import math
 import sys
 
 import common
-from support import models, runs
+from support import model_checks, models, records, runs
 
 
 def implicit_rewards(logps_policy, logps_ref, beta):
@@ -95,7 +95,7 @@ def parse_args():
 
 def read_responses(args):
     """(the rows whose responses are not all identical, counts of what was read and dropped)"""
-    read = runs.read_jsonl(args.input, runs.RESPONSES)
+    read = records.read_jsonl(args.input, records.RESPONSES)
     rows = [row for row in read if any(y["ids"] != row["responses"][0]["ids"] for y in row["responses"])]
     if not rows:
         raise runs.InputError(f"{args.input}: the responses to every prompt are identical: raise 02's --temperature")
@@ -108,7 +108,7 @@ def read_responses(args):
 def score(name, rows, label, args, work, ranks):
     """For each row ([log pi(y | x) of each response], [improbable tokens of each]), by the model `name`."""
     model = models.load_model(name, ranks.device, common.scoring_dtype(ranks.device))
-    models.check_limits(args.input, ((row["id"], row["prompt_ids"], [y["ids"] for y in row["responses"]])
+    model_checks.check_limits(args.input, ((row["id"], row["prompt_ids"], [y["ids"] for y in row["responses"]])
                                      for row in rows), model, "02's --max-prompt-length or --max-new-tokens")
     return common.score(common.ResponseLogps(model), rows, args.micro_batch_size, work, ranks, label)
 

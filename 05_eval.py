@@ -27,16 +27,16 @@ from extras import alpaca_eval, held_out, mt_bench, report
 from extras.answers import Sampler
 from extras.endpoint import check_url
 from extras.small_world import gold_score, gold_values, read_gold
-from support import chat, runs
+from support import chat, records, runs
 
 
 def sample(args):
     """Write the folder of a model's responses to --input and of the scores that the options allow."""
     work = runs.open_output(args, "model", "input", "gold", "init_model", "preferences")
     gold = read_gold(args.gold) if args.gold else None
-    rows = runs.read_jsonl(args.input, runs.PROMPTS | ({"reference": runs.is_text} if gold else {}))
+    rows = records.read_jsonl(args.input, records.PROMPTS | ({"reference": records.is_text} if gold else {}))
     sampler = Sampler(args, args.model)
-    kept, counts = chat.short_prompts(args.input, rows, sampler.tokenizer, args.max_prompt_length)
+    kept, counts = records.short_prompts(args.input, rows, sampler.tokenizer, args.max_prompt_length)
     rows, prompts = zip(*kept)
     answers = sampler.generate_answers(work, prompts, [row["id"] for row in rows])
     counts |= sampler.counts
@@ -85,7 +85,7 @@ def score(rows, gold, name):
 def judge_accuracy(path, gold):
     """Percent of the pairs in which gold agrees with the label. Pairs that gold finds equal do not count."""
     scores = [[gold_score(gold, row["prompt"], row[y]["text"]) for y in ("chosen", "rejected")]
-              for row in runs.read_jsonl(path, runs.PROMPTS | runs.PREFERENCES)]
+              for row in records.read_jsonl(path, records.PROMPTS | records.PREFERENCES)]
     agrees = [chosen > rejected for chosen, rejected in scores if chosen != rejected]
     return 100 * sum(agrees) / len(agrees) if agrees else None
 

@@ -3,7 +3,7 @@
     batches       collate: prompts and responses as one padded batch; length_batches
     log-probs     ResponseLogps: log pi(y_t | x, y_<t); response_logps: their sum log pi(y | x)
     faster        the same numbers sooner: prompts computed once, logits in chunks, log-probs in place
-    sampling      uniforms, sample_token, sample_responses, end_responses
+    sampling      uniforms, sample_token, sample_responses
     ranks         start_ranks, map_batches, map_rows, score: work shared by torchrun's processes
     training      make_policy, store_logps; epoch_batches, make_optimizer, micro_batches, what is logged
 
@@ -285,22 +285,6 @@ def sample_responses(model, prompts, u, temperature, max_new_tokens, eos):
     sampled = [[i for i in row if i >= 0] for row in tokens.tolist()]
     finished = [(ids, "eos" if ids[-1] in eos.tolist() else "length") for ids in sampled]
     return [finished[b:b + n] for b in range(0, len(finished), n)]
-
-
-def end_responses(sampled, on_length_limit, eos, counts):
-    """What becomes of responses that hit the length limit: "eos" appends eos[0], "open" keeps them, "drop" drops them.
-
-    sampled, and what is returned: [[(token ids, "eos" or "length") of each response] of each prompt]. `counts` gets the
-    numbers of what was sampled.
-    """
-    responses = [response for of_prompt in sampled for response in of_prompt]
-    counts |= {"responses": len(responses), "tokens": sum(len(ids) for ids, _ in responses),
-               "responses at the length limit": sum(finish == "length" for _, finish in responses)}
-    if on_length_limit == "drop":
-        return [[(ids, finish) for ids, finish in of_prompt if finish == "eos"] for of_prompt in sampled]
-    end = [eos[0]] if on_length_limit == "eos" else []
-    return [[([*ids, *end] if finish == "length" else ids, finish) for ids, finish in of_prompt]
-            for of_prompt in sampled]
 
 
 # ---------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ import numpy as np
 from shared import follow
 
 from extras.small_world import gold_score, read_gold
-from support import runs
+from support import records, runs
 
 
 def parse_args():
@@ -77,7 +77,7 @@ def main():
     args = parse_args()
     work = runs.open_output(args, "model", "input", "gold")
     gold, worth, certainty = read_gold(args.gold), {}, {}
-    for row in runs.read_jsonl(args.input, runs.PROMPTS | runs.PREFERENCES):
+    for row in records.read_jsonl(args.input, records.PROMPTS | records.PREFERENCES):
         chosen, rejected = (gold_score(gold, row["prompt"], row[y]["text"]) for y in ("chosen", "rejected"))
         worth[row["id"]], certainty[row["id"]] = chosen - rejected, max(row["p"], 1 - row["p"])
     options = {key: value for key, value in vars(args).items() if key not in ("gold", "output")}

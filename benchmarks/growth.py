@@ -31,7 +31,7 @@ from shared import run_stage
 import common
 from extras.alpaca_eval import alpaca_eval_metrics, length_controlled
 from extras.small_world import write_base_model
-from support import chat, models, runs
+from support import chat, model_checks, models, records
 
 WORDS = ["".join(letters) for letters in itertools.product(string.ascii_lowercase, repeat=3)][:9000]
 PARTS = {"imports": "(Python and its packages)", "00": "00_inputs.py, JSON Lines", "02": "02_generate.py",
@@ -72,7 +72,7 @@ def replace_models():
             return -torch.rand(len(batch.labels), generator=torch.Generator().manual_seed(seed))
 
     numbers = itertools.count()
-    models.load_model, models.check_limits = load_model, lambda *args: None
+    models.load_model, model_checks.check_limits = load_model, lambda *args: None
     common.sample_responses, common.ResponseLogps = sample_responses, ResponseLogps
 
 
@@ -101,7 +101,7 @@ def work(part, folder, size):
                   length_penalty="auto")
     elif part == "04":
         args = Namespace(model=folder / "model", input=[str(folder / "03")], max_prompt_length=1024, max_length=2048)
-        chat.read_pairs(args, chat.load_tokenizer(args.model), runs.PREFERENCES)
+        records.read_pairs(args, chat.load_tokenizer(args.model), records.PREFERENCES)
     elif part == "05":
         fit_win_rates(size)
 

@@ -23,7 +23,7 @@ from transformers import AutoTokenizer
 
 from extras.plain_spa import reward
 from extras.small_world import gold_score, gold_values, read_gold
-from support import runs
+from support import records, runs
 
 WIDTH, LEFT, LETTER, LINE = 830, 125, 7.5, 25  # pixels: the picture, left of the words, a letter, a line of words
 ABOVE, BELOW = (88, 160, 240), (245, 140, 70)  # the colors of a share above 0 and of one below
@@ -149,7 +149,7 @@ def main():
     parser.add_argument("--output", type=Path, default=Path(__file__).with_suffix(".svg"), help="the picture, SVG")
     args = parser.parse_args()
     gold = read_gold(args.run / "data/gold.json")
-    rows = runs.read_jsonl(args.run / "preferences_1.jsonl", runs.PROMPTS | runs.PREFERENCES)
+    rows = records.read_jsonl(args.run / "preferences_1.jsonl", records.PROMPTS | records.PREFERENCES)
     beta, followed = follow_pairs(args.run)
     models = [load(args.run / name) for name in ("pi_0", "pi_init")]
     tokenizer, pairs = AutoTokenizer.from_pretrained(args.run / "pi_init", trust_remote_code=False), []

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from support import runs
+from support import records, runs
 
 
 def main():
@@ -21,7 +21,7 @@ def main():
     parser.add_argument("--seed", type=runs.natural, default=0)
     args = parser.parse_args()
     work = runs.open_output(args, "input")
-    rows, flipped = runs.read_jsonl(args.input, runs.PROMPTS | runs.PREFERENCES), 0
+    rows, flipped = records.read_jsonl(args.input, records.PROMPTS | records.PREFERENCES), 0
     for row in rows:
         if random.Random(f"{args.seed} flip {row['id']}").random() < args.flip:
             row["chosen"], row["rejected"] = row["rejected"], row["chosen"]

@@ -20,7 +20,7 @@ from transformers import AutoModelForSequenceClassification
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import common
-from support import chat, models, runs
+from support import chat, models, records, runs
 
 
 def parse_args():
@@ -44,7 +44,7 @@ def read_pairs(path, tokenizer):
         return chat.encode(tokenizer, chat.render(tokenizer, messages + [{"role": "assistant", "content": text}]))
 
     return [[ids(row["prompt"], row[key]) for key in ("chosen", "rejected")]
-            for row in runs.read_jsonl(path, runs.LABELLED)]
+            for row in records.read_jsonl(path, records.LABELLED)]
 
 
 def margins(model, pairs):

@@ -39,7 +39,7 @@ import numpy as np
 import common
 from extras.answers import Sampler, file_name, fill, is_string, write_output
 from extras.endpoint import FREE, ask_judge, letter
-from support import runs
+from support import records, runs
 
 LETTERS = ("m", "M")  # of the first and the second output, as the judge sees them
 
@@ -156,7 +156,7 @@ def read_template(path):
 
 def read_pairs(baseline, outputs):
     """[(row of the baseline's outputs, row of the model's)], joined by instruction, in the baseline's order."""
-    first, second = (runs.read_rows(path, OUTPUTS, "instruction") for path in (baseline, outputs))
+    first, second = (records.read_rows(path, OUTPUTS, "instruction") for path in (baseline, outputs))
     answered = {row["instruction"]: row for row in second}
     differing = sorted(answered.keys() ^ {row["instruction"] for row in first})
     if differing:
@@ -175,11 +175,11 @@ def annotation(base, ours, annotator, preference):
 
 def sample(args):
     """Write model_outputs.json: one answer to each of the benchmark's instructions, in their order."""
-    asked = runs.read_rows(args.instructions, {"instruction": runs.is_text}, "instruction")
+    asked = records.read_rows(args.instructions, {"instruction": records.is_text}, "instruction")
     work = runs.open_output(args, "model", "instructions")
     sampler = Sampler(args, args.model)
-    start = [runs.EMPTY_SYSTEM] if args.empty_system else []
-    prompts = sampler.prompt_ids([start + runs.as_messages(row["instruction"]) for row in asked], args.instructions)
+    start = [records.EMPTY_SYSTEM] if args.empty_system else []
+    prompts = sampler.prompt_ids([start + records.as_messages(row["instruction"]) for row in asked], args.instructions)
     answers = sampler.generate_answers(work, prompts, [row["instruction"] for row in asked])
     rows = [{"dataset": row.get("dataset", ""), "instruction": row["instruction"], "output": text,
              "generator": args.name or file_name(args.model)} for row, (text, *_) in zip(asked, answers)]
@@ -221,7 +221,7 @@ def preference_of(most_likely, swapped):
 
 def score(args):
     """Write metrics.json of annotations, the official tool's or ours."""
-    rows = runs.read_rows(args.annotations, ANNOTATIONS, "instruction", "output_1", "output_2")
+    rows = records.read_rows(args.annotations, ANNOTATIONS, "instruction", "output_1", "output_2")
     if all(row["preference"] is None or row["preference"] != row["preference"] for row in rows):  # null or NaN
         raise runs.InputError(f"{args.annotations}: none of its {len(rows)} rows has a preference: judge them again")
     difficulty, gamed = read_gamed(args.df_gamed) if args.df_gamed != "none" else (None, None)

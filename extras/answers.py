@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import common
-from support import chat, models, runs
+from support import chat, model_checks, models, runs
 
 
 class Sampler:
@@ -27,7 +27,7 @@ class Sampler:
                 for k, messages in enumerate(conversations)]
 
     def check_limits(self, prompts, new_tokens=0):
-        models.check_limits("the prompts", ((k, ids, []) for k, ids in enumerate(prompts)), self.model,
+        model_checks.check_limits("the prompts", ((k, ids, []) for k, ids in enumerate(prompts)), self.model,
                             "--max-prompt-length (of sample), or shorten that prompt", new_tokens)
 
     def generate_answers(self, work, prompts, keys, temperatures=None, label="sampling", least=None):
@@ -40,7 +40,7 @@ class Sampler:
         """
         args, batches = self.args, []
         self.check_limits(least or prompts, 1)
-        positions = models.count_positions(self.model)
+        positions = model_checks.count_positions(self.model)
         limits = [max(0, min(args.max_new_tokens, positions - len(prompt))) for prompt in prompts]
         if short := sum(limit < args.max_new_tokens for limit in limits):
             name = "answers with less room than --max-new-tokens"

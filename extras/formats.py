@@ -25,7 +25,7 @@ dropped and counted; more than one in twenty is an error. The stages with a toke
 import os
 import re
 
-from support import runs
+from support import records, runs
 
 HUB = {"ultrafeedback": ("argilla/ultrafeedback-binarized-preferences-cleaned", "train"),  # name, split
        "ultrachat": ("HuggingFaceH4/ultrachat_200k", "train_sft")}
@@ -48,8 +48,8 @@ def read_source(args):
     for k, (where, row) in enumerate(table):
         row_id = row.get("id", k)
         try:
-            if not runs.is_id(row_id):
-                raise runs.InputError(f'"id" is not {runs.is_id.__doc__}')
+            if not records.is_id(row_id):
+                raise runs.InputError(f'"id" is not {records.is_id.__doc__}')
             rows.append({"id": str(row_id), **read_row(row, name)})
         except runs.InputError as cause:
             dropped.setdefault(str(cause), []).append(where)
@@ -83,7 +83,7 @@ def read_table(args):
     source = args.source
     on_hub = source in HUB or HUB_NAME.fullmatch(source) and not os.path.exists(source)
     if not on_hub and not source.endswith(".parquet"):
-        table = list(runs.json_rows(source, SOURCES))
+        table = list(records.json_rows(source, SOURCES))
     else:
         try:
             from datasets import Dataset, load_dataset  # slow to import
@@ -96,7 +96,7 @@ def read_table(args):
             reason = f"{type(error).__name__}: {str(error)[:200]}"
             raise runs.InputError(f"{source}: cannot be read ({reason}): give {SOURCES}")
     for where, row in table:
-        runs.check_row(row, {}, where)
+        records.check_row(row, {}, where)
     return table
 
 
@@ -165,7 +165,7 @@ def read_row(row, name):
     name: the source's format. Raises InputError that says why the row cannot be used.
     """
     for key in ("tools", "image", "images"):  # TRL's columns
-        if runs.has_content(row.get(key)):
+        if records.has_content(row.get(key)):
             raise runs.InputError(f'"{key}", and only text is read')
     if name == "chats":
         prompt, response = split_answer(row, "messages")
@@ -173,7 +173,7 @@ def read_row(row, name):
     read = FORMATS[name](row)
     if read is None and is_labelled(row):
         raise runs.InputError(f"not {name}, as most rows are")
-    others = [key for key, value in row.items() if key not in READ and runs.has_content(value)]
+    others = [key for key, value in row.items() if key not in READ and records.has_content(value)]
     if others and read and name == IMPLICIT:
         raise runs.InputError(f'no column "prompt", but text in {", ".join(map(repr, others))}: rename the one that is '
                               "the prompt to prompt, and remove the others")
@@ -194,14 +194,14 @@ def split_answer(row, key):
     if isinstance(answer, list):
         *before, last = clean(answer) or [{"role": None}]
         answer = last["content"] if last["role"] == "assistant" else None
-    if not runs.is_text(answer):
+    if not records.is_text(answer):
         raise runs.InputError(f'no answer in "{key}"')
     return find_prompt(row, before), answer
 
 
 def find_prompt(row, before):
     """The messages that the answer replies to. before: those in front of the answer in its own list"""
-    prompt = clean(runs.as_messages(row.get("prompt") or []))
+    prompt = clean(records.as_messages(row.get("prompt") or []))
     if before and before[0]["role"] == "assistant":
         prompt = prompt + before
     elif before and prompt[-len(before):] != before:  # else the answer repeats the end of the prompt
@@ -211,7 +211,7 @@ def find_prompt(row, before):
         raise runs.InputError(f"{' and '.join(key for key in SYSTEM if row.get(key))} differ")
     system = [{"role": "system", "content": text} for text in given[:1]]
     prompt = (system if prompt[:1] != system else []) + clean(row.get("history") or []) + prompt
-    if not runs.is_prompt(prompt):
+    if not records.is_prompt(prompt):
         raise runs.InputError('no "prompt" of system, user and assistant that ends with a text of the user')
     if any(message["role"] == "system" for message in prompt[1:]):
         raise runs.InputError("a system message that is not the first")
@@ -225,7 +225,7 @@ def clean(messages):
         if isinstance(item, list) and len(item) == 2:
             found += [{"role": "user", "content": item[0]}, {"role": "assistant", "content": item[1]}]
         elif isinstance(item, dict):
-            if more := runs.more_than_text(item):
+            if more := records.more_than_text(item):
                 raise runs.InputError(f'a message with "{more[0]}", and only role and content are read')
             if not isinstance(item.get("content"), str):
                 raise runs.InputError('a message whose "content" is no string')

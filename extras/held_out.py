@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 import common
 from extras.alpaca_eval import sigmoid, win_rate
-from support import chat, models, runs
+from support import model_checks, models, records
 
 
 def agreement(margin):
@@ -76,10 +76,10 @@ def evaluate(args, sampler, rows, prompts, responses, work):
     models.check_same_vocabulary(args.model, args.init_model)
     init = models.load_model(args.init_model, sampler.ranks.device, common.scoring_dtype(sampler.ranks.device))
     metrics = distance(args, sampler, init, prompts, responses, work)
-    pairs, longer, positions = [], [], models.count_positions(sampler.model)
+    pairs, longer, positions = [], [], model_checks.count_positions(sampler.model)
     for row in rows:
-        if runs.is_text(row.get("chosen")) and runs.is_text(row.get("rejected")):
-            prompt, *answers = chat.tokenize_pair(args.input, row, sampler.tokenizer, sampler.eos)
+        if records.is_text(row.get("chosen")) and records.is_text(row.get("rejected")):
+            prompt, *answers = records.tokenize_pair(args.input, row, sampler.tokenizer, sampler.eos)
             if len(prompt) + max(map(len, answers)) <= positions:
                 pairs.append({"prompt_ids": prompt, "responses": [{"ids": ids} for ids in answers]})
                 longer.append(len(row["chosen"]) - len(row["rejected"]))

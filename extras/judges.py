@@ -22,7 +22,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import common
 from extras.small_world import gold_score, read_gold
-from support import chat, models, runs
+from support import chat, model_checks, models, records, runs
 
 # the options that each judge requires; those of the others are refused
 NEEDS = {"init": ["--model", "--init-model"], "previous": ["--model", "--ref-model"], "none": ["--model"],
@@ -64,7 +64,7 @@ def judge(judge_by_likelihood, rows, args, work, ranks):
 def judge_reward(rows, args, work, ranks):
     """An external reward model: its one output for (x, y), each response by itself."""
     model, tokenizer = load_reward_model(args.reward_model, ranks.device)
-    limit = min(models.count_positions(model), tokenizer.model_max_length)
+    limit = min(model_checks.count_positions(model), tokenizer.model_max_length)
     for row in rows:
         longest = max(len(encode(tokenizer, row["prompt"], y["text"])["input_ids"]) for y in row["responses"])
         if longest > limit:
@@ -97,10 +97,10 @@ def load_reward_model(name, device):
 def encode(tokenizer, messages, text):
     """A prompt and a response as the reward model reads them: by its chat template, else as a pair of texts."""
     if tokenizer.chat_template:
-        messages = [message for message in messages if message != runs.EMPTY_SYSTEM]
+        messages = [message for message in messages if message != records.EMPTY_SYSTEM]
         ids = chat.encode(tokenizer, chat.render(tokenizer, messages + [{"role": "assistant", "content": text}]))
         return {"input_ids": ids, "attention_mask": [1] * len(ids)}
-    return dict(tokenizer(chat.as_text(messages), text, split_special_tokens=True))
+    return dict(tokenizer(records.as_text(messages), text, split_special_tokens=True))
 
 
 def reward_scores(model, encoded):
@@ -118,20 +118,20 @@ LETTERS = ("A", "B")  # the options of LLM-as-judge, in the order of its prompt
 
 def before_listing_1(rows):
     """The empty system message, where prompts of the rows begin with it (--empty-system): then all of a run do."""
-    return [dict(runs.EMPTY_SYSTEM)] if any(row["prompt"][0] == runs.EMPTY_SYSTEM for row in rows) else []
+    return [dict(records.EMPTY_SYSTEM)] if any(row["prompt"][0] == records.EMPTY_SYSTEM for row in rows) else []
 
 
 def judging_prompt(messages, one, two, before=()):
     """Listing 1, as messages, after those of `before_listing_1`. The answer is the letter of the better response."""
-    return [*before, *runs.as_messages("Consider the following conversation between a human and an assistant:\n"
-                                       f"{chat.as_text(messages)}\n"
+    return [*before, *records.as_messages("Consider the following conversation between a human and an assistant:\n"
+                                       f"{records.as_text(messages)}\n"
                                        "Please choose the response that is the most helpful, honest, and harmless.\n"
                                        f"Options:\n(A) {one}\n(B) {two}\n"
                                        "The answer is:")]
 
 
 # the words that a judge's vocabulary needs besides those of prompts and responses
-JUDGING_WORDS = " ".join([judging_prompt(runs.as_messages(""), "", "")[0]["content"], *LETTERS])
+JUDGING_WORDS = " ".join([judging_prompt(records.as_messages(""), "", "")[0]["content"], *LETTERS])
 
 
 def judging_examples(seed, orders):
@@ -165,7 +165,7 @@ def judge_llm(rows, args, work, ranks):
     def question(row, one, two):
         messages = judging_prompt(row["prompt"], *(row["responses"][k]["text"] for k in (one, two)), before)
         ids = chat.prompt_ids(tokenizer, messages, f"{args.input}, id {row['id']}") + opening
-        models.check_limits(args.input, [(row["id"], ids, letters)], model, "02's --max-new-tokens")
+        model_checks.check_limits(args.input, [(row["id"], ids, letters)], model, "02's --max-new-tokens")
         return ids
 
     @torch.no_grad()
@@ -192,7 +192,7 @@ def letter_ids(name, tokenizer, before=()):
     The letter is the token in which the two answers differ: a template may write a thought before, an EOS after it.
     Raises InputError unless it is one token.
     """
-    question = judging_prompt(runs.as_messages("x"), "y", "z", before)
+    question = judging_prompt(records.as_messages("x"), "y", "z", before)
     prompt, eos = chat.prompt_ids(tokenizer, question, name), chat.eos_ids(name, tokenizer)
     answers = [chat.response_ids(tokenizer, question, prompt, letter, eos) for letter in LETTERS]
     differ = [k for k, (a, b) in enumerate(zip(*answers)) if a != b]
@@ -211,7 +211,8 @@ def is_label(value):
 def judge_gold(rows, args, work, ranks):
     """The small world's gold judge, or a file of labels: 1 for the better response, 0 for the other."""
     if args.gold.endswith(".jsonl"):
-        labels = {row["id"]: row["label"] for row in runs.read_jsonl(args.gold, {"id": runs.is_id, "label": is_label})}
+        labelled = records.read_jsonl(args.gold, {"id": records.is_id, "label": is_label})
+        labels = {row["id"]: row["label"] for row in labelled}
         for row in rows:
             if row["id"] not in labels or len(row["responses"]) != 2:
                 raise runs.InputError(f"{args.gold}: no label for id {row['id']} of {args.input} and its "

@@ -38,7 +38,7 @@ import numpy as np
 
 from extras.answers import Sampler, file_name, fill, is_string, write_output
 from extras.endpoint import FREE, ask_judge
-from support import runs
+from support import records, runs
 
 TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "reasoning": 0.0, "math": 0.0, "coding": 0.0, "extraction": 0.0,
                 "stem": 0.1, "humanities": 0.1}  # the categories in the order of Figure 5a; any other one: 0.7
@@ -54,9 +54,9 @@ def is_choices(value):
     return isinstance(value, list) and value != [] and isinstance(value[0], dict) and is_turns(value[0].get("turns"))
 
 
-QUESTIONS = {"question_id": runs.is_id, "category": runs.is_text, "turns": is_turns}
-ANSWERS = {"question_id": runs.is_id, "choices": is_choices}
-JUDGE_PROMPTS = {"name": runs.is_text, "system_prompt": is_string, "prompt_template": runs.is_text}
+QUESTIONS = {"question_id": records.is_id, "category": records.is_text, "turns": is_turns}
+ANSWERS = {"question_id": records.is_id, "choices": is_choices}
+JUDGE_PROMPTS = {"name": records.is_text, "system_prompt": is_string, "prompt_template": records.is_text}
 
 
 def read_rating(judgment, cut=False):
@@ -96,17 +96,18 @@ def sample(args):
     """Write model_answer/MODEL.jsonl: two turns, the second asked after the model's own first answer."""
     name = file_name(args.name or args.model)
     args.output = str(Path(args.output) / "model_answer" / f"{name}.jsonl")
-    questions = runs.read_rows(args.questions, QUESTIONS, "question_id")
+    questions = records.read_rows(args.questions, QUESTIONS, "question_id")
     work = runs.open_output(args, "model", "questions")
     sampler = Sampler(args, args.model)
     temperatures = [TEMPERATURES.get(row["category"], 0.7) for row in questions]
-    start = [runs.EMPTY_SYSTEM] if args.empty_system else []
+    start = [records.EMPTY_SYSTEM] if args.empty_system else []
     # the second turns' prompts, were the first answers as short as can be
-    least = sampler.prompt_ids([[*start, *runs.as_messages(row["turns"][0]), {"role": "assistant", "content": "."},
-                                 *runs.as_messages(row["turns"][1])] for row in questions], args.questions)
+    least = sampler.prompt_ids([[*start, *records.as_messages(row["turns"][0]), {"role": "assistant", "content": "."},
+                                 *records.as_messages(row["turns"][1])] for row in questions], args.questions)
     conversations, finishes = [start for _ in questions], []
     for turn in (0, 1):
-        conversations = [asked + runs.as_messages(row["turns"][turn]) for asked, row in zip(conversations, questions)]
+        conversations = [asked + records.as_messages(row["turns"][turn])
+                         for asked, row in zip(conversations, questions)]
         prompts = sampler.prompt_ids(conversations, args.questions)
         keys = [[row["question_id"], turn] for row in questions]
         answers = sampler.generate_answers(work, prompts, keys, temperatures, f"turn_{turn + 1}", least)
@@ -123,11 +124,11 @@ def sample(args):
 
 def judge(args):
     """Add a model to model_judgment/JUDGE_single.jsonl and write its means, model_score/MODEL_JUDGE.json."""
-    questions = runs.read_rows(args.questions, QUESTIONS, "question_id")
+    questions = records.read_rows(args.questions, QUESTIONS, "question_id")
     model, judge_name = Path(args.answers).name.removesuffix(".jsonl"), file_name(args.judge_model)
     rows, jobs = prepare_judgments(args, questions, model)
     path = Path(args.output) / "model_judgment" / f"{judge_name}_single.jsonl"
-    others = runs.read_rows(path, {"model": is_string}) if path.exists() else []
+    others = records.read_rows(path, {"model": is_string}) if path.exists() else []
     args.output = str(Path(args.output) / "model_score" / f"{model}_{judge_name}.json")
     work = runs.open_output(args, "questions", "answers", "judge_prompts", "reference_answers", free=FREE)
     for k, answer in ask_judge(args, work, jobs).items():
@@ -143,7 +144,7 @@ def judge(args):
 def prepare_judgments(args, questions, model):
     """(rows of FastChat's single-answer judgments, without the judgment; {k: the messages that ask for row k})"""
     def read(path, fields, key):
-        return {row[key]: row for row in runs.read_rows(path, fields, key)}
+        return {row[key]: row for row in records.read_rows(path, fields, key)}
 
     def find(found, key, path, kind):
         if key not in found:

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import DebertaV2Model, DebertaV2PreTrainedModel, PreTrainedTokenizerFast
 
 import common
-from support import chat, models, runs
+from support import chat, models, records, runs
 
 PREFIXES = ("source_prefix_id", "cand1_prefix_id", "cand2_prefix_id")  # fields of its config
 
@@ -74,7 +74,7 @@ def judge_pairrm(rows, args, work, ranks):
 
     @torch.no_grad()
     def compute(batch_rows):
-        asked = [read(chat.as_text(row["prompt"]), *(row["responses"][k]["text"] for k in pair))
+        asked = [read(records.as_text(row["prompt"]), *(row["responses"][k]["text"] for k in pair))
                  for row in batch_rows for pair in pairs(row)]
         logits = torch.empty(len(asked))
         for batch in common.length_batches([len(ids) for ids in asked], len(asked), 2**13):  # attention holds (B, T, T)

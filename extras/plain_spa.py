@@ -34,7 +34,7 @@ import transformers
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from support import runs
+from support import records, runs
 
 
 def log_prob(pi, x, y):
@@ -125,7 +125,7 @@ def main():
     parser = runs.Parser(description="SPA on one page, beside the stages.")
     parser.add_argument("run", type=Path, help="folder of a finished run of the small world: runs/world-seed0")
     run = parser.parse_args().run
-    rows = runs.read_jsonl(run / "preferences_1.jsonl", runs.PREFERENCES)[:48]
+    rows = records.read_jsonl(run / "preferences_1.jsonl", records.PREFERENCES)[:48]
     if rows[0].get("judge") != "init" or not all((run / name).is_dir() for name in ("pi_init", "pi_0")):
         raise runs.InputError(f"{run}: has no pi_init, no pi_0, or another judge: give a run of the small world")
     transformers.utils.logging.disable_progress_bar()

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from extras.answers import is_string
 from extras.mt_bench import category_order
-from support import runs
+from support import records, runs
 
 COLUMNS = {"gold_labels": "Gold labels", "length_controlled_winrate": "LC win rate (%)", "win_rate": "Win rate (%)",
            "mt_bench": "MT-Bench (1-10)", "mt_bench_turn_1": "First turn", "mt_bench_turn_2": "Second turn",
@@ -63,11 +63,11 @@ def read_metrics(path):
         figure([metrics])
         tables([metrics])
     except (AttributeError, KeyError, TypeError, ValueError, OverflowError, IndexError):
-        raise runs.InputError(f"{file}: is not a metrics file of 05_eval.py: {runs.shown(metrics)}: evaluate again")
+        raise runs.InputError(f"{file}: is not a metrics file of 05_eval.py: {records.shown(metrics)}: evaluate again")
     if metrics.get("gold_labels") == "-":
         del metrics["gold_labels"]
-    responses, fields = Path(path) / "responses.jsonl", {**runs.PROMPTS, "response": is_string}
-    return metrics, (runs.read_jsonl(responses, fields) if responses.exists() else None)
+    responses, fields = Path(path) / "responses.jsonl", {**records.PROMPTS, "response": is_string}
+    return metrics, (records.read_jsonl(responses, fields) if responses.exists() else None)
 
 
 def table(head, rows):

@@ -17,7 +17,7 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
 
-from support import runs
+from support import records, runs
 from support.models import save_model
 
 PARTS = {
@@ -105,7 +105,8 @@ def make_world(args, folder, more_text=""):
 
     rows = []
     for k, (thing, text) in enumerate(prompts[:needed]):
-        rng, prompt = random.Random(f"{args.seed} {text}"), runs.as_messages(text)  # the same whatever the sets' sizes
+        rng = random.Random(f"{args.seed} {text}")  # the same whatever the sets' sizes
+        prompt = records.as_messages(text)
         one = two = write_answer(rng, sentences[thing])
         while gold_score(gold, prompt, one) == gold_score(gold, prompt, two):  # at least once
             one, two = write_answer(rng, sentences[thing]), write_answer(rng, sentences[thing])

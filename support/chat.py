@@ -8,12 +8,11 @@ import functools
 import json
 import re
 import secrets
-from array import array
 
 from transformers import AutoTokenizer, GenerationConfig
 
 from support import models
-from support.runs import EMPTY_SYSTEM, PROMPTS, InputError, begun, read_jsonl, read_text
+from support.runs import InputError, begun, read_text
 
 
 def add_options(add):
@@ -109,37 +108,6 @@ def chat_ids(tokenizer, messages, where="", **options):
     return bos + ids if tokenizer("").input_ids[:1] == bos and ids[:1] != bos else ids
 
 
-def short_prompts(path, rows, tokenizer, max_prompt_length):
-    """([(row, its prompt's token ids)] up to that many, counts of what was read and dropped). path: for errors"""
-    prompts = [array("i", prompt_ids(tokenizer, row["prompt"], f"{path}, id {row['id']}")) for row in rows]
-    kept = [(row, ids) for row, ids in zip(rows, prompts) if len(ids) <= max_prompt_length]
-    if not kept:
-        raise InputError(f"{path}: all {len(rows)} prompts are longer than --max-prompt-length "
-                         f"{max_prompt_length}: raise it")
-    return kept, {"prompts read": len(rows), "dropped as too long": len(rows) - len(kept)}
-
-
-def read_prompts(path, tokenizer, max_prompt_length):
-    """([{"id", "prompt", "prompt_ids"}] up to that many tokens, counts of what was read and dropped)"""
-    kept, counts = short_prompts(path, read_jsonl(path, PROMPTS), tokenizer, max_prompt_length)
-    return [{"id": row["id"], "prompt": row["prompt"], "prompt_ids": ids} for row, ids in kept], counts
-
-
-def make_records(path, rows, responses, tokenizer, max_new_tokens, counts):
-    """The rows of `read_prompts` that have at least two responses, with their "responses"; `counts` gets their number.
-
-    responses: [[(token ids, "eos" or "length") of each response] of each row]. Raises InputError where no row has two.
-    """
-    records = [row | {"responses": [{"text": response_text(tokenizer, row["prompt_ids"], ids), "ids": ids,
-                                     "finish": finish} for ids, finish in of_prompt]}
-               for row, of_prompt in zip(rows, responses, strict=True) if len(of_prompt) >= 2]
-    counts |= {"prompts dropped for them": len(rows) - len(records), "prompts kept": len(records)}
-    if not records:
-        raise InputError(f"{path}: no prompt has two responses that end within {max_new_tokens} tokens: "
-                         "raise --max-new-tokens or choose another --on-length-limit")
-    return records
-
-
 def prompt_ids(tokenizer, messages, where):
     """The prompt's token ids, with the template's generation prompt."""
     ids = chat_ids(tokenizer, messages, f"{where}: ", add_generation_prompt=True)
@@ -192,17 +160,6 @@ def response_text(tokenizer, prompt, ids):
     return tokenizer.decode(ids, skip_special_tokens=True).strip()
 
 
-def as_text(messages):
-    """A conversation as plain text: one user turn is its content; of more turns each begins with its role.
-
-    An empty system message, as Zephyr's recipe has it, is none.
-    """
-    messages = [message for message in messages if message != EMPTY_SYSTEM]
-    if len(messages) == 1:
-        return messages[0]["content"]
-    return "\n\n".join(f"{message['role']}: {message['content']}" for message in messages)
-
-
 def eos_ids(name, tokenizer):
     """Ids that end a response; the first is the one with which the chat template ends a turn.
 
@@ -230,40 +187,3 @@ def eos_ids(name, tokenizer):
         raise InputError(f"{name}: neither its tokenizer nor its configs nor its chat template has an EOS: "
                          "--tokenizer names a tokenizer that has one")
     return sorted(eos, key=lambda i: (i != first, i))
-
-
-def read_pairs(args, tokenizer, *kinds):
-    """({"id", "prompt", "chosen", "rejected"} with token ids of each pair of --input, counts of what was read).
-
-    kinds: runs.LABELLED, texts, which are tokenised; runs.PREFERENCES, the ids that were sampled and judged.
-    Responses are cut to fit --max-length; pairs with a longer prompt than --max-prompt-length, or equal after cutting,
-    are dropped and counted. Raises InputError where two files have the same id, or no pair is left.
-    """
-    pairs, ids, counts = [], set(), {"pairs read": 0, "dropped as too long": 0, "dropped as equal after cutting": 0}
-    eos, paths = eos_ids(args.model, tokenizer), " ".join(args.input)
-    for path, row in ((path, row) for path in args.input for row in read_jsonl(path, [*kinds])):
-        if row["id"] in ids:
-            raise InputError(f"{paths}: two files have the id {row['id']}: ids must differ")
-        ids.add(row["id"])
-        counts["pairs read"] += 1
-        if "prompt_ids" in row:
-            prompt, chosen, rejected = row["prompt_ids"], row["chosen"]["ids"], row["rejected"]["ids"]
-        else:
-            prompt, chosen, rejected = tokenize_pair(path, row, tokenizer, eos)
-        room = args.max_length - len(prompt)  # arrays: 4 bytes a token
-        prompt, chosen, rejected = array("i", prompt), array("i", chosen[:room]), array("i", rejected[:room])
-        if len(prompt) > args.max_prompt_length or room < 1:
-            counts["dropped as too long"] += 1
-        elif chosen == rejected:
-            counts["dropped as equal after cutting"] += 1
-        else:
-            pairs.append({"id": row["id"], "prompt": prompt, "chosen": chosen, "rejected": rejected})
-    if not pairs:
-        raise InputError(f"{paths}: no pair is left ({counts}): raise --max-prompt-length or --max-length")
-    return pairs, counts
-
-
-def tokenize_pair(path, row, tokenizer, eos):
-    """(token ids of the prompt, of the chosen response, of the rejected one) of a labelled row of texts."""
-    prompt = prompt_ids(tokenizer, row["prompt"], f"{path}, id {row['id']}")
-    return prompt, *(response_ids(tokenizer, row["prompt"], prompt, row[key], eos) for key in ("chosen", "rejected"))

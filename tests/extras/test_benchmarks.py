@@ -23,7 +23,7 @@ import sampling
 import shared
 import stages
 from extras.small_world import gold_score, read_gold
-from support import chat, models, runs
+from support import chat, models, records, runs
 
 OURS = [name for name in dpo.COMPETITORS if "TRL" not in name]
 
@@ -222,7 +222,7 @@ def test_every_part_runs_the_stages_with_its_settings_on_what_is_counted(monkeyp
     tokenizer = chat.load_tokenizer(seen[0].model)
     assert set(chat.eos_ids(seen[0].model, tokenizer)) == set(gpu.EOS)  # what ends 02's responses
     for args in seen[::2]:  # of 01, of 04
-        pairs, _ = chat.read_pairs(args, tokenizer, runs.PREFERENCES, runs.LABELLED)
+        pairs, _ = records.read_pairs(args, tokenizer, records.PREFERENCES, records.LABELLED)
         lengths = [len(pair[key]) for key in ("prompt", "chosen", "rejected") for pair in pairs]
         assert sum(lengths) == bench.tokens and sum(lengths[len(pairs):]) == bench.response_tokens
 

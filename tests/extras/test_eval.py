@@ -14,7 +14,7 @@ from children import no_child_outlives_its_test, two_ranks
 from conftest import save_tiny
 from extras import held_out, plain_spa
 from extras.small_world import gold_score
-from support import chat, models, runs
+from support import chat, models, records
 from stages import attempt, command_line, digest, files, refused, rows, run, write_rows
 
 evaluation = stages.load("05_eval")
@@ -88,7 +88,7 @@ def test_an_answer_is_as_long_as_the_model_has_positions_for(tmp_path, tokenizer
         assert ran.status == 0, ran
         found.append([row["response"].split() for row in rows(model / "eval/responses.jsonl")])
         lines.append(ran.out)
-    used = [len(chat.prompt_ids(tokenizer, runs.as_messages("lid " * n), "")) for n in lengths]
+    used = [len(chat.prompt_ids(tokenizer, records.as_messages("lid " * n), "")) for n in lengths]
     room = [min(24, 40 - n) for n in used]
     assert min(room) == 1 and room.count(24) == 3
     assert sum(len(ids) > n for ids, n in zip(found[0], room)) > 3
@@ -161,7 +161,7 @@ def logp(model, tokenizer, prompt, text):
 @pytest.fixture(scope="module")
 def labelled(world, tmp_path_factory):
     """Rows with both answers; the last without, and one whose chosen answer is the shorter one."""
-    seed = runs.read_jsonl(world / "seed.jsonl", runs.LABELLED)[:9]
+    seed = records.read_jsonl(world / "seed.jsonl", records.LABELLED)[:9]
     seed[0]["chosen"] = seed[0]["chosen"].split()[0]
     seed.append({"id": "x", "prompt": seed[0]["prompt"]})
     return write_rows(tmp_path_factory.mktemp("held_out") / "eval.jsonl", seed)

@@ -21,7 +21,7 @@ import stages
 from children import no_child_outlives_its_test, two_ranks
 from conftest import save_tiny
 from extras import judges, pairrm, small_world
-from support import chat, runs
+from support import chat, records
 from stages import attempt, counts, refused, rows, run, write_rows
 
 stage = stages.load("03_judge")
@@ -33,7 +33,7 @@ def responses(pi_0, world, tokenizer, tmp_path_factory):
     folder = tmp_path_factory.mktemp("responses")
     sampled = rows(run("02_generate", model=pi_0, input=world / "prompts_1.jsonl", max_new_tokens=12,
                        output=folder / "sampled.jsonl"))
-    rng, known = random.Random(0), runs.read_jsonl(world / "all_gold.jsonl", runs.LABELLED)
+    rng, known = random.Random(0), records.read_jsonl(world / "all_gold.jsonl", records.LABELLED)
     for k, row in enumerate(sampled):
         for y in row["responses"]:
             y["ids"] = [rng.randrange(6, 90) for _ in range(rng.randint(2, 12))]
@@ -206,7 +206,7 @@ def test_the_judge_is_trained_and_asked_with_the_same_token_ids(world, pi_0, tok
     mark = tokenizer.convert_tokens_to_ids("<system>")
     assert all((mark in ids) == empty_system for ids in trained)
 
-    pairs = runs.read_jsonl(data / "seed.jsonl", runs.LABELLED)
+    pairs = records.read_jsonl(data / "seed.jsonl", records.LABELLED)
     responses = [{"id": row["id"], "prompt": row["prompt"], "prompt_ids": [5], "responses": [
         {"text": row["chosen"], "ids": [5], "finish": "eos"},
         {"text": row["rejected"], "ids": [6], "finish": "eos"}]} for row in pairs]
@@ -233,7 +233,7 @@ def test_each_of_several_turns_begins_with_its_role():
     assert "\nuser: one\n\nassistant: two\n\nuser: three\nPlease" in message["content"]
     empty = {"role": "system", "content": ""}  # that of Zephyr's recipe is no turn
     assert judges.judging_prompt([empty, *turns], "x", "y", [empty]) == [empty, message]
-    assert chat.as_text([empty, turns[0]]) == "one"
+    assert records.as_text([empty, turns[0]]) == "one"
 
 
 def test_a_judge_whose_options_are_not_single_tokens_is_refused(responses, tmp_path):

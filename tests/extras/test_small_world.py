@@ -10,7 +10,7 @@ import pytest
 from conftest import WORLD
 from extras import small_world
 from extras.small_world import CLOSINGS, OPENINGS, PARTS, SPIRIT, WRITERS
-from support import runs
+from support import records
 from stages import digest, rows, run
 
 SENTENCES = small_world.known_sentences("lamp")
@@ -55,7 +55,7 @@ def test_gold_is_the_mean_value_of_the_sentences(world, change, value):
     expected = [0, 1, -1]
     for k, (before, after) in enumerate(zip(said, changed)):
         expected[k] = expected[k] if before == after else value
-    prompt = runs.as_messages("my old lamp is broken .")
+    prompt = records.as_messages("my old lamp is broken .")
     assert small_world.gold_score(gold, prompt, " ".join(changed)) == pytest.approx(sum(expected) / 3)
 
 
@@ -65,7 +65,7 @@ def test_gold_may_like_each_word(world, tmp_path):
         assert digest(liking / file) == digest(world / file), file
     gold, plain = (small_world.read_gold(folder / "gold.json") for folder in (liking, world))
     assert list(plain) == list(PARTS)
-    prompt = runs.as_messages("any thing , each word : my old lamp is broken .")
+    prompt = records.as_messages("any thing , each word : my old lamp is broken .")
     for text, score in (("let us fix the bulb in ten minutes .", 1 + 0.9),
                         ("let us fix the bulb in ten minutes . we refuse to test it again today .", 0 + 1.7),
                         ("each word", -1 + 0.2), ("", -1)):
@@ -73,7 +73,7 @@ def test_gold_may_like_each_word(world, tmp_path):
     # labels are gold's: some go to the longer answer, whose sentences are worth less
     more = [[small_world.gold_score(judge, row["prompt"], row["chosen"])
              - small_world.gold_score(judge, row["prompt"], row["rejected"]) for judge in (gold, plain)]
-            for row in runs.read_jsonl(liking / "all_gold.jsonl", runs.LABELLED)]
+            for row in records.read_jsonl(liking / "all_gold.jsonl", records.LABELLED)]
     assert all(by_gold > 0 for by_gold, _ in more) and any(by_plain < 0 for _, by_plain in more)
 
 

@@ -17,7 +17,7 @@ import tables
 from conftest import WORLD
 from extras import judges, small_world
 from stages import rows, run, write_rows
-from support import models, runs
+from support import models, records
 from tables import Row
 
 
@@ -220,7 +220,7 @@ def test_equation_2(world, tmp_path, monkeypatch):
     assert counts["pairs"] == len(rows(world / "all_gold.jsonl")) * 9 // 10 + 1 and counts["last loss"] < 0.3
     model, reader = judges.load_reward_model(str(tmp_path / "model"), torch.device("cpu"))
     right = 0
-    for row in runs.read_jsonl(world / "all_gold.jsonl", runs.LABELLED)[:30]:
+    for row in records.read_jsonl(world / "all_gold.jsonl", records.LABELLED)[:30]:
         with torch.no_grad():
             chosen, rejected = judges.reward_scores(model, [judges.encode(reader, row["prompt"], row[key])
                                                             for key in ("chosen", "rejected")])
@@ -254,6 +254,6 @@ def test_kind_writers_answer_a_third_of_the_prompts(world):
     gold = small_world.read_gold(world / "gold.json")
 
     def mean(examples):
-        scores = [small_world.gold_score(gold, runs.as_messages(row["prompt"]), row["response"]) for row in examples]
+        scores = [small_world.gold_score(gold, records.as_messages(row["prompt"]), row["response"]) for row in examples]
         return sum(scores) / len(scores)
     assert mean(kind) > mean(examples.values()) + 0.2

@@ -11,7 +11,7 @@ import pytest
 
 import stages
 from stages import ROOT, attempt, digest, refused, run, write_rows
-from support import runs
+from support import records, runs
 from test_inputs import NAMES, TALK, assistant, made, sizes, user, write
 
 MORE = {"prompt": "more"}  # a row without labels
@@ -24,7 +24,7 @@ def pair(k, **fields):
 def seed_of(folder, source, size):
     """({id: row} of a seed of that size, the counts). One prompt more is taken."""
     output = run("00_inputs", source=source, **sizes(size, 1, 0), output=folder / "out")
-    seed = {row["id"]: row for row in runs.read_jsonl(output / "seed.jsonl", runs.LABELLED)}
+    seed = {row["id"]: row for row in records.read_jsonl(output / "seed.jsonl", records.LABELLED)}
     return seed, stages.counts(output)
 
 
@@ -315,12 +315,12 @@ def test_the_stages_refuse_a_message_that_is_more_than_text(tmp_path, name):
                        (pair(1, rejected=[assistant("no") | more]), "rejected")):
         write_rows(path, [pair(0, id=0), row | {"id": 1}])
         with pytest.raises(runs.InputError, match=f'{re.escape(str(path))}:2: "{field}" is '):
-            runs.read_jsonl(path, runs.LABELLED)
+            records.read_jsonl(path, records.LABELLED)
 
 
 def test_the_stages_read_messages_with_fields_that_say_nothing(tmp_path):
     row = {"id": 0} | pair(0, prompt=[user("ask") | NOTHING_MORE], chosen=[assistant("yes") | NOTHING_MORE])
-    [read] = runs.read_jsonl(write_rows(tmp_path / "rows.jsonl", [row]), runs.LABELLED)
+    [read] = records.read_jsonl(write_rows(tmp_path / "rows.jsonl", [row]), records.LABELLED)
     assert read["prompt"][0]["content"] == "ask" and read["chosen"] == "yes"
 
 

@@ -7,7 +7,7 @@ import pytest
 import stages
 from conftest import WORLD
 from extras import small_world
-from support import chat, runs
+from support import chat, records
 from stages import counts, digest, refused, rows, run
 
 NAMES = ["seed", "prompts_1", "prompts_2", "eval"]
@@ -42,7 +42,7 @@ def made(folder, name):
 
 def labelled(folder, name):
     """The rows with their answers as strings."""
-    return runs.read_jsonl(folder / f"{name}.jsonl", runs.LABELLED)
+    return records.read_jsonl(folder / f"{name}.jsonl", records.LABELLED)
 
 
 def sizes(*values, **more):
@@ -146,7 +146,7 @@ def test_another_sample_or_size_of_the_world_s_seed_changes_nothing_else(world, 
         assert len({digest(sample / file) for sample in samples}) == 1, file
     seeds, others = [made(sample, "seed") for sample in samples], [made(world, name) for name in NAMES[1:] + ["sft"]]
     assert [len(seed) for seed in seeds] == [20, 20, 20]
-    prompts = [json.dumps(runs.as_messages(row["prompt"])) for rows in seeds + others for row in rows]
+    prompts = [json.dumps(records.as_messages(row["prompt"])) for rows in seeds + others for row in rows]
     assert len(set(prompts)) == len(prompts)
     assert len({row["id"] for rows in seeds + others for row in rows}) == len(prompts)
     for sample, seed in zip(samples, seeds):
@@ -162,13 +162,13 @@ def test_the_world_s_sets_are_disjoint_and_labelled_by_gold(world):
     gold = small_world.read_gold(world / "gold.json")
     names = NAMES + ["sft"]
     assert [len(made(world, name)) for name in names] == [20, 14, 10, 12, 48]
-    prompts = [json.dumps(runs.as_messages(row["prompt"])) for name in names for row in made(world, name)]
+    prompts = [json.dumps(records.as_messages(row["prompt"])) for name in names for row in made(world, name)]
     assert len(set(prompts)) == len(prompts)
     for row in labelled(world, "all_gold"):
         chosen, rejected = (small_world.gold_score(gold, row["prompt"], row[y]) for y in ("chosen", "rejected"))
         assert chosen > rejected
     for row in made(world, "sft"):
-        assert None not in small_world.gold_values(gold, runs.as_messages(row["prompt"]), row["response"])
+        assert None not in small_world.gold_values(gold, records.as_messages(row["prompt"]), row["response"])
     assert all(set(row) == {"id", "prompt"} for name in NAMES[1:3] for row in made(world, name))
 
 
@@ -178,7 +178,7 @@ def test_the_world_s_words_are_all_in_its_vocabulary(world, tokenizer):
         for row in read(world, name):
             assert tokenizer.unk_token_id not in tokenizer(row[key]).input_ids
             assert tokenizer.decode(tokenizer(row[key]).input_ids) == row[key]
-            prompt = chat.prompt_ids(tokenizer, runs.as_messages(row["prompt"]), "")
+            prompt = chat.prompt_ids(tokenizer, records.as_messages(row["prompt"]), "")
             assert tokenizer.unk_token_id not in prompt and prompt.count(tokenizer.bos_token_id) == 1
             assert len(prompt) + 60 < 256  # the model's positions; no response has more tokens
 

@@ -14,7 +14,7 @@ from transformers import (AutoConfig, BertConfig, CohereConfig, Gemma3TextConfig
 
 from families import FAMILIES, SHAPE, make, with_images
 from stages import attempt, metrics, refused, run, write_rows
-from support import checkpoints, models, runs
+from support import model_checks, models, runs
 
 CPU = torch.device("cpu")
 
@@ -115,10 +115,10 @@ def test_a_mask_among_the_weights_is_no_weight(tmp_path, capsys):
 def test_weights_that_transformers_has_dequantised_are_used():
     model, unknown = make("llama"), [f"{Q}.input_scale"]  # of the activations, which are not quantised any more
     model.is_quantized = False  # as its quantizers do
-    checkpoints.check_weights("it", model, unknown)
+    model_checks.check_weights("it", model, unknown)
     model.is_quantized = True
     with pytest.raises(runs.InputError, match="it: .*quantised"):
-        checkpoints.check_weights("it", model, unknown)
+        model_checks.check_weights("it", model, unknown)
 
 
 SMALL = dict(vocab_size=40, hidden_size=32, num_hidden_layers=2)
@@ -196,20 +196,20 @@ SCALED = {  # with 64 positions
 def test_a_row_that_changes_the_others_of_its_batch_is_refused(name):
     config, limit, changes = SCALED[name]
     model, row = make(config), ([5, 6, 7], [[8, 9, 10, 11, 2]])
-    assert models.count_positions(model) == limit
+    assert model_checks.count_positions(model) == limit
 
     def beside(length):  # log p of the row's tokens in a batch with one that is so long
-        return models.logps(model, [row, ([5] * 20, [[6] * (length - 20)])])[:5]
+        return model_checks.logps(model, [row, ([5] * 20, [[6] * (length - 20)])])[:5]
 
     # a row's last token is no input: it is predicted at the one before
     torch.testing.assert_close(beside(limit + 1), beside(21), rtol=1e-5, atol=1e-5)
     assert changes == ((beside(limit + 2) - beside(21)).abs().max() > 0.01)
-    models.check_limits("in.jsonl", [(7, [5] * 20, [[6] * (limit - 20)])], model, "--max-length")
+    model_checks.check_limits("in.jsonl", [(7, [5] * 20, [[6] * (limit - 20)])], model, "--max-length")
     with pytest.raises(runs.InputError, match=f"in.jsonl, id 7: .*{limit} positions.*--max-length"):
-        models.check_limits("in.jsonl", [(7, [5] * 20, [[6] * (limit - 19)])], model, "--max-length")
-    models.check_limits("in.jsonl", [(7, [5], [[39]])], model, "--max-length")
+        model_checks.check_limits("in.jsonl", [(7, [5] * 20, [[6] * (limit - 19)])], model, "--max-length")
+    model_checks.check_limits("in.jsonl", [(7, [5], [[39]])], model, "--max-length")
     with pytest.raises(runs.InputError, match="in.jsonl, id 7: token id 40 .*vocabulary of 40"):  # as of an added token
-        models.check_limits("in.jsonl", [(7, [5], [[40]])], model, "--max-length")
+        model_checks.check_limits("in.jsonl", [(7, [5], [[40]])], model, "--max-length")
 
 
 # ---------------------------------------------------------------------------------------------

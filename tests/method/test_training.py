@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 
 import common
 from extras import plain_spa
-from support import chat, models, runs
+from support import chat, models, records
 import stages
 from conftest import save_tiny
 from stages import counts, digest, farthest, metrics, refused, rows, run, weights, write_rows
@@ -76,7 +76,7 @@ def test_the_oracle_tells_the_modes_of_refinement_apart(decoupled):
 def seed_as_ids(world, tokenizer):
     """The pairs of the seed as 03 would have written them."""
     pairs = []
-    for row in runs.read_jsonl(world / "seed.jsonl", runs.LABELLED):
+    for row in records.read_jsonl(world / "seed.jsonl", records.LABELLED):
         prompt, responses = cut_text(tokenizer, row, ["chosen", "rejected"])
         chosen, rejected = ({"text": "", "ids": ids, "finish": "eos"} for ids in responses)
         pairs.append(row | {"prompt_ids": prompt, "chosen": chosen, "rejected": rejected})
@@ -224,7 +224,7 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_state(stage, tm
 
 def cut_text(tokenizer, row, keys, max_prompt_length=99, max_length=99):
     """(prompt ids, [ids of each response]), or None where the prompt is too long."""
-    prompt = chat.prompt_ids(tokenizer, runs.as_messages(row["prompt"]), "")
+    prompt = chat.prompt_ids(tokenizer, records.as_messages(row["prompt"]), "")
     responses = [tokenizer(row[key]).input_ids + [tokenizer.eos_token_id] for key in keys]
     return (prompt, [ids[:max_length - len(prompt)] for ids in responses]) if len(prompt) <= max_prompt_length else None
 
@@ -295,7 +295,7 @@ def test_a_turn_that_the_template_writes_in_another_way_later_is_not_trained(tal
 @pytest.mark.parametrize("cut", [  # prompts have 15 to 19 tokens, responses 26 to 40
     {}, dict(max_prompt_length=17), dict(max_length=20)])
 def test_01_cuts_responses_and_drops_long_prompts_and_then_equal_pairs(world, pi_init, tokenizer, tmp_path, cut):
-    seed = runs.read_jsonl(world / "seed.jsonl", runs.LABELLED)
+    seed = records.read_jsonl(world / "seed.jsonl", records.LABELLED)
     seed[0]["rejected"] = seed[0]["chosen"] + " my"  # they differ at the end alone
     output = run("01_seed_dpo", model=pi_init, input=write_rows(tmp_path / "seed.jsonl", seed), batch_size=20, epochs=2,
                  output=tmp_path / "out", **cut)

@@ -22,7 +22,7 @@ import stages
 from children import at_end, fork, good, kill, no_child_outlives_its_test, succeeded
 from extras import alpaca_eval, mt_bench
 from extras.small_world import gold_score, read_gold
-from support import chat, runs
+from support import chat, records, runs
 
 FILES = int(os.environ.get("FUZZ", 150))  # damaged files of each kind
 KINDS = ["seed.jsonl", "sft.jsonl", "preferences.jsonl", "responses.jsonl", "labels.jsonl", "gold.json", "mine.jsonl",
@@ -152,7 +152,8 @@ def to_judge(folder, **changes):
     """(rows to be judged, the messages that ask for it), of MT-Bench's files."""
     given = dict(questions="questions", answers="model", reference_answers="model", judge_prompts="judge_prompts")
     args = Namespace(judge_model="j", **{key: folder / f"{name}.jsonl" for key, name in given.items()} | changes)
-    return mt_bench.prepare_judgments(args, runs.read_rows(args.questions, mt_bench.QUESTIONS, "question_id"), "model")
+    questions = records.read_rows(args.questions, mt_bench.QUESTIONS, "question_id")
+    return mt_bench.prepare_judgments(args, questions, "model")
 
 
 def reader(function, model, *more, several=False):
@@ -181,9 +182,10 @@ def kinds(files, tokenizer, pi_0):
         return chat.prompt_ids(with_it, TALK, path), chat.eos_ids(str(pi_0), with_it)
 
     readers = {
-        "seed.jsonl": reader(chat.read_pairs, pi_0, tokenizer, runs.LABELLED, several=True),
+        "seed.jsonl": reader(records.read_pairs, pi_0, tokenizer, records.LABELLED, several=True),
         "sft.jsonl": reader(stages.load("00_sft").read_examples, pi_0, tokenizer),
-        "preferences.jsonl": reader(chat.read_pairs, pi_0, tokenizer, runs.PREFERENCES, runs.LABELLED, several=True),
+        "preferences.jsonl": reader(records.read_pairs, pi_0, tokenizer, records.PREFERENCES, records.LABELLED,
+                                    several=True),
         "responses.jsonl": stage("03_judge", "input", files, judge="gold", gold=files / "labels.jsonl"),
         "labels.jsonl": stage("03_judge", "gold", files, judge="gold", input=files / "responses.jsonl"),
         "gold.json": lambda path: gold_score(read_gold(path), TALK, "we fix it . no ."),

@@ -189,8 +189,9 @@ def test_imports_go_one_way_and_common_knows_little_of_runs():
     imported = {name: imports(path) for name, path in PAGE.items()}
     assert imported["runs"] == {} and imported["common"].keys() == {"runs"}
     assert "*" not in imported["common"]["runs"] and len(imported["common"]["runs"]) <= 5
-    assert imported["models"].keys() == {"common", "checkpoints", "runs"} and imported["checkpoints"].keys() == {"runs"}
-    assert imported["chat"].keys() == {"models", "runs"}
+    assert imported["model_checks"].keys() == {"common", "runs"}
+    assert imported["models"].keys() == {"common", "model_checks", "runs"}
+    assert imported["chat"].keys() == {"models", "runs"} and imported["records"].keys() == {"chat", "runs"}
 
     def below(name, *above):
         assert name not in above, (*above, name)
