@@ -78,19 +78,17 @@ def parse_args():
     add("--seed-size", type=runs.natural, default=2000,
         help="|D_0|: of UltraFeedback 500, 1000, 2000, 6000 are the 0.8, 1.7, 3.3, 10 %% of Table 3")
     add("--prompt-sizes", type=runs.positive, nargs="+", default=[8000, 20000, 30000],
-        help="|X_1| ... |X_T|; they stay the same sets when --seed-size changes, if every row is labelled and the last "
-        "set does not run short")
+        help="|X_1| ... |X_T|; --seed-size does not change them, if every row is labelled and the last is not short")
     add("--eval-size", type=runs.natural, default=200, help="prompts held out for 05_eval.py")
     add("--seed", type=runs.natural, default=0, help="decides how the rows are shuffled")
-    add("--seed-sample", type=runs.natural, default=0, help="another seed of the same size, with the same prompt sets: "
-        "Table 4 has 0, 1 and 2")
+    add("--seed-sample", type=runs.natural, default=0, help="another seed set of that size: Table 4 has 0, 1, 2")
     add("--empty-system", action="store_true", help="an empty system message before every prompt that has none, as in "
         "Zephyr's recipe (not for world)")
     # what SPA is compared with
     add("--all-gold", action="store_true", help="also write all_gold.jsonl, for training on all gold labels")
     add("--llm-judge", nargs="?", choices=("both", "one"), const="both", default=False, help="also write "
-        "judge_sft.jsonl, for LLM-as-judge: each seed pair in both orders (default), or in one, the better one being A "
-        "and B in turn; the world's base model then knows the words of the judging prompt (Listing 1)")
+        "judge_sft.jsonl: each seed pair in both orders (default), or in one, the better one being A and B in turn; the "
+        "world's base model then knows the words of the judging prompt (Listing 1)")
     # --source world only
     add("--sft-size", type=runs.natural, default=12000, help="--source world: examples for SFT")
     add("--gold-length", type=runs.share, default=0.0, help="--source world: what each word adds to gold's score of a "

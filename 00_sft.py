@@ -118,7 +118,7 @@ def main():
 
         grad_norm = common.clip_gradient(model)
         logged_rows = ranks.gather(logged_rows)
-        common.check_finite(step, logged_rows, grad_norm, work)
+        runs.check_finite(step, logged_rows, grad_norm, work)
         lr = scheduler.get_last_lr()[0]
         optimizer.step()
         scheduler.step()

@@ -507,12 +507,3 @@ def clip_gradient(model):
     """Clip to norm 1.0; returns the norm before."""
     norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     return (norm.full_tensor() if hasattr(norm, "full_tensor") else norm).item()  # a DTensor where it is sharded
-
-
-def check_finite(step, rows, grad_norm, work):
-    """Raises InputError before a step that would put NaN into the weights, naming the rows it comes from."""
-    bad = [row["id"] for row in rows if not np.isfinite(row["loss"])]
-    if bad or not np.isfinite(grad_norm):
-        ids = ", ".join((bad or [row["id"] for row in rows])[:5])
-        raise InputError(f"step {step + 1}: the loss or its gradient is not finite (ids {ids}): lower --lr, or look at "
-                         f"these rows; what was saved before is kept in {work}")

@@ -165,7 +165,7 @@ def main():
         grad_norm = common.clip_gradient(model)
         position = {pair["id"]: k for k, pair in enumerate(step_pairs)}  # the same order on any number of ranks
         logged_rows = sorted(ranks.gather(logged_rows), key=lambda row: position[row["id"]])
-        common.check_finite(step, logged_rows, grad_norm, work)
+        runs.check_finite(step, logged_rows, grad_norm, work)
         lr = scheduler.get_last_lr()[0]
         optimizer.step()
         scheduler.step()

@@ -10,6 +10,7 @@ import glob
 import gzip
 import hashlib
 import json
+import math
 import os
 import shutil
 import signal
@@ -452,7 +453,7 @@ def close_output(args, work, made, counts):
 
 
 # ---------------------------------------------------------------------------------------------
-# Progress
+# Progress of a stage, and of its training
 
 
 def progress(steps, label, ranks):
@@ -472,6 +473,15 @@ def log_step(work, bar, step, rows, **more):
         file.write(json.dumps({"step": step + 1, **mean, **more}) + "\n")
     shown = {"loss": "loss", "rewards/accuracies": "accuracy"}
     bar.set_postfix({shown[name]: f"{mean[name]:.3f}" for name in shown if name in mean}, refresh=False)
+
+
+def check_finite(step, rows, grad_norm, work):
+    """Raises InputError before a step that would put NaN into the weights, naming the rows it comes from."""
+    bad = [row["id"] for row in rows if not math.isfinite(row["loss"])]
+    if bad or not math.isfinite(grad_norm):
+        ids = ", ".join((bad or [row["id"] for row in rows])[:5])
+        raise InputError(f"step {step + 1}: the loss or its gradient is not finite (ids {ids}): lower --lr, or look at "
+                         f"these rows; what was saved before is kept in {work}")
 
 
 # ---------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ import pytest
 import stages
 from stages import ROOT, files, parsed, rows
 
+SCRIPT = ("run_all.sh", "support/launch.sh")
 CLEAN = {key: os.environ[key] for key in ("PATH", "HOME", "TMPDIR", "LANG") if key in os.environ}
 LITTLE = {"SEED_SIZE": "20", "PROMPT_SIZES": "24", "ITERATIONS": "1", "EVAL_SIZE": "10", "SFT_SIZE": "64",
           "SFT_EPOCHS": "1", "MAX_NEW_TOKENS": "12", "ON_LENGTH_LIMIT": "eos", "BATCH_SIZE": "8"}
@@ -448,11 +449,16 @@ def test_paths_are_the_caller_s_wherever_the_script_is_called_from(stub, tmp_pat
     assert bash("--dry-run", cwd=ROOT.parent, RUNS=f"{ROOT.name}/runs").stdout == bash("--dry-run").stdout
 
 
+def copy_script(folder):
+    for name in SCRIPT:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, folder / name)
+
+
 def test_cdpath_sends_it_to_no_other_folder(stub, tmp_path):
     program, log = stub
-    for folder in (tmp_path / "here" / "spa", tmp_path / "other" / "spa"):
-        folder.mkdir(parents=True)
-    shutil.copy(ROOT / "run_all.sh", tmp_path / "here" / "spa")
+    (tmp_path / "other" / "spa").mkdir(parents=True)
+    copy_script(tmp_path / "here" / "spa")
     program.write_text(program.read_text() + f'echo "$PWD ${{PYTHONSAFEPATH-none}}" >> {log}\n')
     done = subprocess.run(["bash", "spa/run_all.sh", "test"], cwd=tmp_path / "here", env=CLEAN | {
         "CDPATH": f"{tmp_path}/other:.", "PYTHON": str(program), "PYTHONSAFEPATH": "1"}, capture_output=True, text=True)
@@ -478,7 +484,7 @@ LATER = {"4.0": r"(declare|local|typeset) +-\w*A|\$\{!?\w+(\[\S\])?(\^|,)|\b(map
 
 
 def test_bash_3_2_can_run_it():
-    code = [re.sub(r"(^|\s)#.*", "", line) for line in (ROOT / "run_all.sh").read_text().splitlines()]
+    code = [re.sub(r"(^|\s)#.*", "", line) for name in SCRIPT for line in (ROOT / name).read_text().splitlines()]
     assert {since: line for line in code for since in LATER if re.search(LATER[since], line)} == {}
     # before 4.4 "${a[@]}" of an empty array is an error under set -u: these two are not empty where they are expanded
     assert set(re.findall(r"(\w+)=\(\)", "\n".join(code))) == {"samples", "evaluated"}
@@ -515,8 +521,8 @@ def clone(stub, tmp_path):
     program, log = stub
     root = tmp_path / "clone"
     (root / "bin").mkdir(parents=True)
-    for name in ("run_all.sh", "requirements.txt"):
-        shutil.copy(ROOT / name, root)
+    copy_script(root)
+    shutil.copy(ROOT / "requirements.txt", root)
     (root / "bin" / "python3").write_text(
         '#!/usr/bin/env bash\nif [ "$1 $2" = "-m venv" ]; then\n'
         f'  echo "venv" >> {log}; mkdir -p .venv/bin; cp {program} .venv/bin/python\nfi\n')
