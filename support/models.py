@@ -95,17 +95,9 @@ def load_policy(args, ranks):
 
 def freeze_unused(model):
     """Weights that a text does not reach, such as those for images, require no gradient: DDP would wait for theirs."""
-    def note(weight):
-        used.add(weight)
-        weight.grad = None  # at once: the gradients of all weights may not fit
-
-    used = set()
-    hooks = [weight.register_post_accumulate_grad_hook(note) for weight in model.parameters()]
-    common.ResponseLogps(model)(common.collate([([1], [[3, 4]])], model.device)).sum().backward()
-    for hook in hooks:
-        hook.remove()
+    reached = {*model.get_decoder().parameters(), *model.get_output_embeddings().parameters()}
     for weight in model.parameters():
-        weight.requires_grad_(weight in used)
+        weight.requires_grad_(weight in reached)
 
 
 def load_reference(name, pairs, args, ranks):

@@ -12,7 +12,7 @@ from transformers import Gemma3Config, LlamaConfig, OPTConfig
 import common
 from extras import plain_spa
 from support import models
-from families import FAMILIES, HYBRIDS, SHAPE, make
+from families import FAMILIES, HYBRIDS, SHAPE, make, with_images
 
 CPU = torch.device("cpu")
 SEQUENCES = [([5, 6, 7], [8, 9, 10, 11, 2]), ([3], [4]), ([12, 13, 14, 15, 16, 17], [18, 19, 2]),
@@ -147,10 +147,13 @@ def test_every_dropout_is_zero_in_the_config(tmp_path, config, name):
     assert getattr(models.load_config(str(tmp_path)).get_text_config(), name) == 0
 
 
-def test_a_text_reaches_every_weight_of_a_text_model(model):
-    model.zero_grad()
+@pytest.mark.parametrize("config", [*FAMILIES, "with images"])
+def test_the_weights_that_a_text_reaches_are_trained(config):
+    model = make(with_images(40) if config == "with images" else config)
+    plain_logps(model, SEQUENCES).sum().backward()
+    reached = [weight.grad is not None for weight in model.parameters()]
     models.freeze_unused(model)
-    assert all(weight.requires_grad and weight.grad is None for weight in model.parameters())
+    assert [weight.requires_grad for weight in model.parameters()] == reached and all(reached) == (config in FAMILIES)
 
 
 def test_a_bf16_checkpoint_with_dropout_is_trained_in_float32_without(tmp_path):
