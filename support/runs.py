@@ -41,8 +41,7 @@ class InputError(Exception):
 class ThisRun:
     """What `run` and the signal handler need to know about the stage that is running."""
     started: float = 0.0
-    begun: datetime | None = None  # see `begun`
-    work: Path | None = None  # the folder that open_output made
+    work: Path | None = None     # the folder that open_output made
     lock: IO | None = None       # the locked file in it
     training: bool = False       # a signal waits until the step is done and saved
     asked: int | None = None     # the signal that asked this rank to stop
@@ -339,12 +338,7 @@ def fingerprint(path):
 
 def begun():
     """The time at which the output was begun, the same in a run that resumes it: a chat template may write the date."""
-    if not this_run.begun:
-        try:
-            this_run.begun = datetime.fromisoformat(read_record(this_run.work)["begun"])
-        except Exception:  # there is no record yet, or it is damaged
-            this_run.begun = datetime.now()
-    return this_run.begun
+    return datetime.fromisoformat(read_record(this_run.work)["begun"]) if this_run.work else datetime.now()
 
 
 # options that change rounding alone
@@ -374,12 +368,14 @@ def open_output(args, *inputs, free=("output", "save_every")):
         work.mkdir(parents=True, exist_ok=True)
         lock(output, work)
         exit_if_complete(output, work, made_from)  # the run that held the lock until now may have completed it
+    start = datetime.now().isoformat()
     if has_work(work):
         other = check_made_from(work, made_from)
+        start = read_record(work)["begun"]
         if first_rank():
             print(f"{output}: resuming{other and ' what was made with ' + other}", flush=True)
     if first_rank():
-        write_json(work / "args.json", {"made_from": made_from, "begun": begun().isoformat()})
+        write_json(work / "args.json", {"made_from": made_from, "begun": start})
     return work
 
 
