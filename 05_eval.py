@@ -35,7 +35,7 @@ def sample(args):
     work = runs.open_output(args, "model", "input", "gold", "init_model", "preferences")
     gold = read_gold(args.gold) if args.gold else None
     rows = runs.read_jsonl(args.input, runs.PROMPTS | ({"reference": runs.is_text} if gold else {}))
-    sampler = Sampler(args, args.model)
+    sampler = Sampler(args)
     kept, counts = chat.short_prompts(args.input, rows, sampler.tokenizer, args.max_prompt_length)
     rows, prompts = zip(*kept)
     answers = sampler.generate_answers(work, prompts, [row["id"] for row in rows])
@@ -152,7 +152,9 @@ def add_command(commands, name, help):
 
 
 def add_sampling(add, max_new_tokens, temperature=True):
-    add_model(add, "--model", "the model to evaluate")
+    add("--model", required=True, help="the model to evaluate")
+    chat.add_options(add)
+    add("--micro-batch-size", type=runs.positive, default=16, help="prompts in a batch of one rank")
     add("--name", help='the model in tables and files (default: --model); "METHOD, iteration T" for Figure 3')
     if temperature:
         add("--temperature", type=runs.nonnegative, default=0.7, help="0: greedy")
@@ -161,20 +163,13 @@ def add_sampling(add, max_new_tokens, temperature=True):
 
 
 def add_judge(add):
-    add_model(add, "--judge-model", "name at --judge-url; without that, a model's folder or name on the Hub")
-    add("--judge-url", help="OpenAI-compatible endpoint, .../v1, or Azure's, "
+    add("--judge-model", required=True, help="name at --judge-url")
+    add("--judge-url", required=True, help="OpenAI-compatible endpoint, .../v1, or Azure's, "
         ".../deployments/NAME?api-version=...; its key is read from OPENAI_API_KEY")
     add("--judge-requests", type=runs.positive, default=16, help="requests at a time")
     add("--judge-timeout", type=runs.number(float, 0.01), default=120.0, help="seconds until a request has failed")
     add("--judge-retries", type=runs.natural, default=5, help="after 429, 5xx, timeouts, broken answers")
     add("--max-requests", type=runs.natural, help="requests of this run, retries included; the next run resumes")
-
-
-def add_model(add, option, help):
-    """The option that names a model, and what the model may need on this machine."""
-    add(option, required=True, help=help)
-    chat.add_options(add)
-    add("--micro-batch-size", type=runs.positive, default=16, help="prompts in a batch of one rank")
 
 
 def main():

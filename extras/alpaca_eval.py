@@ -10,8 +10,8 @@ outputs.json      [{"dataset", "instruction", "output", "generator"}]
 annotations.json  [{"dataset", "instruction", "output_1", "generator_1" (the baseline's), "output_2", "generator_2"
                   (the model's), "annotator", "preference": 1 the baseline, 2 the model, null missing}]; also gzipped
 
-alpaca_eval_clf.txt is in the alpaca_eval package. The judge is an OpenAI-compatible endpoint that gives log-probs, or a
-model on this machine (no --judge-url). The key is read from OPENAI_API_KEY and written nowhere. Answers are kept as
+alpaca_eval_clf.txt is in the alpaca_eval package. The judge is an OpenAI-compatible endpoint that gives log-probs, such
+as `vllm serve` of a model of your own. The key is read from OPENAI_API_KEY and written nowhere. Answers are kept as
 they come: after a stop, failed requests or --max-requests the same command resumes. A pair that the judge would always
 refuse (HTTP 400, no content, a content filter) has the preference null, and so has one of which neither m nor M is
 likely, but where this is so of the first five, the command ends.
@@ -177,7 +177,7 @@ def sample(args):
     """Write model_outputs.json: one answer to each of the benchmark's instructions, in their order."""
     asked = runs.read_rows(args.instructions, {"instruction": runs.is_text}, "instruction")
     work = runs.open_output(args, "model", "instructions")
-    sampler = Sampler(args, args.model)
+    sampler = Sampler(args)
     start = [runs.EMPTY_SYSTEM] if args.empty_system else []
     prompts = sampler.prompt_ids([start + runs.as_messages(row["instruction"]) for row in asked], args.instructions)
     answers = sampler.generate_answers(work, prompts, [row["instruction"] for row in asked])

@@ -1,6 +1,5 @@
 """Asking an OpenAI-compatible endpoint, so that no answer is lost, made up or paid for twice, and no key is shown."""
 
-import argparse
 import json
 import os
 import re
@@ -10,7 +9,6 @@ from concurrent.futures import ThreadPoolExecutor
 import huggingface_hub
 
 import common
-from extras.answers import Sampler
 from support import runs
 
 FREE = ("output", "judge_requests", "judge_timeout", "judge_retries", "max_requests")  # options that change no answer
@@ -37,28 +35,12 @@ def ask_judge(args, work, jobs, letters=()):
     None where the endpoint refuses for ever, as a content filter does; see `ask_all`. Raises InputError where the first
     answers hold no letter.
     """
-    if not args.judge_url:
-        return ask_local_model(args, work, jobs, letters)
     return ask_all(JudgeEndpoint(args, letters), jobs, args.judge_requests, work, "judged")
 
 
 def letter(token):
     """A token without the space before it, which some servers give as the tokenizer writes it: "Ġm", "▁m"."""
     return token.strip().lstrip("Ġ▁")
-
-
-def has_letter(answer, letters):
-    """Whether one of `letters` is among the most likely tokens of an answer, [(token, log-prob)]."""
-    return any(letter(token) in letters for token, _ in answer)
-
-
-def check_letters(work, answers, letters):
-    """Raises InputError where none of these answers holds one of `letters`: hardly any other would."""
-    if answers and not any(has_letter(answer, letters) for answer in answers):
-        tokens = json.dumps([token for token, _ in answers[0]], ensure_ascii=False)[:160]
-        raise runs.InputError(f"{str(work).removesuffix('.partial')}: {' and '.join(letters)} are not among the most "
-                              f"likely tokens of the first {len(answers)} answers, such as {tokens}: give a judge that "
-                              "begins with the letter, without a thought, at a server that gives tokens as text")
 
 
 def ask_all(endpoint, jobs, requests, work, label):
@@ -109,7 +91,10 @@ def report_unanswered(endpoint, unanswered, count, missing, work):
     """Raises InputError where `missing` of `count` jobs have no answer, else says how many were refused for ever."""
     output = str(work).removesuffix(".partial")
     if unanswered and all(how == "no letter" for how, _ in unanswered.values()):
-        check_letters(work, [answer for _, answer in unanswered.values()], endpoint.letters)
+        tokens = json.dumps([token for token, _ in next(iter(unanswered.values()))[1]], ensure_ascii=False)[:160]
+        raise runs.InputError(f"{output}: {' and '.join(endpoint.letters)} are not among the most likely tokens of the "
+                              f"first {len(unanswered)} answers, such as {tokens}: give a judge that begins with the "
+                              "letter, without a thought, at a server that gives tokens as text")
     # the reason that matters most
     order = ("fault", "failed", "refused", "no letter")
     how, why = min(unanswered.values(), key=lambda end: order.index(end[0]), default=("", ""))
@@ -119,18 +104,6 @@ def report_unanswered(endpoint, unanswered, count, missing, work):
                               f"kept in {work}: rerun the command to ask only for the missing ones")
     if unanswered:
         print(f"{output}: {len(unanswered)} of {count} refused by the endpoint, so missing: {why}", flush=True)
-
-
-def ask_local_model(args, work, jobs, letters):
-    """As `ask_judge`, of the model --judge-model on this machine."""
-    greedy = {"temperature": 0, "max_new_tokens": MAX_TOKENS, "seed": 0}  # the seed then decides nothing
-    sampler = Sampler(argparse.Namespace(**vars(args) | greedy), args.judge_model)
-    prompts = sampler.prompt_ids(jobs.values(), "the judging prompts")
-    if letters:
-        check_letters(work, sampler.most_likely(work, prompts[:PROBES], TOP_LOGPROBS, "first answers"), letters)
-        return dict(zip(jobs, sampler.most_likely(work, prompts, TOP_LOGPROBS, "judging")))
-    answers = sampler.generate_answers(work, prompts, list(jobs), label="judging")
-    return {k: [text, finish] for k, (text, finish, _) in zip(jobs, answers)}
 
 
 class Endpoint:
@@ -252,4 +225,5 @@ class JudgeEndpoint(Endpoint):
         answer = [(self.without_key(top["token"]), float(top["logprob"])) for top in likely]
         if not all(logp < 0.1 for _, logp in answer):  # NaN too; 0.1 for an endpoint that rounds
             raise ValueError("the endpoint gave log-probs that are not log-probs")
-        return "answered" if has_letter(answer, self.letters) else "no letter", answer
+        found = any(letter(token) in self.letters for token, _ in answer)
+        return "answered" if found else "no letter", answer

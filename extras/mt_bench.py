@@ -98,7 +98,7 @@ def sample(args):
     args.output = str(Path(args.output) / "model_answer" / f"{name}.jsonl")
     questions = runs.read_rows(args.questions, QUESTIONS, "question_id")
     work = runs.open_output(args, "model", "questions")
-    sampler = Sampler(args, args.model)
+    sampler = Sampler(args)
     temperatures = [TEMPERATURES.get(row["category"], 0.7) for row in questions]
     start = [runs.EMPTY_SYSTEM] if args.empty_system else []
     # the second turns' prompts, were the first answers as short as can be

@@ -11,11 +11,10 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 
-import common
 import stages
 from chat_server import KEY, on_the_loopback, prefers_m, says, serving, top_logprobs
-from extras import alpaca_eval, endpoint
-from support import models, runs
+from extras import alpaca_eval
+from support import runs
 
 N = 12
 TEMPLATE = "Who answered {instruction} better, m: {output_1} or M: {output_2} ?"
@@ -137,12 +136,6 @@ def test_answers_without_a_letter_before_and_after_the_first_with_one_are_kept(t
         fails(server, pair, tmp_path / "a.json", max_requests=6)
         rows = judge(server, pair, tmp_path / "a.json")
     assert [k for k, row in enumerate(rows) if row["preference"] is not None] == [4] and len(server.requests) == N
-
-
-def test_a_local_judge_that_gives_neither_letter_is_asked_a_few_times(tmp_path, pair, pi_init):
-    assert "m and M" in alpaca_judge(stages.refused, pair, judge_model=pi_init, output=tmp_path / "a.json")
-    [journal] = (tmp_path / "a.json.partial").glob("*.jsonl")
-    assert sum(len(batch) for batch, _ in runs.read_journal(journal.parent, journal.name.split(".")[0])) == 5
 
 
 def with_200(error):
@@ -408,22 +401,3 @@ def test_bad_input_is_one_line(tmp_path, pair, name, monkeypatch):
     ours, options, said = BAD[name]
     options = {"judge_url": "http://127.0.0.1:9/v1", "output": "a.json"} | options
     assert said in alpaca_judge(stages.refused, ["reference.json", ours], **options)
-
-
-def test_a_local_model_by_the_same_log_probs(tmp_path, pair, pi_init, tokenizer, monkeypatch):
-    """Both orders of a prompt, read at its last position; the preference is that of the model's own logits."""
-    monkeypatch.setattr(endpoint, "TOP_LOGPROBS", len(tokenizer))
-    monkeypatch.setattr(alpaca_eval, "LETTERS", ("my", "lid"))  # words that it knows
-    monkeypatch.setattr(alpaca_eval, "preference_of", lambda most_likely, swapped: most_likely)
-    output = alpaca_judge(stages.run, pair, judge_model=pi_init, output=tmp_path / "a.json", micro_batch_size=5)
-    rows = json.loads(output.read_text())
-    model = models.load_model(str(pi_init), "cpu")
-    for row in rows[:3]:
-        swapped = common.uniforms(0, row["instruction"], 0, 1)[0] < 0.5
-        m, big_m = [row["output_1"], row["output_2"]][::-1 if swapped else 1]
-        text = TEMPLATE.format(instruction=row["instruction"], output_1=m, output_2=big_m)
-        ids = tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True,
-                                            return_dict=False, return_tensors="pt")
-        expected = model(input_ids=ids).logits[0, -1].log_softmax(-1)
-        best = expected.argmax()
-        assert row["preference"][0] == [tokenizer.decode([best]), pytest.approx(expected[best].item(), abs=1e-4)]

@@ -9,7 +9,7 @@ import common
 import stages
 from chat_server import KEY, on_the_loopback, says, serving
 from conftest import save_tiny
-from extras import endpoint, mt_bench
+from extras import mt_bench
 from stages import write_rows
 
 REFERENCE_ANSWERS = {103: ["103 first right", "103 second right"]}
@@ -186,16 +186,15 @@ def test_a_judgment_that_is_refused_for_ever_is_fastchat_s_error(tmp_path, judge
 
 def test_a_judge_that_thinks_is_read_after_its_thought(tmp_path, judge_options):
     def thinks(request, before):
-        text = request["messages"][1]["content"]
-        ends = not text.startswith("two")  # the thoughts about the second turns are cut
+        ends = "two " not in request["messages"][1]["content"]  # the thoughts about the second turns are cut
         return says("Maybe [[3]]." + " </think> Rating: [[8]]" * ends) | {"finish_reason": "stop" if ends else "length"}
     with serving(thinks) as server:
         rows = judge(write_answers(tmp_path, "ours"), server, judge_options)
     assert [row["score"] for row in rows if row["turn"] == 1] == [8] * 4
-    assert [row["score"] for row in rows if row["judge"][1] == "single-v1-multi-turn"] == [-1] * 3
+    assert [row["score"] for row in rows if row["turn"] == 2] == [-1] * 4
     assert rows[1]["judgment"] == "Maybe [[3]]."
     scores = json.loads((tmp_path / "bench" / "model_score" / "ours_gpt-x.json").read_text())
-    assert scores["n_without_rating"] == 3 and scores["mt_bench"] == 8
+    assert scores["n_without_rating"] == 4 and scores["mt_bench"] == 8 and scores["mt_bench_turn_2"] is None
 
 
 def test_a_judgment_that_cannot_be_written_is_not_an_answer(tmp_path, judge_options):
@@ -204,15 +203,6 @@ def test_a_judgment_that_cannot_be_written_is_not_an_answer(tmp_path, judge_opti
         ran = stages.attempt("05_eval", "mt-judge", write_answers(tmp_path, "ours"), judge_url=server.url,
                              judge_retries=0, **judge_options)
     assert ran.status == 2 and "8 of 8" in ran.err and ran.err.count("\n") == 1
-
-
-def test_a_local_judge_writes_judgments(tmp_path, judge_options, pi_init, monkeypatch):
-    monkeypatch.setattr(endpoint, "MAX_TOKENS", 9)
-    stages.run("05_eval", "mt-judge", write_answers(tmp_path, "ours"), **judge_options | {"judge_model": pi_init})
-    rows = stages.rows(tmp_path / "bench" / "model_judgment" / "pi_init_single.jsonl")
-    assert len(rows) == 8 and all(row["judgment"] and row["score"] == -1 for row in rows)
-    scores = json.loads((tmp_path / "bench" / "model_score" / "ours_pi_init.json").read_text())
-    assert scores["mt_bench"] is scores["mt_bench_turn_2"] is None
 
 
 def test_bad_input_is_one_line(tmp_path, judge_options, questions, pi_init):
