@@ -25,7 +25,7 @@ import numpy as np
 
 from extras import alpaca_eval, held_out, mt_bench, report
 from extras.answers import Sampler
-from extras.endpoint import check_url
+from extras.endpoint import endpoint_url
 from extras.small_world import gold_score, gold_values, read_gold
 from support import chat, runs
 
@@ -38,6 +38,7 @@ def sample(args):
     sampler = Sampler(args)
     kept, counts = chat.short_prompts(args.input, rows, sampler.tokenizer, args.max_prompt_length)
     rows, prompts = zip(*kept)
+    sampler.check_room(prompts)
     answers = sampler.generate_answers(work, prompts, [row["id"] for row in rows])
     counts |= sampler.counts
     beside_init = {}
@@ -139,8 +140,6 @@ def parse_args(words=None):
     args = parser.parse_args(words)
     if not args.command.endswith("sample"):
         runs.in_one_process(args.command)
-    if getattr(args, "judge_url", None):
-        check_url("--judge-url", args.judge_url)
     return args
 
 
@@ -164,8 +163,8 @@ def add_sampling(add, max_new_tokens, temperature=True):
 
 def add_judge(add):
     add("--judge-model", required=True, help="name at --judge-url")
-    add("--judge-url", required=True, help="OpenAI-compatible endpoint, .../v1, or Azure's, "
-        ".../deployments/NAME?api-version=...; its key is read from OPENAI_API_KEY")
+    add("--judge-url", type=endpoint_url, required=True,
+        help="OpenAI-compatible endpoint, .../v1, as Azure's v1 API is; its key is read from OPENAI_API_KEY")
     add("--judge-requests", type=runs.positive, default=16, help="requests at a time")
     add("--judge-timeout", type=runs.number(float, 0.01), default=120.0, help="seconds until a request has failed")
     add("--judge-retries", type=runs.natural, default=5, help="after 429, 5xx, timeouts, broken answers")

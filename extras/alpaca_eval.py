@@ -31,14 +31,13 @@ random numbers; mean lengths are over the file's own rows, not 805.
 """
 
 import csv
-import math
 import re
 
 import numpy as np
 
 import common
 from extras.answers import Sampler, file_name, fill, is_string, write_output
-from extras.endpoint import FREE, ask_judge, letter
+from extras.endpoint import FREE, JudgeEndpoint, ask_all
 from support import runs
 
 LETTERS = ("m", "M")  # of the first and the second output, as the judge sees them
@@ -180,6 +179,7 @@ def sample(args):
     sampler = Sampler(args)
     start = [runs.EMPTY_SYSTEM] if args.empty_system else []
     prompts = sampler.prompt_ids([start + runs.as_messages(row["instruction"]) for row in asked], args.instructions)
+    sampler.check_room(prompts)
     answers = sampler.generate_answers(work, prompts, [row["instruction"] for row in asked])
     rows = [{"dataset": row.get("dataset", ""), "instruction": row["instruction"], "output": text,
              "generator": args.name or file_name(args.model)} for row, (text, *_) in zip(asked, answers)]
@@ -201,22 +201,19 @@ def judge(args):
             m, big_m = (ours, base) if swapped[k] else (base, ours)
             fields = {"instruction": base["instruction"], "output_1": m["output"], "output_2": big_m["output"]}
             jobs[k] = [part | {"content": fill(part["content"], fields)} for part in template]
-    for k, most_likely in ask_judge(args, work, jobs, LETTERS).items():
-        rows[k]["preference"] = preference_of(most_likely or [], swapped[k])
+    for k, p in ask_all(JudgeEndpoint(args, LETTERS), jobs, work).items():
+        rows[k]["preference"] = p and preference_of(p, swapped[k])  # None is a missing preference, not a guess
     missing = sum(row["preference"] is None for row in rows)
     write_output(args, work, rows, {"annotations": len(rows), "missing preferences": missing})
 
 
-def preference_of(most_likely, swapped):
-    """2 - p, in [1, 2], where p is the probability of m, that output_1 is better; swapped: 1 + p, as m was output_2.
+def preference_of(p, swapped):
+    """2 - p(m), in [1, 2], where m says that output_1 is better; swapped: 1 + p(m), as m was output_2.
 
-    most_likely: [(token, log-prob)]. None where neither m nor M is among them: a missing preference, not a guess.
+    p: the probabilities of the two LETTERS among the most likely tokens, which are made to sum to 1
     """
-    m, big_m = (sum(math.exp(logp) for token, logp in most_likely if letter(token) == name) for name in LETTERS)
-    if m + big_m == 0:
-        return None
-    preference = 2 - m / (m + big_m)
-    return 3 - preference if swapped else preference
+    p_m = p[0] / sum(p)
+    return 1 + p_m if swapped else 2 - p_m
 
 
 def score(args):

@@ -24,17 +24,18 @@ class Sampler:
         return [chat.prompt_ids(self.tokenizer, messages, f"{where}, row {k}")
                 for k, messages in enumerate(conversations)]
 
-    def generate_answers(self, work, prompts, keys, temperatures=None, label="sampling", least=None):
+    def check_room(self, prompts):
+        """Raises InputError where a prompt (a list of ids) leaves none of the model's positions for an answer."""
+        models.check_limits("the prompts", ((k, ids, []) for k, ids in enumerate(prompts)), self.model,
+                            "--max-prompt-length (of sample), or shorten that prompt", 1)
+
+    def generate_answers(self, work, prompts, keys, temperatures=None, label="sampling"):
         """[(text, "eos" or "length", token ids)] for prompts (lists of ids).
 
-        An answer has at most --max-new-tokens, and no more than its prompt leaves of the model's positions. Raises
-        InputError where a prompt leaves none; given the prompts `least`, where one of these does, and then the answer
-        to a prompt that leaves none is empty.
+        An answer has at most --max-new-tokens, and no more than its prompt leaves of the model's positions.
         keys: decide the samples, with --seed; temperatures: of each prompt, else --temperature; label: of the journal
         """
         args, batches = self.args, []
-        models.check_limits("the prompts", ((k, ids, []) for k, ids in enumerate(least or prompts)), self.model,
-                            "--max-prompt-length (of sample), or shorten that prompt", 1)
         positions = models.count_positions(self.model)
         limits = [max(0, min(args.max_new_tokens, positions - len(prompt))) for prompt in prompts]
         if short := sum(limit < args.max_new_tokens for limit in limits):

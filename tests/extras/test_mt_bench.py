@@ -173,13 +173,15 @@ def test_a_second_model_joins_the_file_and_a_model_judged_again_replaces_its_jud
     assert "101 another" in again[8]["user_prompt"] and len(server.requests) == 24
 
 
-def test_a_judgment_that_is_refused_for_ever_is_fastchat_s_error(tmp_path, judge_options):
+def test_a_judgment_that_is_refused_for_ever_is_fastchat_s_error(tmp_path, judge_options, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "Fine")  # a key that is a word is not hidden in judgments
+
     def refuses(request, before):
         return says(None) if " 102 " in request["messages"][1]["content"] else respond(request, before)
     with serving(refuses) as server:
         rows = judge(write_answers(tmp_path, "ours"), server, judge_options)
     assert [row["score"] for row in rows] == [10, 4, -1, -1, 4, 4, 4, 4] and len(server.requests) == 8
-    assert [row["judgment"] for row in rows[2:4]] == ["$ERROR$"] * 2
+    assert [row["judgment"] for row in rows[:4]] == ["Fine. Rating: [[10]]", "Rating: [[4]]", "$ERROR$", "$ERROR$"]
     scores = json.loads((tmp_path / "bench" / "model_score" / "ours_gpt-x.json").read_text())
     assert scores["n_without_rating"] == 2 and scores["mt_bench"] == 5  # (10 + 5 x 4) / 6
 
