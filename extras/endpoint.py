@@ -67,9 +67,9 @@ def ask_all(endpoint, jobs, work):
             futures = [pool.submit(ask_one, k) for k in waiting]
             for future in runs.progress(futures, "asking", common.Ranks(0, 1, None)):
                 future.result()
-    finally:  # on Ctrl-C too: what the requests that were sent have led to is still recorded
+    finally:  # on Ctrl-C too: what the requests that were sent have led to is still recorded, and no other is sent
         endpoint.stop.set()
-        pool.shutdown(cancel_futures=True)
+        pool.shutdown()
         refused = [end for end, _ in unanswered.values()].count("refused")
         for k, (end, _) in unanswered.items():
             if answers and (end == "no letter" or end == "refused" and refused <= max(PROBES, len(jobs) // 5)):
@@ -83,7 +83,7 @@ def report_unanswered(endpoint, unanswered, count, missing, work):
     output = str(work).removesuffix(".partial")
     end, why = min(unanswered, key=lambda found: ENDS.index(found[0]), default=("", ""))
     if missing:
-        check = f"check {endpoint.options}, OPENAI_API_KEY; " if end != "failed" else ""
+        check = f"check {endpoint.option}, the model's name, OPENAI_API_KEY; " if end != "failed" else ""
         raise runs.InputError(f"{output}: {missing} of {count} have no answer ({why}): {check}the others are "
                               f"kept in {work}: rerun the command to ask only for the missing ones")
     if unanswered:
@@ -93,18 +93,17 @@ def report_unanswered(endpoint, unanswered, count, missing, work):
 class Endpoint:
     """An OpenAI-compatible endpoint. The key is in memory only.
 
-    options: their names for errors, the URL's first. Subclasses define `body`, a job's request, and `read_choice`, its
-    answer, which raises NoAnswer, or where another try may help an Exception of any kind.
+    option: the URL's, for errors. Subclasses define `body`, a job's request, and `read_choice`, the answer in a reply's
+    choice: it raises NoAnswer, or where another try may help an Exception of any kind.
     """
 
-    def __init__(self, options, url, path, timeout, retries, at_a_time, max_requests=None):
+    def __init__(self, option, url, path, timeout, retries, at_a_time, max_requests=None):
         if huggingface_hub.is_offline_mode():
-            raise runs.InputError(f"HF_HUB_OFFLINE: keeps the client from sending requests to {options.split(',')[0]}: "
-                                  "unset it")
+            raise runs.InputError(f"HF_HUB_OFFLINE: keeps the client from sending requests to {option}: unset it")
         self.key = os.environ.get("OPENAI_API_KEY", "").strip() or "no-key"
         if not re.fullmatch("[!-~]+", self.key):  # the client's own error would show it
             raise runs.InputError("OPENAI_API_KEY: has a blank or a character outside ASCII: set it to the key alone")
-        self.options, self.url, self.path = options, url.rstrip("/").removesuffix(path), path
+        self.option, self.url, self.path = option, url.rstrip("/").removesuffix(path), path
         self.timeout, self.retries, self.at_a_time, self.max_requests = timeout, retries, at_a_time, max_requests
         self.works = False  # whether it has answered a request of this run
         self.limit = None  # the name of the limit on new tokens, where OpenAI's newer models have another
@@ -181,7 +180,7 @@ class JudgeEndpoint(Endpoint):
     """
 
     def __init__(self, args, letters=()):
-        super().__init__("--judge-url, --judge-model", args.judge_url, "/chat/completions", args.judge_timeout,
+        super().__init__("--judge-url", args.judge_url, "/chat/completions", args.judge_timeout,
                          args.judge_retries, args.judge_requests, args.max_requests)
         self.model, self.letters, self.limit = args.judge_model, letters, "max_tokens"
 

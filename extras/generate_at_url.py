@@ -59,7 +59,7 @@ class SamplingEndpoint(Endpoint):
     """
 
     def __init__(self, args, eos):
-        super().__init__("--url, --url-model", args.url, "/completions", TIMEOUT, RETRIES, args.url_requests)
+        super().__init__("--url", args.url, "/completions", TIMEOUT, RETRIES, args.url_requests)
         self.eos, self.vocabulary = eos, models.load_config(args.model).get_text_config().vocab_size
         # what is left open is the server's to decide: vLLM takes it from the model's generation config
         self.fixed = {"model": args.url_model, "max_tokens": args.max_new_tokens, "temperature": args.temperature,
@@ -68,11 +68,10 @@ class SamplingEndpoint(Endpoint):
         try:
             names = [model["id"] for model in read_reply(self.send("GET", "/models"), "data")]
         except Exception as error:  # as in `ask`
-            raise runs.InputError(f"--url: cannot list its models ({type(error).__name__}: {self.shown(str(error))}): "
-                                  "give the address of a running server, .../v1")
+            names = [f"{type(error).__name__}: {error}"]
         if args.url_model not in names:  # SGLang answers to any name
-            raise runs.InputError(f"--url: serves {self.shown(str(names))}, not {args.url_model}: serve --model there, "
-                                  "or give its name there with --url-model")
+            raise runs.InputError(f"--url: lists {self.shown(str(names))}, not {args.url_model}: give the address of a "
+                                  "running server of --model, .../v1, and the model's name there with --url-model")
 
     def body(self, job):
         prompt, seed = job
