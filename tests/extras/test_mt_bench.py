@@ -100,6 +100,9 @@ def test_turns_for_which_the_model_has_no_positions(tmp_path, questions, tokeniz
     ran = stages.attempt("05_eval", "mt-sample", **options, model=small, output=tmp_path / "bench")
     assert ran.status == 2 and ran.err.count("\n") == 1 and f"{least} positions" in ran.err, ran
     assert not list(tmp_path.rglob("turn_1*"))
+    long = write_rows(tmp_path / "long.jsonl", [{"instruction": "the lid is wet . " * least}])
+    assert f"{least} positions" in stages.refused("05_eval", "alpaca-sample", model=small, instructions=long,
+                                                  output=tmp_path / "outputs.json")
     model = save_tiny(tmp_path / "model", tokenizer, max_position_embeddings=least + 1, eos_token_id=None)
     ran = stages.attempt("05_eval", "mt-sample", **options, model=model, output=tmp_path / "bench")
     assert ran.status == 0 and "answers with less room than --max-new-tokens 8" in ran.out, ran

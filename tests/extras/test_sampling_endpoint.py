@@ -71,6 +71,7 @@ def test_the_responses_follow_the_seed_and_not_the_requests_at_a_time(tmp_path, 
         with serving(respond, ["other name"]) as server:
             outputs.append(digest(run(AT_URL, **options, url=server.url + end, url_model="other name", url_requests=n,
                                       seed=seed, output=tmp_path / f"{n}")))
+        assert set(server.paths) == {"/v1/completions"}
     assert outputs[0] == outputs[1] != outputs[2]
 
 
