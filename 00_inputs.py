@@ -87,8 +87,8 @@ def parse_args():
     # what SPA is compared with
     add("--all-gold", action="store_true", help="also write all_gold.jsonl, for training on all gold labels")
     add("--llm-judge", nargs="?", choices=("both", "one"), const="both", default=False, help="also write "
-        "judge_sft.jsonl: each seed pair in both orders (default), or in one, the better one being A and B in turn; the "
-        "world's base model then knows the words of the judging prompt (Listing 1)")
+        "judge_sft.jsonl: each seed pair in both orders (default), or in one, the better one being A and B in turn; "
+        "the world's base model then knows the words of the judging prompt (Listing 1)")
     # --source world only
     add("--sft-size", type=runs.natural, default=12000, help="--source world: examples for SFT")
     add("--gold-length", type=runs.share, default=0.0, help="--source world: what each word adds to gold's score of a "

@@ -25,7 +25,7 @@ import numpy as np
 
 from extras import alpaca_eval, held_out, mt_bench, report
 from extras.answers import Sampler
-from extras.endpoint import check_url
+from extras.endpoint import endpoint_url
 from extras.small_world import gold_score, gold_values, read_gold
 from support import chat, records, runs
 
@@ -35,9 +35,10 @@ def sample(args):
     work = runs.open_output(args, "model", "input", "gold", "init_model", "preferences")
     gold = read_gold(args.gold) if args.gold else None
     rows = records.read_jsonl(args.input, records.PROMPTS | ({"reference": records.is_text} if gold else {}))
-    sampler = Sampler(args, args.model)
+    sampler = Sampler(args)
     kept, counts = records.short_prompts(args.input, rows, sampler.tokenizer, args.max_prompt_length)
     rows, prompts = zip(*kept)
+    sampler.check_room(prompts)
     answers = sampler.generate_answers(work, prompts, [row["id"] for row in rows])
     counts |= sampler.counts
     beside_init = {}
@@ -139,8 +140,6 @@ def parse_args(words=None):
     args = parser.parse_args(words)
     if not args.command.endswith("sample"):
         runs.in_one_process(args.command)
-    if getattr(args, "judge_url", None):
-        check_url("--judge-url", args.judge_url)
     return args
 
 
@@ -152,7 +151,9 @@ def add_command(commands, name, help):
 
 
 def add_sampling(add, max_new_tokens, temperature=True):
-    add_model(add, "--model", "the model to evaluate")
+    add("--model", required=True, help="the model to evaluate")
+    chat.add_options(add)
+    add("--micro-batch-size", type=runs.positive, default=16, help="prompts in a batch of one rank")
     add("--name", help='the model in tables and files (default: --model); "METHOD, iteration T" for Figure 3')
     if temperature:
         add("--temperature", type=runs.nonnegative, default=0.7, help="0: greedy")
@@ -161,20 +162,13 @@ def add_sampling(add, max_new_tokens, temperature=True):
 
 
 def add_judge(add):
-    add_model(add, "--judge-model", "name at --judge-url; without that, a model's folder or name on the Hub")
-    add("--judge-url", help="OpenAI-compatible endpoint, .../v1, or Azure's, "
-        ".../deployments/NAME?api-version=...; its key is read from OPENAI_API_KEY")
+    add("--judge-model", required=True, help="name at --judge-url")
+    add("--judge-url", type=endpoint_url, required=True,
+        help="OpenAI-compatible endpoint, .../v1, as Azure's v1 API is; its key is read from OPENAI_API_KEY")
     add("--judge-requests", type=runs.positive, default=16, help="requests at a time")
     add("--judge-timeout", type=runs.number(float, 0.01), default=120.0, help="seconds until a request has failed")
     add("--judge-retries", type=runs.natural, default=5, help="after 429, 5xx, timeouts, broken answers")
     add("--max-requests", type=runs.natural, help="requests of this run, retries included; the next run resumes")
-
-
-def add_model(add, option, help):
-    """The option that names a model, and what the model may need on this machine."""
-    add(option, required=True, help=help)
-    chat.add_options(add)
-    add("--micro-batch-size", type=runs.positive, default=16, help="prompts in a batch of one rank")
 
 
 def main():

@@ -10,8 +10,8 @@ outputs.json      [{"dataset", "instruction", "output", "generator"}]
 annotations.json  [{"dataset", "instruction", "output_1", "generator_1" (the baseline's), "output_2", "generator_2"
                   (the model's), "annotator", "preference": 1 the baseline, 2 the model, null missing}]; also gzipped
 
-alpaca_eval_clf.txt is in the alpaca_eval package. The judge is an OpenAI-compatible endpoint that gives log-probs, or a
-model on this machine (no --judge-url). The key is read from OPENAI_API_KEY and written nowhere. Answers are kept as
+alpaca_eval_clf.txt is in the alpaca_eval package. The judge is an OpenAI-compatible endpoint that gives log-probs, such
+as `vllm serve` of a model of your own. The key is read from OPENAI_API_KEY and written nowhere. Answers are kept as
 they come: after a stop, failed requests or --max-requests the same command resumes. A pair that the judge would always
 refuse (HTTP 400, no content, a content filter) has the preference null, and so has one of which neither m nor M is
 likely, but where this is so of the first five, the command ends.
@@ -31,14 +31,13 @@ random numbers; mean lengths are over the file's own rows, not 805.
 """
 
 import csv
-import math
 import re
 
 import numpy as np
 
 import common
 from extras.answers import Sampler, file_name, fill, is_string, write_output
-from extras.endpoint import FREE, ask_judge, letter
+from extras.endpoint import FREE, JudgeEndpoint, ask_all
 from support import records, runs
 
 LETTERS = ("m", "M")  # of the first and the second output, as the judge sees them
@@ -177,9 +176,10 @@ def sample(args):
     """Write model_outputs.json: one answer to each of the benchmark's instructions, in their order."""
     asked = records.read_rows(args.instructions, {"instruction": records.is_text}, "instruction")
     work = runs.open_output(args, "model", "instructions")
-    sampler = Sampler(args, args.model)
+    sampler = Sampler(args)
     start = [records.EMPTY_SYSTEM] if args.empty_system else []
     prompts = sampler.prompt_ids([start + records.as_messages(row["instruction"]) for row in asked], args.instructions)
+    sampler.check_room(prompts)
     answers = sampler.generate_answers(work, prompts, [row["instruction"] for row in asked])
     rows = [{"dataset": row.get("dataset", ""), "instruction": row["instruction"], "output": text,
              "generator": args.name or file_name(args.model)} for row, (text, *_) in zip(asked, answers)]
@@ -201,22 +201,19 @@ def judge(args):
             m, big_m = (ours, base) if swapped[k] else (base, ours)
             fields = {"instruction": base["instruction"], "output_1": m["output"], "output_2": big_m["output"]}
             jobs[k] = [part | {"content": fill(part["content"], fields)} for part in template]
-    for k, most_likely in ask_judge(args, work, jobs, LETTERS).items():
-        rows[k]["preference"] = preference_of(most_likely or [], swapped[k])
+    for k, p in ask_all(JudgeEndpoint(args, LETTERS), jobs, work).items():
+        rows[k]["preference"] = p and preference_of(p, swapped[k])  # None is a missing preference, not a guess
     missing = sum(row["preference"] is None for row in rows)
     write_output(args, work, rows, {"annotations": len(rows), "missing preferences": missing})
 
 
-def preference_of(most_likely, swapped):
-    """2 - p, in [1, 2], where p is the probability of m, that output_1 is better; swapped: 1 + p, as m was output_2.
+def preference_of(p, swapped):
+    """2 - p(m), in [1, 2], where m says that output_1 is better; swapped: 1 + p(m), as m was output_2.
 
-    most_likely: [(token, log-prob)]. None where neither m nor M is among them: a missing preference, not a guess.
+    p: the probabilities of the two LETTERS among the most likely tokens, which are made to sum to 1
     """
-    m, big_m = (sum(math.exp(logp) for token, logp in most_likely if letter(token) == name) for name in LETTERS)
-    if m + big_m == 0:
-        return None
-    preference = 2 - m / (m + big_m)
-    return 3 - preference if swapped else preference
+    p_m = p[0] / sum(p)
+    return 1 + p_m if swapped else 2 - p_m
 
 
 def score(args):

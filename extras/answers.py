@@ -4,21 +4,19 @@ import re
 from pathlib import Path
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 
 import common
 from support import chat, model_checks, models, runs
 
 
 class Sampler:
-    """The model `name` and what sampling from it takes: its tokenizer, the ids that end a response, the ranks."""
+    """The model --model and what sampling from it takes: its tokenizer, the ids that end a response, the ranks."""
 
-    def __init__(self, args, name):
+    def __init__(self, args):
         self.args, self.ranks = args, common.start_ranks()
-        self.tokenizer = chat.load_tokenizer(name, args.tokenizer, args.chat_template)
-        self.eos = chat.eos_ids(name, self.tokenizer)
-        self.model = models.load_model(name, self.ranks.device, common.scoring_dtype(self.ranks.device))
+        self.tokenizer = chat.load_tokenizer(args.model, args.tokenizer, args.chat_template)
+        self.eos = chat.eos_ids(args.model, self.tokenizer)
+        self.model = models.load_model(args.model, self.ranks.device, common.scoring_dtype(self.ranks.device))
         self.counts = {}  # for the summary
 
     def prompt_ids(self, conversations, where):
@@ -26,20 +24,18 @@ class Sampler:
         return [chat.prompt_ids(self.tokenizer, messages, f"{where}, row {k}")
                 for k, messages in enumerate(conversations)]
 
-    def check_limits(self, prompts, new_tokens=0):
+    def check_room(self, prompts):
+        """Raises InputError where a prompt (a list of ids) leaves none of the model's positions for an answer."""
         model_checks.check_limits("the prompts", ((k, ids, []) for k, ids in enumerate(prompts)), self.model,
-                            "--max-prompt-length (of sample), or shorten that prompt", new_tokens)
+                            "--max-prompt-length (of sample), or shorten that prompt", 1)
 
-    def generate_answers(self, work, prompts, keys, temperatures=None, label="sampling", least=None):
+    def generate_answers(self, work, prompts, keys, temperatures=None, label="sampling"):
         """[(text, "eos" or "length", token ids)] for prompts (lists of ids).
 
-        An answer has at most --max-new-tokens, and no more than its prompt leaves of the model's positions. Raises
-        InputError where a prompt leaves none; given the prompts `least`, where one of these does, and then the answer
-        to a prompt that leaves none is empty.
+        An answer has at most --max-new-tokens, and no more than its prompt leaves of the model's positions.
         keys: decide the samples, with --seed; temperatures: of each prompt, else --temperature; label: of the journal
         """
         args, batches = self.args, []
-        self.check_limits(least or prompts, 1)
         positions = model_checks.count_positions(self.model)
         limits = [max(0, min(args.max_new_tokens, positions - len(prompt))) for prompt in prompts]
         if short := sum(limit < args.max_new_tokens for limit in limits):
@@ -62,25 +58,6 @@ class Sampler:
 
         answers = common.map_batches(generate, batches, work, self.ranks, label)
         return [answers[i] for i in range(len(prompts))]
-
-    def most_likely(self, work, prompts, count, label):
-        """For each prompt (a list of ids) the `count` most likely first tokens of an answer: [(token, log-prob)].
-
-        label: of the journal
-        """
-        self.check_limits(prompts)
-
-        @torch.no_grad()
-        def compute(rows):
-            # one token, any, as the response: it is predicted by the prompt's last hidden state
-            batch = common.collate([(row["prompt_ids"], [[0]]) for row in rows], self.model.device)
-            hidden, *head = common.ResponseLogps(self.model).hidden(batch)
-            logps, tokens = F.linear(hidden, *head).float().log_softmax(-1).topk(count)  # (B, count)
-            return [[(self.tokenizer.decode([i]), logp) for i, logp in zip(*row)]
-                    for row in zip(tokens.tolist(), logps.tolist())]
-
-        rows = [{"prompt_ids": ids} for ids in prompts]
-        return common.map_rows(compute, rows, self.args.micro_batch_size, work, self.ranks, label)
 
 
 def is_string(value):

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import os
 import re
 import threading
@@ -10,227 +11,178 @@ from concurrent.futures import ThreadPoolExecutor
 import huggingface_hub
 
 import common
-from extras.answers import Sampler
 from support import runs
 
 FREE = ("output", "judge_requests", "judge_timeout", "judge_retries", "max_requests")  # options that change no answer
 TOP_LOGPROBS = 5  # as many as AlpacaEval 2.0 asks for
 MAX_TOKENS = 2048  # of an answer that is a text, as in FastChat
-LIMITS = ("max_tokens", "max_completion_tokens")  # its name, and its name for OpenAI's newer models
 RETRIED = {408, 409, 425, 429, *range(500, 600)}  # HTTP statuses that may be temporary
 REFUSED = {400, 413, 422}  # those that may be about one request; any other is about all
-PROBES = 5  # requests without an answer, or one with a letter, before the first that has it: then the rest is not sent
+PROBES = 5  # requests without an answer before the first that has one: then the rest is not sent
 PAUSE = 1.0  # seconds before the first retry, doubled for each further one; Retry-After takes precedence
+ENDS = ("fault",  # how a request ends without an answer, what matters most first: no other would have one either
+        "failed",  # it may have one another time
+        "refused",  # the endpoint never will answer it
+        "no letter")  # the judge answers it, but with neither of the letters
 
 
-def check_url(option, url):
-    """Raises InputError where the URL given with `option` does not look like an endpoint's. It may have a key in it."""
-    if not re.fullmatch(r"https?://[^\s@?#]+(\?api-version=(\d{4}-\d\d-\d\d(-preview)?|preview))?", url):
-        raise runs.InputError(f"{option}: must look like http://host:8000/v1, or for Azure https://host/openai/"
-                              "deployments/NAME?api-version=2024-10-21; the key belongs in OPENAI_API_KEY")
+class NoAnswer(Exception):
+    """Raised with (one of ENDS, why)."""
 
 
-def ask_judge(args, work, jobs, letters=()):
-    """{k: answer} to jobs {k: messages}: [text, finish_reason], "length" where it is cut at MAX_TOKENS; with letters,
-    one of which is to be the answer, [(token, log-prob)] of the most likely first tokens.
+def endpoint_url(text):
+    """An argparse type, whose errors do not repeat the text: it may have a key in it."""
+    if not re.fullmatch(r"https?://[^\s@?#]+", text):
+        raise argparse.ArgumentTypeError("must look like http://host:8000/v1; the key belongs in OPENAI_API_KEY")
+    return text
 
-    None where the endpoint refuses for ever, as a content filter does; see `ask_all`. Raises InputError where the first
-    answers hold no letter.
+
+def ask_all(endpoint, jobs, work):
+    """{k: answer} to jobs {k: job}. The answer is None where there never will be one, as with a content filter.
+
+    Answers are recorded in `work` as they come, so that a resumed run asks only for what is missing. Until one is
+    answered, requests are sent one at a time, and no more than PROBES. Raises InputError where requests have failed, or
+    none is answered, or more than one in five is refused: these are not recorded, since the fault is elsewhere.
     """
-    if not args.judge_url:
-        return ask_local_model(args, work, jobs, letters)
-    return ask_all(JudgeEndpoint(args, letters), jobs, args.judge_requests, work, "judged")
-
-
-def letter(token):
-    """A token without the space before it, which some servers give as the tokenizer writes it: "Ġm", "▁m"."""
-    return token.strip().lstrip("Ġ▁")
-
-
-def has_letter(answer, letters):
-    """Whether one of `letters` is among the most likely tokens of an answer, [(token, log-prob)]."""
-    return any(letter(token) in letters for token, _ in answer)
-
-
-def check_letters(work, answers, letters):
-    """Raises InputError where none of these answers holds one of `letters`: hardly any other would."""
-    if answers and not any(has_letter(answer, letters) for answer in answers):
-        tokens = json.dumps([token for token, _ in answers[0]], ensure_ascii=False)[:160]
-        raise runs.InputError(f"{str(work).removesuffix('.partial')}: {' and '.join(letters)} are not among the most "
-                              f"likely tokens of the first {len(answers)} answers, such as {tokens}: give a judge that "
-                              "begins with the letter, without a thought, at a server that gives tokens as text")
-
-
-def ask_all(endpoint, jobs, requests, work, label):
-    """{k: answer} to jobs {k: job}, asked with so many requests at a time.
-
-    The answer is None where the endpoint refuses for ever; of more than one in five none is recorded, since the fault
-    is elsewhere. Answers are recorded in the journal `label` of `work` as they come, so that a resumed run asks only
-    for what is missing. Raises InputError where requests have failed, and before most are sent where none would be
-    answered: they are sent one at a time until one is.
-    """
-    answers = dict(runs.read_journal(work, label))
-    waiting, unanswered = [k for k in jobs if k not in answers], {}  # unanswered: {k: (how it ended, why)}
-    pool = ThreadPoolExecutor(requests)
+    answers = dict(runs.read_journal(work, "answers"))
+    waiting, unanswered = [k for k in jobs if k not in answers], {}  # unanswered: {k: (one of ENDS, why)}
+    pool = ThreadPoolExecutor(endpoint.at_a_time)
 
     def keep(k, answer):
-        answers[k] = runs.pack(answer)
-        runs.record([k, answer], work, label)
+        with endpoint.lock:
+            answers[k] = runs.pack(answer)
+            runs.record([k, answer], work, "answers")
 
     def ask_one(k):
-        how, found = endpoint.ask(jobs[k])
-        with endpoint.lock:
-            if how == "answered" or how == "no letter" and answers:  # a missing preference, as in the official tool
-                keep(k, found)
-            else:
-                unanswered[k] = how, found
+        try:
+            keep(k, endpoint.ask(jobs[k]))
+        except NoAnswer as error:
+            unanswered[k] = error.args
 
     try:
         while waiting and not endpoint.works and len(unanswered) < PROBES:
             pool.submit(ask_one, waiting.pop(0)).result()
-        # of a resumed run: not where none was answered yet for another reason than that it is refused
-        if endpoint.works or answers and all(how == "refused" for how, _ in unanswered.values()):
+        # a resumed run may begin with those that never will be answered
+        if endpoint.works or answers and {end for end, _ in unanswered.values()} <= {"refused", "no letter"}:
             futures = [pool.submit(ask_one, k) for k in waiting]
             for future in runs.progress(futures, "asking", common.Ranks(0, 1, None)):
                 future.result()
-    finally:  # on Ctrl-C too: what the requests that were sent have led to is still recorded
+    finally:  # on Ctrl-C too: what the requests that were sent have led to is still recorded, and no other is sent
         endpoint.stop.set()
-        pool.shutdown(cancel_futures=True)
-        refused = [k for k, (how, _) in unanswered.items() if how == "refused"]
-        for k in refused if answers and len(refused) <= max(PROBES, len(jobs) // 5) else ():
-            keep(k, None)
-        for k in [k for k, (how, _) in unanswered.items() if how == "no letter" and answers]:
-            keep(k, unanswered.pop(k)[1])
-    report_unanswered(endpoint, unanswered, len(jobs), len(jobs.keys() - answers.keys()), work)
+        pool.shutdown()
+        refused = [end for end, _ in unanswered.values()].count("refused")
+        for k, (end, _) in unanswered.items():
+            if answers and (end == "no letter" or end == "refused" and refused <= max(PROBES, len(jobs) // 5)):
+                keep(k, None)
+    report_unanswered(endpoint, list(unanswered.values()), len(jobs), len(jobs.keys() - answers.keys()), work)
     return answers
 
 
 def report_unanswered(endpoint, unanswered, count, missing, work):
-    """Raises InputError where `missing` of `count` jobs have no answer, else says how many were refused for ever."""
+    """Raises InputError where `missing` of `count` jobs have no answer, else says how many never will have one."""
     output = str(work).removesuffix(".partial")
-    if unanswered and all(how == "no letter" for how, _ in unanswered.values()):
-        check_letters(work, [answer for _, answer in unanswered.values()], endpoint.letters)
-    # the reason that matters most
-    order = ("fault", "failed", "refused", "no letter")
-    how, why = min(unanswered.values(), key=lambda end: order.index(end[0]), default=("", ""))
+    end, why = min(unanswered, key=lambda found: ENDS.index(found[0]), default=("", ""))
     if missing:
-        check = f"check {endpoint.options}, OPENAI_API_KEY; " if how != "failed" else ""
+        check = f"check {endpoint.option}, the model's name, OPENAI_API_KEY; " if end != "failed" else ""
         raise runs.InputError(f"{output}: {missing} of {count} have no answer ({why}): {check}the others are "
                               f"kept in {work}: rerun the command to ask only for the missing ones")
     if unanswered:
-        print(f"{output}: {len(unanswered)} of {count} refused by the endpoint, so missing: {why}", flush=True)
-
-
-def ask_local_model(args, work, jobs, letters):
-    """As `ask_judge`, of the model --judge-model on this machine."""
-    greedy = {"temperature": 0, "max_new_tokens": MAX_TOKENS, "seed": 0}  # the seed then decides nothing
-    sampler = Sampler(argparse.Namespace(**vars(args) | greedy), args.judge_model)
-    prompts = sampler.prompt_ids(jobs.values(), "the judging prompts")
-    if letters:
-        check_letters(work, sampler.most_likely(work, prompts[:PROBES], TOP_LOGPROBS, "first answers"), letters)
-        return dict(zip(jobs, sampler.most_likely(work, prompts, TOP_LOGPROBS, "judging")))
-    answers = sampler.generate_answers(work, prompts, list(jobs), label="judging")
-    return {k: [text, finish] for k, (text, finish, _) in zip(jobs, answers)}
+        print(f"{output}: {len(unanswered)} of {count} are missing: {why}", flush=True)
 
 
 class Endpoint:
-    """An OpenAI-compatible endpoint, Azure's with ?api-version=. The key is in memory only.
+    """An OpenAI-compatible endpoint. The key is in memory only.
 
-    options: their names for errors, the URL's first. Subclasses define `body` and `read_choice`.
+    option: the URL's, for errors. Subclasses define `body`, a job's request, and `read_choice`, the answer in a reply's
+    choice: it raises NoAnswer, or where another try may help an Exception of any kind.
     """
 
-    def __init__(self, options, url, path, timeout, retries, max_requests=None):
-        self.options, option = options, options.split(",")[0]
+    def __init__(self, option, url, path, timeout, retries, at_a_time, max_requests=None):
         if huggingface_hub.is_offline_mode():
             raise runs.InputError(f"HF_HUB_OFFLINE: keeps the client from sending requests to {option}: unset it")
         self.key = os.environ.get("OPENAI_API_KEY", "").strip() or "no-key"
         if not re.fullmatch("[!-~]+", self.key):  # the client's own error would show it
             raise runs.InputError("OPENAI_API_KEY: has a blank or a character outside ASCII: set it to the key alone")
-        base, mark, version = url.partition("?")
-        self.url = base.rstrip("/").removesuffix(path) + path + mark + version
-        self.headers = {"api-key": self.key} if version else {"Authorization": f"Bearer {self.key}"}
-        if version and huggingface_hub.constants.HF_DEBUG:
-            raise runs.InputError("HF_DEBUG: makes the client print the header api-key: unset it")
-        self.timeout, self.retries, self.max_requests = timeout, retries, max_requests
+        self.option, self.url, self.path = option, url.rstrip("/").removesuffix(path), path
+        self.timeout, self.retries, self.at_a_time, self.max_requests = timeout, retries, at_a_time, max_requests
         self.works = False  # whether it has answered a request of this run
-        self.limit = None  # which of LIMITS it takes, where it may ask for the other
+        self.limit = None  # the name of the limit on new tokens, where OpenAI's newer models have another
         self.requests, self.lock, self.stop = 0, threading.Lock(), threading.Event()
 
     def ask(self, job):
-        """("answered", the answer), ("no letter", an answer that holds none), or (how it ended, why there is none):
-        "failed", may be answered another time; "refused", never will; "fault", nor will any other. What may be
-        temporary is tried again; where each reply has a choice, but none an answer, it is refused."""
-        retries, replied = 0, True
+        """The answer to a job. Raises NoAnswer.
+
+        What may be temporary is tried again; where each reply had a choice, but none an answer, it is refused.
+        """
+        retries, choices = 0, 0
         while True:
             with self.lock:
                 if self.stop.is_set() or self.requests == self.max_requests:
-                    return "failed", f"--max-requests {self.max_requests} is reached"
+                    raise NoAnswer("failed", f"--max-requests {self.max_requests} is reached")
                 self.requests += 1
-            body, pause, choice = self.body(job), min(60, PAUSE * 2 ** retries), None
+            body, pause = self.body(job), min(60, PAUSE * 2 ** retries)
             try:
-                response = self.send("POST", self.url, json=body)
+                response = self.send("POST", self.path, json=body)
                 if re.fullmatch(r"\d+(\.\d+)?", wait := response.headers.get("retry-after", "")):
                     pause = min(600, float(wait))
-                status, found = read_reply(response, "choices")
-                if status == 200:
-                    choice = found[0]
-                    how, found = self.read_choice(choice, body)
-                elif self.limit and status == 400 and LIMITS[0] in body and LIMITS[1] in found:
-                    self.limit = LIMITS[1]
-                    continue
-                else:
-                    how = "failed" if status in RETRIED else "refused" if status in REFUSED else "fault"
+                choice = read_reply(response, "choices")[0]
+                choices += 1
+                answer = self.read_choice(choice, body)
+                self.works = True
+                return answer
+            except NoAnswer as error:
+                end, why = error.args
             except Exception as error:  # many kinds: a timeout, a broken connection, a reply without an answer
-                how, found = "failed", f"{type(error).__name__}: {error}"
-            replied = replied and choice is not None
-            if how in ("answered", "no letter"):
-                self.works = self.works or how == "answered"
-                return how, found
-            if how == "fault":
+                end, why = "failed", f"{type(error).__name__}: {error}"
+            if end == "refused" and self.limit == "max_tokens" and "max_completion_tokens" in why:
+                self.limit = "max_completion_tokens"
+                continue
+            if end == "fault":
                 self.stop.set()
-            if how != "failed" or retries == self.retries:
-                return "refused" if replied and how == "failed" else how, self.shown(found)
+            if end != "failed" or retries == self.retries:
+                raise NoAnswer("refused" if end == "failed" and choices > retries else end, self.shown(why))
             retries += 1
             self.stop.wait(pause)
 
-    def send(self, method, url, **options):
+    def send(self, method, path, **options):
         """The response to a request. A redirect is not followed: it could carry the key to another host."""
-        return huggingface_hub.get_session().request(method, url, headers=self.headers, timeout=self.timeout,
-                                                     follow_redirects=False, **options)
+        return huggingface_hub.get_session().request(
+            method, self.url + path, headers={"Authorization": f"Bearer {self.key}"}, timeout=self.timeout,
+            follow_redirects=False, **options)
 
     def shown(self, text):
         """The beginning of what a server says, in one line. It may repeat the key."""
-        return " ".join(text.replace(self.key, "***").split())[:160]
-
-    def without_key(self, text):
-        """An answer. A short key is a word such as EMPTY, which vLLM's users set, and may stand in any answer."""
-        return text.replace(self.key, "***") if len(self.key) >= 16 else text
+        return " ".join(text.replace(self.key, "***").split())[:240]
 
 
 def read_reply(response, field):
-    """(200, the reply's list `field`), or (an HTTP status, what is said), where the body has an error its own code.
+    """The reply's list `field`, which is not empty. Raises NoAnswer, or an Exception at a reply of another form.
 
-    Proxies send such errors with HTTP 200; one without a code may be temporary, like a 500. Raises an Exception of any
-    kind at a reply of another form.
+    Where the body of a HTTP 200 has an error, as proxies send it, its code is the status; one without a code may be
+    temporary, like a 500.
     """
-    if response.status_code != 200:
-        return response.status_code, f"HTTP {response.status_code} {response.text}"
-    reply = response.json()
-    found = reply.get(field)
-    error = reply.get("error") or (found[0].get("error") if found else reply)
-    if found and not error:
-        return 200, found
-    code = str(error.get("code")) if isinstance(error, dict) else ""
-    return int(code) if re.fullmatch(r"[45]\d\d", code) else 500, f"HTTP 200, error {error}"
+    status, said = response.status_code, response.text
+    if status == 200:
+        reply = response.json()
+        found = reply.get(field)
+        said = reply.get("error") or (found[0].get("error") if found else reply)
+        if found and not said:
+            return found
+        code = str(said.get("code")) if isinstance(said, dict) else ""
+        status = int(code) if re.fullmatch(r"[45]\d\d", code) else 500
+    end = "failed" if status in RETRIED else "refused" if status in REFUSED else "fault"
+    raise NoAnswer(end, f"HTTP {response.status_code} {said}")
 
 
 class JudgeEndpoint(Endpoint):
-    """Asked for a chat completion to messages."""
+    """Asked for a chat completion to messages. The answer is [text, finish_reason], "length" where it is cut at
+    MAX_TOKENS; given two letters, with one of which the text is to begin, [probability of each].
+    """
 
-    def __init__(self, args, letters):
-        super().__init__("--judge-url, --judge-model", args.judge_url, "/chat/completions", args.judge_timeout,
-                         args.judge_retries, args.max_requests)
-        self.model, self.letters, self.limit = args.judge_model, letters, LIMITS[0]
+    def __init__(self, args, letters=()):
+        super().__init__("--judge-url", args.judge_url, "/chat/completions", args.judge_timeout,
+                         args.judge_retries, args.judge_requests, args.max_requests)
+        self.model, self.letters, self.limit = args.judge_model, letters, "max_tokens"
 
     def body(self, messages):
         options = dict(temperature=1, logprobs=True, top_logprobs=TOP_LOGPROBS) if self.letters else {"temperature": 0}
@@ -239,17 +191,25 @@ class JudgeEndpoint(Endpoint):
     def read_choice(self, choice, body):
         text, finish = choice["message"].get("content"), choice.get("finish_reason")
         if finish in ("error", "abort"):
-            return "failed", f"finish_reason {finish}"
+            raise NoAnswer("failed", f"finish_reason {finish}")
         if text is None or finish == "content_filter":
-            return "refused", f"no content, finish_reason {finish}"
+            raise NoAnswer("refused", f"no content, finish_reason {finish}")
         if not self.letters:
             text.encode()  # a ValueError for a lone surrogate, which cannot be written
-            return "answered", [self.without_key(text), finish]
+            # a short key is a word such as EMPTY, which vLLM's users set, and may stand in any answer
+            return [text.replace(self.key, "***") if len(self.key) >= 16 else text, finish]
         tokens = (choice.get("logprobs") or {}).get("content")
         if not tokens:
-            return "failed" if self.works else "fault", "the endpoint gave no log-probs"
-        likely = tokens[0].get("top_logprobs") or []
-        answer = [(self.without_key(top["token"]), float(top["logprob"])) for top in likely]
-        if not all(logp < 0.1 for _, logp in answer):  # NaN too; 0.1 for an endpoint that rounds
-            raise ValueError("the endpoint gave log-probs that are not log-probs")
-        return "answered" if has_letter(answer, self.letters) else "no letter", answer
+            raise NoAnswer("failed" if self.works else "fault", "the endpoint gave no log-probs")
+        likely, p = tokens[0].get("top_logprobs") or [], dict.fromkeys(self.letters, 0.0)
+        for top in likely:
+            if not top["logprob"] < 0.1:  # NaN too; 0.1 for an endpoint that rounds
+                raise ValueError("the endpoint gave log-probs that are not log-probs")
+            token = top["token"].strip().lstrip("Ġ▁")  # some servers give the space before it as tokenizers write it
+            if token in p:
+                p[token] += math.exp(top["logprob"])
+        if not any(p.values()):
+            tokens = json.dumps([top["token"] for top in likely], ensure_ascii=False)[:80]
+            raise NoAnswer("no letter", f"{' and '.join(p)} are not among the most likely tokens, {tokens}: the judge "
+                           "must begin with the letter, without a thought, at a server that gives tokens as text")
+        return [*p.values()]

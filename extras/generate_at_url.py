@@ -19,7 +19,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import common
-from extras.endpoint import Endpoint, ask_all, check_url, read_reply
+from extras.endpoint import Endpoint, NoAnswer, ask_all, endpoint_url, read_reply
 from support import chat, models, records, runs
 
 FREE = ("output", "url", "url_requests")  # options that change no response
@@ -30,7 +30,8 @@ def parse_args():
     parser = runs.Parser(description="Sample responses from pi_{t-1} for the prompts X_t, at a server.")
     add = parser.add_argument
     # the server
-    add("--url", required=True, help="a server of --model, http://host:8000/v1; its key is read from OPENAI_API_KEY")
+    add("--url", type=endpoint_url, required=True,
+        help="a server of --model, http://host:8000/v1; its key is read from OPENAI_API_KEY")
     add("--url-model", help="the model's name there (default: --model)")
     add("--url-requests", type=runs.positive, default=64, help="requests at a time")
     # as in 02_generate.py
@@ -46,7 +47,6 @@ def parse_args():
     add("--seed", type=runs.natural, default=0, help="random seed")
     add("--max-prompt-length", type=runs.positive, default=1024, help="longer prompts are dropped")
     args = parser.parse_args()
-    check_url("--url", args.url)
     runs.in_one_process("--url: the server samples, so this")
     args.url_model = args.url_model or args.model
     return args
@@ -59,24 +59,19 @@ class SamplingEndpoint(Endpoint):
     """
 
     def __init__(self, args, eos):
-        super().__init__("--url, --url-model", args.url, "/completions", TIMEOUT, RETRIES)
+        super().__init__("--url", args.url, "/completions", TIMEOUT, RETRIES, args.url_requests)
         self.eos, self.vocabulary = eos, models.load_config(args.model).get_text_config().vocab_size
         # what is left open is the server's to decide: vLLM takes it from the model's generation config
         self.fixed = {"model": args.url_model, "max_tokens": args.max_new_tokens, "temperature": args.temperature,
                       "top_p": 1, "top_k": -1, "min_p": 0, "repetition_penalty": 1, "presence_penalty": 0,
                       "frequency_penalty": 0, "stop_token_ids": eos, "return_token_ids": True}
         try:
-            response = self.send("GET", self.url.removesuffix("/completions") + "/models")
-            status, found = read_reply(response, "data")
-            if status != 200:
-                raise ValueError(found)
-            names = [model["id"] for model in found]
+            names = [model["id"] for model in read_reply(self.send("GET", "/models"), "data")]
         except Exception as error:  # as in `ask`
-            raise runs.InputError(f"--url: cannot list its models ({type(error).__name__}: {self.shown(str(error))}): "
-                                  "give the address of a running server, .../v1")
+            names = [f"{type(error).__name__}: {error}"]
         if args.url_model not in names:  # SGLang answers to any name
-            raise runs.InputError(f"--url: serves {self.shown(str(names))}, not {args.url_model}: serve --model there, "
-                                  "or give its name there with --url-model")
+            raise runs.InputError(f"--url: lists {self.shown(str(names))}, not {args.url_model}: give the address of a "
+                                  "running server of --model, .../v1, and the model's name there with --url-model")
 
     def body(self, job):
         prompt, seed = job
@@ -86,24 +81,24 @@ class SamplingEndpoint(Endpoint):
         """The answer is [token ids, "eos" or "length"], as `common.sample_responses` has it: with the EOS."""
         ids, finish = choice.get("token_ids"), choice.get("finish_reason")
         if not isinstance(ids, list) or not all(type(i) is int for i in ids):
-            return "failed" if self.works else "fault", ("no token_ids: it takes a server that knows return_token_ids, "
-                                                         "vLLM from 0.10.2 on or a recent SGLang")
+            raise NoAnswer("failed" if self.works else "fault", "no token_ids: it takes a server that knows "
+                           "return_token_ids, vLLM from 0.10.2 on or a recent SGLang")
         if choice.get("prompt_token_ids") not in (None, body["prompt"]):
-            return "fault", "the server has put another prompt in place of the one sent"
+            raise NoAnswer("fault", "the server has put another prompt in place of the one sent")
         if foreign := [i for i in ids if not 0 <= i < self.vocabulary]:
-            return "fault", f"token id {foreign[0]} is not in the vocabulary of --model, {self.vocabulary}"
+            raise NoAnswer("fault", f"token id {foreign[0]} is not in the vocabulary of --model, {self.vocabulary}")
         if finish not in ("stop", "length"):
-            return "failed", f"finish_reason {finish}"
+            raise NoAnswer("failed", f"finish_reason {finish}")
         stop = choice.get("stop_reason", choice.get("matched_stop"))  # vLLM's name, SGLang's
         if finish == "stop" and stop in self.eos:  # a server may keep it to itself; these two do not
             ids = [*ids, stop]
         if end := next((k for k, i in enumerate(ids, 1) if i in self.eos), None):
-            return "answered", [ids[:end], "eos"]
+            return [ids[:end], "eos"]
         if finish == "stop":
-            return "fault", f"the server stops at token {ids[-1:]}, which is no EOS of --model, {self.eos}"
+            raise NoAnswer("fault", f"the server stops at token {ids[-1:]}, which is no EOS of --model, {self.eos}")
         if len(ids) != body["max_tokens"]:
-            return "refused", f"{len(ids)} tokens, not --max-new-tokens: the server's context is too short"
-        return "answered", [ids, "length"]
+            raise NoAnswer("refused", f"{len(ids)} tokens, not --max-new-tokens: the server's context is too short")
+        return [ids, "length"]
 
 
 def main():
@@ -114,7 +109,7 @@ def main():
     eos = chat.eos_ids(args.model, tokenizer)
     jobs = [(row["prompt_ids"], int(2 ** 31 * common.uniforms(args.seed, row["id"], k, 1)[0]))
             for k in range(args.samples) for row in rows]  # so the first requests are about different prompts
-    answers = ask_all(SamplingEndpoint(args, eos), dict(enumerate(jobs)), args.url_requests, work, "sampled")
+    answers = ask_all(SamplingEndpoint(args, eos), dict(enumerate(jobs)), work)
     sampled = [[answers[k] for k in range(i, len(jobs), len(rows))] for i in range(len(rows))]
     kept = [i for i, samples in enumerate(sampled) if None not in samples]  # none refused for ever
     counts["prompts refused by the server"] = len(rows) - len(kept)

@@ -37,7 +37,7 @@ from pathlib import Path
 import numpy as np
 
 from extras.answers import Sampler, file_name, fill, is_string, write_output
-from extras.endpoint import FREE, ask_judge
+from extras.endpoint import FREE, JudgeEndpoint, ask_all
 from support import records, runs
 
 TEMPERATURES = {"writing": 0.7, "roleplay": 0.7, "reasoning": 0.0, "math": 0.0, "coding": 0.0, "extraction": 0.0,
@@ -98,19 +98,20 @@ def sample(args):
     args.output = str(Path(args.output) / "model_answer" / f"{name}.jsonl")
     questions = records.read_rows(args.questions, QUESTIONS, "question_id")
     work = runs.open_output(args, "model", "questions")
-    sampler = Sampler(args, args.model)
+    sampler = Sampler(args)
     temperatures = [TEMPERATURES.get(row["category"], 0.7) for row in questions]
     start = [records.EMPTY_SYSTEM] if args.empty_system else []
-    # the second turns' prompts, were the first answers as short as can be
-    least = sampler.prompt_ids([[*start, *records.as_messages(row["turns"][0]), {"role": "assistant", "content": "."},
-                                 *records.as_messages(row["turns"][1])] for row in questions], args.questions)
+    # of the second turns, were the first answers as short as can be
+    sampler.check_room(sampler.prompt_ids([
+        [*start, *records.as_messages(row["turns"][0]), {"role": "assistant", "content": "."},
+         *records.as_messages(row["turns"][1])] for row in questions], args.questions))
     conversations, finishes = [start for _ in questions], []
     for turn in (0, 1):
         conversations = [asked + records.as_messages(row["turns"][turn])
                          for asked, row in zip(conversations, questions)]
         prompts = sampler.prompt_ids(conversations, args.questions)
         keys = [[row["question_id"], turn] for row in questions]
-        answers = sampler.generate_answers(work, prompts, keys, temperatures, f"turn_{turn + 1}", least)
+        answers = sampler.generate_answers(work, prompts, keys, temperatures, f"turn_{turn + 1}")
         conversations = [asked + [{"role": "assistant", "content": text}]
                          for asked, (text, *_) in zip(conversations, answers)]
         finishes += [finish for _, finish, _ in answers]
@@ -131,7 +132,7 @@ def judge(args):
     others = records.read_rows(path, {"model": is_string}) if path.exists() else []
     args.output = str(Path(args.output) / "model_score" / f"{model}_{judge_name}.json")
     work = runs.open_output(args, "questions", "answers", "judge_prompts", "reference_answers", free=FREE)
-    for k, answer in ask_judge(args, work, jobs).items():
+    for k, answer in ask_all(JudgeEndpoint(args), jobs, work).items():
         text, finish = answer or ("$ERROR$", "stop")  # as FastChat writes it
         rows[k] |= {"judgment": text, "score": read_rating(text, finish == "length"), "tstamp": time.time()}
     path.parent.mkdir(parents=True, exist_ok=True)

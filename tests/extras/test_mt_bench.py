@@ -9,7 +9,7 @@ import common
 import stages
 from chat_server import KEY, on_the_loopback, says, serving
 from conftest import save_tiny
-from extras import endpoint, mt_bench
+from extras import mt_bench
 from stages import write_rows
 
 REFERENCE_ANSWERS = {103: ["103 first right", "103 second right"]}
@@ -42,10 +42,16 @@ def write_answers(tmp_path, model):
             {"index": 0, "turns": [f"{model} {k} first {{answer_2}}", f"{model} {k} second"]}]} for k, _ in QUESTIONS])
 
 
-def judge(answers, server, options):
-    """mt-judge, which must succeed -> the rows of the file of judgments."""
-    stages.run("05_eval", "mt-judge", answers, judge_url=server.url, **options)
-    return stages.rows(options["output"] / "model_judgment" / "gpt-x_single.jsonl")
+@pytest.fixture
+def judge(tmp_path, judge_options):
+    """mt-judge, which must succeed -> (the rows of the file of judgments, the model's scores)."""
+    def judge(server, model="ours", **options):
+        answers = options.pop("answers", None) or write_answers(tmp_path, model)
+        stages.run("05_eval", "mt-judge", answers, judge_url=server.url, **judge_options | options)
+        bench = judge_options["output"]
+        return (stages.rows(bench / "model_judgment" / "gpt-x_single.jsonl"),
+                json.loads((bench / "model_score" / f"{model}_gpt-x.json").read_text()))
+    return judge
 
 
 @pytest.mark.parametrize("empty", [False, True])
@@ -94,6 +100,9 @@ def test_turns_for_which_the_model_has_no_positions(tmp_path, questions, tokeniz
     ran = stages.attempt("05_eval", "mt-sample", **options, model=small, output=tmp_path / "bench")
     assert ran.status == 2 and ran.err.count("\n") == 1 and f"{least} positions" in ran.err, ran
     assert not list(tmp_path.rglob("turn_1*"))
+    long = write_rows(tmp_path / "long.jsonl", [{"instruction": "the lid is wet . " * least}])
+    assert f"{least} positions" in stages.refused("05_eval", "alpaca-sample", model=small, instructions=long,
+                                                  output=tmp_path / "outputs.json")
     model = save_tiny(tmp_path / "model", tokenizer, max_position_embeddings=least + 1, eos_token_id=None)
     ran = stages.attempt("05_eval", "mt-sample", **options, model=model, output=tmp_path / "bench")
     assert ran.status == 0 and "answers with less room than --max-new-tokens 8" in ran.out, ran
@@ -129,29 +138,28 @@ def respond(request, before):
                 f"no idea, {KEY}" if " 102 " in text and text.startswith("one") else "Rating: [[4]]")
 
 
-def test_judgments_and_scores(tmp_path, judge_options):
-    answers = write_answers(tmp_path, "ours")
+def test_judgments_and_scores(tmp_path, judge_options, judge):
     with serving(respond) as server:
-        stopped = stages.attempt("05_eval", "mt-judge", answers, judge_url=server.url, max_requests=3, **judge_options)
+        stopped = stages.attempt("05_eval", "mt-judge", write_answers(tmp_path, "ours"), judge_url=server.url,
+                                 max_requests=3, **judge_options)
         assert stopped.status == 2 and not (tmp_path / "bench" / "model_judgment").exists()
-        rows = judge(answers, server, judge_options | {"max_requests": 5})  # resumed
+        rows, scores = judge(server, max_requests=5)  # resumed
         assert {(r["model"], r["temperature"], r["max_tokens"]) for r in server.requests} == {("org/gpt-x", 0, 2048)}
         assert all("logprobs" not in r for r in server.requests) and len(server.requests) == 8
         systems = {r["messages"][1]["content"]: r["messages"][0] for r in server.requests}
     assert [(row["question_id"], row["turn"]) for row in rows] == [(k, t) for k, _ in QUESTIONS for t in (1, 2)]
     for row in rows:
         assert list(row) == ["question_id", "model", "judge", "user_prompt", "judgment", "score", "turn", "tstamp"]
-        assert row["model"] == "ours" and row["tstamp"] > 1e9 and systems[row["user_prompt"]]["role"] == "system"
-    assert rows[0]["judge"] == ["org/gpt-x", "single-v1"]
+        assert row["model"] == "ours" and row["tstamp"] > 1e9 and row["judge"][0] == "org/gpt-x"
+        assert systems[row["user_prompt"]] == {"role": "system", "content": f"of {row['judge'][1]}"}
+    assert [row["judge"][1] for row in rows] == [
+        "single-v1", "single-v1-multi-turn"] * 2 + ["single-math-v1", "single-math-v1-multi-turn"] + [
+        "single-v1", "single-v1-multi-turn"]
     assert rows[0]["user_prompt"] == "one the lid is wet . | ours 101 first {answer_2}"
-    assert rows[0]["judgment"] == "Fine. Rating: [[10]]"
-    assert systems[rows[0]["user_prompt"]]["content"] == "of single-v1"
-    assert rows[1]["judge"][1] == "single-v1-multi-turn"
     assert rows[1]["user_prompt"] == "two the lid is wet . | ours 101 first {answer_2} | and now ? | ours 101 second"
-    assert rows[4]["judge"][1] == "single-math-v1" and "103 first right" in rows[4]["user_prompt"]
-    assert rows[5]["judge"][1] == "single-math-v1-multi-turn" and "103 second right" in rows[5]["user_prompt"]
+    assert "103 first right" in rows[4]["user_prompt"] and "103 second right" in rows[5]["user_prompt"]
+    assert rows[0]["judgment"] == "Fine. Rating: [[10]]"
     assert [row["score"] for row in rows] == [10, 4, -1, 4, 4, 4, 4, 4]
-    scores = json.loads((tmp_path / "bench" / "model_score" / "ours_gpt-x.json").read_text())
     assert scores["mt_bench"] == pytest.approx(34 / 7) and scores["mt_bench_turn_1"] == 6
     assert scores["mt_bench_turn_2"] == 4 and scores["n_without_rating"] == 1
     assert list(scores["mt_bench_categories"].items()) == [  # in the order of Figure 5a
@@ -159,43 +167,38 @@ def test_judgments_and_scores(tmp_path, judge_options):
     assert KEY.encode() not in b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
 
 
-def test_a_second_model_joins_the_file_and_a_model_judged_again_replaces_its_judgments(tmp_path, judge_options):
+def test_a_second_model_joins_the_file_and_a_model_judged_again_replaces_its_judgments(tmp_path, judge_options, judge):
     with serving(respond) as server:
-        ours, both = (judge(write_answers(tmp_path, model), server, judge_options) for model in ("ours", "theirs"))
+        both = [judge(server, model)[0] for model in ("ours", "theirs")][1]
         assert [row["model"] for row in both] == ["ours"] * 8 + ["theirs"] * 8
         answers = tmp_path / "ours.jsonl"
         answers.write_text(answers.read_text().replace("101 first", "101 another"))
         error = stages.refused("05_eval", "mt-judge", answers, judge_url=server.url, **judge_options)
         assert "ours_gpt-x.json" in error and "--answers" in error and len(server.requests) == 16
         (tmp_path / "bench" / "model_score" / "ours_gpt-x.json").unlink()
-        again = judge(answers, server, judge_options)
+        again, _ = judge(server, answers=answers)
     assert again[:8] == both[8:] and [row["model"] for row in again[8:]] == ["ours"] * 8
     assert "101 another" in again[8]["user_prompt"] and len(server.requests) == 24
 
 
-def test_a_judgment_that_is_refused_for_ever_is_fastchat_s_error(tmp_path, judge_options):
-    def refuses(request, before):
-        return says(None) if " 102 " in request["messages"][1]["content"] else respond(request, before)
-    with serving(refuses) as server:
-        rows = judge(write_answers(tmp_path, "ours"), server, judge_options)
+def test_a_judgment_that_is_refused_for_ever_is_fastchat_s_error(judge, monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "Fine")  # a key that is a word is not hidden in judgments
+    with serving(lambda request, before: says(None) if " 102 " in request["messages"][1]["content"] else
+                 respond(request, before)) as server:
+        rows, scores = judge(server)
     assert [row["score"] for row in rows] == [10, 4, -1, -1, 4, 4, 4, 4] and len(server.requests) == 8
-    assert [row["judgment"] for row in rows[2:4]] == ["$ERROR$"] * 2
-    scores = json.loads((tmp_path / "bench" / "model_score" / "ours_gpt-x.json").read_text())
+    assert [row["judgment"] for row in rows[:4]] == ["Fine. Rating: [[10]]", "Rating: [[4]]", "$ERROR$", "$ERROR$"]
     assert scores["n_without_rating"] == 2 and scores["mt_bench"] == 5  # (10 + 5 x 4) / 6
 
 
-def test_a_judge_that_thinks_is_read_after_its_thought(tmp_path, judge_options):
+def test_a_judge_that_thinks_is_read_after_its_thought(judge):
     def thinks(request, before):
-        text = request["messages"][1]["content"]
-        ends = not text.startswith("two")  # the thoughts about the second turns are cut
+        ends = "two " not in request["messages"][1]["content"]  # the thoughts about the second turns are cut
         return says("Maybe [[3]]." + " </think> Rating: [[8]]" * ends) | {"finish_reason": "stop" if ends else "length"}
     with serving(thinks) as server:
-        rows = judge(write_answers(tmp_path, "ours"), server, judge_options)
-    assert [row["score"] for row in rows if row["turn"] == 1] == [8] * 4
-    assert [row["score"] for row in rows if row["judge"][1] == "single-v1-multi-turn"] == [-1] * 3
-    assert rows[1]["judgment"] == "Maybe [[3]]."
-    scores = json.loads((tmp_path / "bench" / "model_score" / "ours_gpt-x.json").read_text())
-    assert scores["n_without_rating"] == 3 and scores["mt_bench"] == 8
+        rows, scores = judge(server)
+    assert [row["score"] for row in rows] == [8, -1] * 4 and rows[1]["judgment"] == "Maybe [[3]]."
+    assert scores["n_without_rating"] == 4 and scores["mt_bench"] == 8 and scores["mt_bench_turn_2"] is None
 
 
 def test_a_judgment_that_cannot_be_written_is_not_an_answer(tmp_path, judge_options):
@@ -204,15 +207,6 @@ def test_a_judgment_that_cannot_be_written_is_not_an_answer(tmp_path, judge_opti
         ran = stages.attempt("05_eval", "mt-judge", write_answers(tmp_path, "ours"), judge_url=server.url,
                              judge_retries=0, **judge_options)
     assert ran.status == 2 and "8 of 8" in ran.err and ran.err.count("\n") == 1
-
-
-def test_a_local_judge_writes_judgments(tmp_path, judge_options, pi_init, monkeypatch):
-    monkeypatch.setattr(endpoint, "MAX_TOKENS", 9)
-    stages.run("05_eval", "mt-judge", write_answers(tmp_path, "ours"), **judge_options | {"judge_model": pi_init})
-    rows = stages.rows(tmp_path / "bench" / "model_judgment" / "pi_init_single.jsonl")
-    assert len(rows) == 8 and all(row["judgment"] and row["score"] == -1 for row in rows)
-    scores = json.loads((tmp_path / "bench" / "model_score" / "ours_pi_init.json").read_text())
-    assert scores["mt_bench"] is scores["mt_bench_turn_2"] is None
 
 
 def test_bad_input_is_one_line(tmp_path, judge_options, questions, pi_init):
@@ -229,7 +223,7 @@ def test_bad_input_is_one_line(tmp_path, judge_options, questions, pi_init):
         assert said in stages.refused("05_eval", *words, **options | {"output": tmp_path / "bench"})
 
 
-def test_the_benchmarks_own_files(tmp_path, judge_options):
+def test_the_benchmarks_own_files(tmp_path, judge):
     """The 80 questions and the official judging prompts: every prompt filled, references for 30 questions."""
     folder = stages.ROOT.parent / "shared" / "data" / "mt_bench"
     if not folder.exists():
@@ -238,12 +232,11 @@ def test_the_benchmarks_own_files(tmp_path, judge_options):
     answers = write_rows(tmp_path / "m.jsonl", [{"question_id": row["question_id"], "choices": [
         {"index": 0, "turns": ["first answer", "second answer"]}]} for row in questions])
     with serving(lambda request, before: says("[[6]]")) as server:
-        rows = judge(answers, server, judge_options | {
-            "questions": folder / "question.jsonl", "judge_prompts": folder / "judge_prompts.jsonl",
-            "reference_answers": folder / "reference_answer_gpt-4.jsonl"})
+        rows, scores = judge(server, "m", answers=answers, questions=folder / "question.jsonl",
+                             judge_prompts=folder / "judge_prompts.jsonl",
+                             reference_answers=folder / "reference_answer_gpt-4.jsonl")
     assert len(rows) == 160 and sum("-math" in row["judge"][1] for row in rows) == 60
     names = r"\{(question|answer|ref_answer)(_[12])?\}"
     assert not any(re.search(names, row["user_prompt"]) for row in rows)
     assert all("first answer" in row["user_prompt"] for row in rows)
-    scores = json.loads((tmp_path / "bench" / "model_score" / "m_gpt-x.json").read_text())
     assert len(scores["mt_bench_categories"]) == 8 and scores["mt_bench"] == 6

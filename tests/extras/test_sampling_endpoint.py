@@ -71,6 +71,7 @@ def test_the_responses_follow_the_seed_and_not_the_requests_at_a_time(tmp_path, 
         with serving(respond, ["other name"]) as server:
             outputs.append(digest(run(AT_URL, **options, url=server.url + end, url_model="other name", url_requests=n,
                                       seed=seed, output=tmp_path / f"{n}")))
+        assert set(server.paths) == {"/v1/completions"}
     assert outputs[0] == outputs[1] != outputs[2]
 
 
@@ -178,7 +179,7 @@ def test_the_same_responses_make_the_same_file_as_in_02(tmp_path, options, pi_0,
 
 @pytest.mark.parametrize("case", ["another model", "no server", "a key", "no URL", "offline", "an error"])
 def test_bad_options_are_one_line_and_nothing_is_asked(tmp_path, options, sampler, case, monkeypatch):
-    said = {"another model": "pi_7", "a key": "OPENAI_API_KEY", "offline": "HF_HUB_OFFLINE", "an error": "no one is up"}
+    said = {"another model": "pi_7", "a key": "OPENAI_API_KEY", "offline": "HF_HUB_OFFLINE: ", "an error": "no one is"}
     listed = {"error": {"code": 503, "message": "no one is up"}} if case == "an error" else ["pi_7"]
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", case == "offline")
     with serving(sampler, listed) as server:
