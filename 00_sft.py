@@ -94,7 +94,7 @@ def main():
     counts["dropped as too long"] += len(examples) - len(fits)
     examples = fits or examples  # where none fits, the first is named
     model_checks.check_limits(args.input, ((row["id"], row["prompt"], [row["response"]]) for row in examples), model,
-                        "--max-length")
+                              "--max-length")
     batches = common.epoch_batches(len(examples), args.batch_size, args.epochs, args.seed, args.input)
     optimizer, scheduler = common.make_optimizer(model, args.lr, len(batches))
     state = runs.load_state(work, ranks, model, optimizer, scheduler)

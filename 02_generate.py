@@ -51,7 +51,7 @@ def sample(args, work, ranks, rows, eos):
     """y_1, y_2 ~ pi_{t-1}(.|x) for the prompt of each row: [(token ids, "eos" or "length") of each sample] of each."""
     model = models.load_model(args.model, ranks.device, common.scoring_dtype(ranks.device))
     model_checks.check_limits(args.input, ((row["id"], row["prompt_ids"], []) for row in rows), model,
-                        "--max-prompt-length or --max-new-tokens", args.max_new_tokens)
+                              "--max-prompt-length or --max-new-tokens", args.max_new_tokens)
 
     def generate(batch):
         u = np.array([[common.uniforms(args.seed, row["id"], k, args.max_new_tokens)

@@ -109,7 +109,7 @@ def score(name, rows, label, args, work, ranks):
     """For each row ([log pi(y | x) of each response], [improbable tokens of each]), by the model `name`."""
     model = models.load_model(name, ranks.device, common.scoring_dtype(ranks.device))
     model_checks.check_limits(args.input, ((row["id"], row["prompt_ids"], [y["ids"] for y in row["responses"]])
-                                     for row in rows), model, "02's --max-prompt-length or --max-new-tokens")
+                                           for row in rows), model, "02's --max-prompt-length or --max-new-tokens")
     return common.score(common.ResponseLogps(model), rows, args.micro_batch_size, work, ranks, label)
 
 

@@ -27,7 +27,7 @@ class Sampler:
     def check_room(self, prompts):
         """Raises InputError where a prompt (a list of ids) leaves none of the model's positions for an answer."""
         model_checks.check_limits("the prompts", ((k, ids, []) for k, ids in enumerate(prompts)), self.model,
-                            "--max-prompt-length (of sample), or shorten that prompt", 1)
+                                  "--max-prompt-length (of sample), or shorten that prompt", 1)
 
     def generate_answers(self, work, prompts, keys, temperatures=None, label="sampling"):
         """[(text, "eos" or "length", token ids)] for prompts (lists of ids).
