@@ -2,7 +2,7 @@
 
 Each path is a metrics file (*.args.json is passed over) or a folder that `sample` wrote, in the order of the table's
 rows. AlpacaEval's and MT-Bench's metrics of one --name share a row. Writes
-    table.md    Table 1 with its columns in the paper's order; agreement with held-out labels and its calibration;
+    table.md    Table 1 with its columns in the paper's order; agreement with held-out labels;
                 Figure 3, by iteration, of names like "SPA, iteration 2"; Figure 5a, MT-Bench by category
     samples.md  the first prompts with each model's response, where the folders have responses
     report.svg  Figure 3: win rates by iteration with their standard errors; the win rate against the KL from pi_init;
@@ -23,8 +23,10 @@ from support import runs
 COLUMNS = {"gold_labels": "Gold labels", "length_controlled_winrate": "LC win rate (%)", "win_rate": "Win rate (%)",
            "mt_bench": "MT-Bench (1-10)", "mt_bench_turn_1": "First turn", "mt_bench_turn_2": "Second turn",
            "avg_length": "Mean length (chars)", "judge_accuracy": "Judge accuracy (%)", "malformed": "Malformed (%)",
-           "eos_rate": "EOS (%)", "agreement": "Held-out agreement (%)", "kl_per_token": "KL per token",
+           "eos_rate": "EOS (%)", "kl_per_token": "KL per token",
            "improbable": "Improbable tokens (%)"}  # the first four in the order of Table 1
+AGREEMENT = {"agreement": "Eq. 7", "agreement_error": "Standard error", "longer_agreement": "The longer response",
+             "init_agreement": "Likelihood under pi_init", "agreement_n": "Pairs"}  # see extras/held_out.py
 ERRORS = {"length_controlled_winrate": "lc_standard_error", "win_rate": "standard_error"}
 PANELS = [("win_rate", None), ("win_rate", "kl_per_token"), ("length_controlled_winrate", None),
           ("judge_accuracy", None)]  # (a metric, the horizontal axis: None for the iteration)
@@ -104,8 +106,9 @@ def curves(rows):
 
 def tables(metrics):
     """Table 1, agreement, Figure 3 by iteration and Figure 5a by category, each where there are metrics for it."""
-    found = [(["Model", *COLUMNS.values()], [[row["name"], *map(row.get, COLUMNS)] for row in metrics])]
-    found += agreement_tables(metrics)
+    found = [(["Model", *COLUMNS.values()], [[row["name"], *map(row.get, COLUMNS)] for row in metrics]),
+             (["Agreement with held-out labels (%)", *AGREEMENT.values()],
+              [[row["name"], *map(row.get, AGREEMENT)] for row in metrics if "agreement_n" in row])]
     for key in ("length_controlled_winrate", "win_rate", "mt_bench"):
         lines, _ = curves([row for row in metrics if row.get(key) is not None])
         iterations = sorted({t for line in lines.values() for t in line})
@@ -116,21 +119,6 @@ def tables(metrics):
     rows = [[row["name"], *map(row["mt_bench_categories"].get, categories)] for row in rated]
     found.append((["MT-Bench by category", *categories], rows))
     return "\n".join(table(head, rows) for head, rows in found if rows)
-
-
-def agreement_tables(metrics):
-    """[(head, rows)] of agreement with held-out labels and of its calibration, see extras/held_out.py."""
-    labelled = [row for row in metrics if "agreement_n" in row]
-    rates = [[row["name"], f"{row['agreement']:.2f} ± {row['agreement_error'] or 0:.2f}", row["agreement_n"]]
-             for row in labelled if "agreement" in row]
-    for name, key in (("the longer response", "longer_agreement"), ("likelihood under pi_init", "init_agreement")):
-        rates += dict.fromkeys((name, f"{row[key]:.2f}", row["agreement_n"]) for row in labelled)
-    bins = [f"{50 + 5 * k}-{55 + 5 * k} %" for k in range(10)]
-    calibrated = [[row["name"], *(f"{right:.0f} at {100 * confidence:.0f} ({n})" if n else None
-                                  for confidence, right, n in row["calibration"])]
-                  for row in labelled if "calibration" in row]
-    return [(["Agreement with held-out labels", "%", "Pairs"], rates),
-            (["Percent right (pairs) at a confidence of", *bins], calibrated)]
 
 
 def samples(with_responses, count=3):

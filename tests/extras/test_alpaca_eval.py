@@ -271,23 +271,23 @@ def test_samples_show_whole_conversations_and_no_role_of_a_single_turn(tmp_path)
 
 
 LABELS = {"agreement_n": 40, "longer_agreement": 52.5, "init_agreement": 45.0}
-BINS = [[None, None, 0]] * 9 + [[0.984, 75.0, 32]]
 
 
-def test_report_shows_agreement_with_held_out_labels_and_its_calibration(tmp_path):
+def test_report_shows_agreement_with_held_out_labels(tmp_path):
     paths = [write_metrics(tmp_path / "0.json", "SFT", n=40, **LABELS)]  # pi_init itself has none
     paths += [write_metrics(tmp_path / f"{t}.json", f"SPA, iteration {t}", **LABELS, agreement=60.0 + t, improbable=0.5,
-                            agreement_error=7.746, calibration=BINS, kl_per_token=0.0123 * t) for t in (1, 2)]
+                            agreement_error=7.746, kl_per_token=0.0123 * t) for t in (1, 2)]
     stages.run("05_eval", "report", *paths, output=tmp_path / "report")
-    main, agreement, calibration = [
+    main, agreement = [
         [line.strip("| ").split(" | ") for line in block.splitlines()]
         for block in (tmp_path / "report" / "table.md").read_text().split("\n\n")]
-    assert main[0] == ["Model", "Held-out agreement (%)", "KL per token", "Improbable tokens (%)"]
-    assert main[2:] == [["SFT", "-", "-", "-"], ["SPA, iteration 1", "61.00", "0.0123", "0.50"],
-                        ["SPA, iteration 2", "62.00", "0.0246", "0.50"]]
-    assert agreement[2:] == [["SPA, iteration 1", "61.00 ± 7.75", "40"], ["SPA, iteration 2", "62.00 ± 7.75", "40"],
-                             ["the longer response", "52.50", "40"], ["likelihood under pi_init", "45.00", "40"]]
-    assert calibration[0][1:] == ["95-100 %"] and calibration[2] == ["SPA, iteration 1", "75 at 98 (32)"]
+    assert main[0] == ["Model", "KL per token", "Improbable tokens (%)"]
+    assert main[2:] == [["SFT", "-", "-"], ["SPA, iteration 1", "0.0123", "0.50"],
+                        ["SPA, iteration 2", "0.0246", "0.50"]]
+    assert agreement[0][1:] == ["Eq. 7", "Standard error", "The longer response", "Likelihood under pi_init", "Pairs"]
+    assert agreement[2:] == [["SFT", "-", "-", "52.50", "45.00", "40"],
+                             ["SPA, iteration 1", "61.00", "7.75", "52.50", "45.00", "40"],
+                             ["SPA, iteration 2", "62.00", "7.75", "52.50", "45.00", "40"]]
 
 
 def panels(path):
@@ -397,10 +397,7 @@ def test_names_beside_lines_are_apart():
                                                                  ("d", 120)]
 
 
-@pytest.mark.parametrize("metrics", [{"name": None}, [], {"judge_accuracy": "x"}, {"agreement_n": 3},
-                                     LABELS | {"agreement": 3, "agreement_error": "x"},
-                                     LABELS | {"calibration": BINS[:9] + [[0.9, 1]]},
-                                     LABELS | {"calibration": BINS[5:]}])
+@pytest.mark.parametrize("metrics", [{"name": None}, [], {"judge_accuracy": "x"}, {"agreement_n": [3]}])
 def test_a_file_without_metrics_is_named(tmp_path, metrics):
     path = tmp_path / "m.json"
     path.write_text(json.dumps({"name": "SFT"} | metrics if isinstance(metrics, dict) else metrics))
