@@ -4,8 +4,8 @@
     the share of tokens to which pi_init gives less than 1e-4. Far from pi_init, its log-probs say little about a text,
     and so does Eq. 7, which compares with them.
     Agreement: how often Eq. 7, with the evaluated model in the place of pi_{t-1}, prefers the chosen response of the
-    rows of eval.jsonl that have chosen and rejected. SPA labels by this implicit reward: once it is right no more often than the longer
-    response or the likelihood under pi_init, D_t teaches nothing.
+    rows of eval.jsonl that have chosen and rejected. SPA labels by this implicit reward: once it is right no more often
+    than the longer response or the likelihood under pi_init, D_t teaches nothing.
 """
 
 import numpy as np
