@@ -6,7 +6,7 @@
             reward      a reward model, which scores each response by itself
             llm         LLM-as-judge (Table 2, App. B.2), asked in both orders of a pair, so that position bias cancels;
                         with --llm-order first in one, as App. B.2 does
-            gold        labels from outside, for the 100 % rows
+            gold        the small world's gold judge, for the 100 % rows
 
     python 03_judge.py --judge llm --judge-model judge --input responses_1.jsonl --output preferences_1.jsonl
 
@@ -38,8 +38,7 @@ def parse_args(parser):
     add("--judge-model", help="--judge llm: what 00_sft.py trained on judge_sft.jsonl of 00_inputs.py")
     add("--llm-order", choices=("both", "first"), default="both",
         help="--judge llm: both orders of a pair, or the order of sampling alone")
-    add("--gold", help="--judge gold: gold.json of the small world, or JSON Lines (.jsonl) of id, label: "
-        "1 or 2, the better response")
+    add("--gold", help="--judge gold: gold.json of the small world")
     args = parser.parse_args()
     if args.judge not in NEEDS:
         parser.error(f"--judge {args.judge} is none of {', '.join(NEEDS)}")
@@ -203,23 +202,10 @@ def letter_ids(name, tokenizer, before=()):
     return answers[0][:at], [[ids[at]] for ids in answers]
 
 
-def is_label(value):
-    "1 or 2: which of the two responses is the better one"
-    return value in (1, 2) and type(value) is int
-
-
 def judge_gold(rows, args, work, ranks):
-    """The small world's gold judge, or a file of labels: 1 for the better response, 0 for the other."""
-    if args.gold.endswith(".jsonl"):
-        labels = {row["id"]: row["label"] for row in runs.read_jsonl(args.gold, {"id": runs.is_id, "label": is_label})}
-        for row in rows:
-            if row["id"] not in labels or len(row["responses"]) != 2:
-                raise runs.InputError(f"{args.gold}: no label for id {row['id']} of {args.input} and its "
-                                      f"{len(row['responses'])} responses: give each prompt of two a label")
-        scores = [[float(labels[row["id"]] == k) for k in (1, 2)] for row in rows]
-    else:
-        gold = read_gold(args.gold)
-        scores = [[gold_score(gold, row["prompt"], y["text"]) for y in row["responses"]] for row in rows]
+    """The small world's gold judge."""
+    gold = read_gold(args.gold)
+    scores = [[gold_score(gold, row["prompt"], y["text"]) for y in row["responses"]] for row in rows]
     return scores, [{"scores": of_row} for of_row in scores]
 
 

@@ -256,23 +256,6 @@ def test_gold_is_the_small_world_s_judge(judged, responses, world):
             assert labelled[row["id"]]["scores"] == [one, two]
 
 
-def test_gold_is_a_file_of_labels(judged, responses, tmp_path):
-    labels = [{"id": row["id"], "label": 1 + k % 2} for k, row in enumerate(rows(responses))]
-    write_rows(tmp_path / "labels.jsonl", labels[::-1] + [{"id": "another", "label": 1}])
-    labelled = judged("gold", gold=tmp_path / "labels.jsonl")
-    for row, label, one in zip(rows(responses), labels, labelled, strict=True):
-        assert one["chosen"] == row["responses"][label["label"] - 1]
-
-
-@pytest.mark.parametrize("label, named", [
-    ({"id": "x"}, ':1: "label"'), ({"id": "x", "label": 3}, ':1: "label"'),
-    ({"id": "x", "label": True}, ':1: "label"'), ({"id": "x", "label": 1}, "id world-")])
-def test_bad_labels_are_refused(responses, tmp_path, label, named):
-    labels = write_rows(tmp_path / "labels.jsonl", [label])
-    line = refused("03_judge", judge="gold", gold=labels, input=responses, output=tmp_path / "out")
-    assert str(labels) in line and named in line
-
-
 def mean_gap(rewards, lengths, alpha):
     """The mean of |y_w| - |y_l| over the pairs that carry a preference."""
     rewards, lengths = np.array(rewards), np.array(lengths)
