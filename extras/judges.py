@@ -15,6 +15,7 @@ response, and the fields to store with its label ("scores", or "options" of llm,
 """
 
 import itertools
+from array import array
 
 import numpy as np
 import torch
@@ -154,27 +155,22 @@ def judge_llm(rows, args, work, ranks):
     """
     tokenizer = chat.load_tokenizer(args.judge_model)
     model = models.load_model(args.judge_model, ranks.device, common.scoring_dtype(ranks.device))
-    before, logps = before_listing_1(rows), common.ResponseLogps(model)
+    before = before_listing_1(rows)
     opening, letters = letter_ids(args.judge_model, tokenizer, before)
     orders = itertools.permutations if args.llm_order == "both" else itertools.combinations
-
-    def pairs(row):
-        return orders(range(len(row["responses"])), 2)
-
-    def question(row, one, two):
-        messages = judging_prompt(row["prompt"], *(row["responses"][k]["text"] for k in (one, two)), before)
-        ids = chat.prompt_ids(tokenizer, messages, f"{args.input}, id {row['id']}") + opening
-        models.check_limits(args.input, [(row["id"], ids, letters)], model, "02's --max-new-tokens")
-        return ids
-
-    @torch.no_grad()
-    def compute(batch_rows):
-        asked = [(question(row, one, two), letters) for row in batch_rows for one, two in pairs(row)]
-        batch = common.collate(asked, ranks.device, model.max_shared_length)
-        options = iter(logps(batch).view(-1, 2).tolist())  # (questions, 2): each letter is one token
-        return [[[one, two, *next(options)] for one, two in pairs(row)] for row in batch_rows]
-
-    options = common.map_rows(compute, rows, args.micro_batch_size, work, ranks, "asking the judge")
+    pairs = [list(orders(range(len(row["responses"])), 2)) for row in rows]
+    asked = []  # a row for each question: Listing 1, to which A and B are the responses
+    for row, of_row in zip(rows, pairs):
+        texts = [y["text"] for y in row["responses"]]
+        for one, two in of_row:
+            question = judging_prompt(row["prompt"], texts[one], texts[two], before)
+            ids = array("i", chat.prompt_ids(tokenizer, question, f"{args.input}, id {row['id']}") + opening)
+            asked.append({"id": row["id"], "prompt_ids": ids, "responses": [{"ids": letter} for letter in letters]})
+    models.check_limits(args.input, [(row["id"], row["prompt_ids"], letters) for row in asked], model,
+                        "02's --max-new-tokens")
+    scores = iter(common.score(common.ResponseLogps(model), asked, args.micro_batch_size, work, ranks,
+                               "asking the judge"))
+    options = [[[one, two, *next(scores)[0]] for one, two in of_row] for of_row in pairs]
     rewards = [llm_rewards(len(row["responses"]), of_row) for row, of_row in zip(rows, options, strict=True)]
     return rewards, [{"options": of_row} for of_row in options]
 

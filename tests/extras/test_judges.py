@@ -211,13 +211,12 @@ def test_the_judge_is_trained_and_asked_with_the_same_token_ids(world, pi_0, tok
         {"text": row["chosen"], "ids": [5], "finish": "eos"},
         {"text": row["rejected"], "ids": [6], "finish": "eos"}]} for row in pairs]
     assert "be brief" in {row["prompt"][0]["content"] for row in pairs}
-    asked, collate = [], common.collate
-    monkeypatch.setattr(common, "collate", lambda batch, *rest: asked.extend(batch) or collate(batch, *rest))
+    asked, score = [], common.score
+    monkeypatch.setattr(common, "score", lambda policy, rows, *rest: asked.extend(rows) or score(policy, rows, *rest))
     run("03_judge", judge="llm", judge_model=pi_0, input=write_rows(tmp_path / "responses.jsonl", responses),
         output=tmp_path / "out.jsonl")
-    # the last of them: before, the model is tried with other batches. The chosen one is A in the first order, then B
-    answers = [(*ids, *letters[k % 2]) for k, (ids, letters) in enumerate(asked[-len(trained):])]
-    assert set(answers) == trained
+    # the chosen one is A in the first order, then B
+    assert {(*row["prompt_ids"], *row["responses"][k % 2]["ids"]) for k, row in enumerate(asked)} == trained
 
 
 def test_in_one_order_each_letter_is_right_for_every_second_pair(world, tmp_path):
