@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 import stages
 from children import no_child_outlives_its_test, two_ranks
 from conftest import save_tiny
-from extras import held_out, plain_spa
+from extras import plain_spa
 from extras.small_world import gold_score
 from support import chat, models, runs
 from stages import attempt, command_line, digest, files, refused, rows, run, write_rows
@@ -159,9 +159,10 @@ def logp(model, tokenizer, prompt, text):
 
 @pytest.fixture(scope="module")
 def labelled(world, tmp_path_factory):
-    """Rows with both answers; the last without, and one whose chosen answer is the shorter one."""
+    """Rows with both answers, the chosen one the shorter in one, as long in another; the last row without answers."""
     seed = runs.read_jsonl(world / "seed.jsonl", runs.LABELLED)[:9]
     seed[0]["chosen"] = seed[0]["chosen"].split()[0]
+    seed[1]["rejected"] = " ".join(reversed(seed[1]["chosen"].split()))
     seed.append({"id": "x", "prompt": seed[0]["prompt"]})
     return write_rows(tmp_path_factory.mktemp("held_out") / "eval.jsonl", seed)
 
@@ -198,13 +199,6 @@ def test_pi_init_itself_has_no_implicit_reward(labelled, pi_init, tmp_path):
 def test_prompts_alone_are_answered_as_before(world, pi_0, pi_init, tmp_path):
     metrics = metrics_of(tmp_path, model=pi_0, init_model=pi_init, input=world / "prompts_1.jsonl")
     assert "agreement_n" not in metrics and metrics["n"] == 14
-
-
-def test_agreement_by_hand():
-    # right, tie, wrong, right: 2.5 of 4; the standard deviation of 1, 1/2, 0, 1 is sqrt(11 / 48)
-    rate, error = held_out.agreement(np.array([2.0, 0.0, -1.0, 0.1]))
-    assert rate == 62.5 and error == pytest.approx(100 * (11 / 48) ** 0.5 / 2)
-    assert held_out.agreement(np.array([-3.0])) == (0.0, None)
 
 
 def test_the_distance_from_pi_init_is_the_mean_kl_of_a_token(world, pi_0, pi_init, tokenizer, tmp_path, monkeypatch):

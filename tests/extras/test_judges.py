@@ -243,16 +243,13 @@ def test_a_judge_whose_options_are_not_single_tokens_is_refused(responses, tmp_p
 
 
 def test_gold_is_the_small_world_s_judge(judged, responses, world):
-    gold = small_world.read_gold(world / "gold.json")
-    scores = [[small_world.gold_score(gold, row["prompt"], y["text"]) for y in row["responses"]]
-              for row in rows(responses)]
-    labelled = {row["id"]: row for row in judged("gold", gold=world / "gold.json")}
-    for row, (one, two) in zip(rows(responses), scores):
-        if one == two:
-            assert row["id"] not in labelled  # a tie
-        else:
-            assert labelled[row["id"]]["chosen"] == row["responses"][one < two]
-            assert labelled[row["id"]]["scores"] == [one, two]
+    gold, expected = small_world.read_gold(world / "gold.json"), []
+    for row in rows(responses):
+        scores = [small_world.gold_score(gold, row["prompt"], y["text"]) for y in row["responses"]]
+        if scores[0] != scores[1]:  # else a tie
+            expected.append((row["id"], row["responses"][scores[0] < scores[1]], scores))
+    assert 0 < len(expected) < len(rows(responses))
+    assert [(row["id"], row["chosen"], row["scores"]) for row in judged("gold", gold=world / "gold.json")] == expected
 
 
 def mean_gap(rewards, lengths, alpha):
