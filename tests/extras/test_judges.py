@@ -128,11 +128,15 @@ def test_a_reward_model_without_a_chat_template_reads_a_pair_of_texts(judged, re
     check(responses, judged("reward", reward_model=bert), expected, "reward", abs=1e-4)
 
 
-def test_a_text_that_is_longer_than_a_reward_model_reads(bert, tmp_path):
+def test_a_text_that_is_longer_than_a_judge_reads(bert, pi_0, tmp_path):
     y = [{"text": "my lid " * n, "ids": [7, n], "finish": "eos"} for n in (30, 31)]
     path = write_rows(tmp_path / "in.jsonl", [{"id": 7, "prompt": "my lid", "prompt_ids": [5, 6], "responses": y}])
     line = refused("03_judge", judge="reward", reward_model=bert, input=path, output=tmp_path / "out")
     assert f"{path}, id 7: " in line and "66 tokens" in line and "reads 64" in line and "--reward-model" in line
+    y[0]["text"] *= 9
+    write_rows(path, [{"id": 7, "prompt": "my lid", "prompt_ids": [5, 6], "responses": y}])
+    line = refused("03_judge", judge="llm", judge_model=pi_0, input=path, output=tmp_path / "out")
+    assert f"{path}, id 7: " in line and "256 positions" in line
 
 
 @pytest.mark.parametrize("changes", [{"num_labels": 2}, {"kind": AutoModelForCausalLM},
