@@ -103,7 +103,6 @@ def parse_args(words=None):
     add("--gold", help="gold.json of the small world, its judge; without it nothing is scored")
     add("--init-model", help="pi_init: how far the model is from it, and how often the implicit reward (Eq. 7) agrees "
         "with labels of --input")
-    add("--beta", type=runs.nonnegative, default=0.1, help="beta in Eq. 7, for the calibration")
     add("--preferences", help="D_t that the model was trained on: how often its labels agree with --gold")
     add("--label-share", **label_share)
 

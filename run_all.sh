@@ -148,7 +148,7 @@ evaluation() {  # return pi_T, and evaluate every model on the way
 
 evaluate() {  # folder, name in the table, share of gold labels, model, more options
   samples+=(${evaluated:+--then} sample --model "$4" --input "$R/data/eval.jsonl" --output "$R/eval/$1" --name "$2"
-            --label-share "$3" --init-model "$INIT" --beta "$BETA" "${sampling[@]}"
+            --label-share "$3" --init-model "$INIT" "${sampling[@]}"
             ${WORLD:+--gold "$R/data/gold.json"} "${@:5}")
   evaluated+=("$R/eval/$1")
 }

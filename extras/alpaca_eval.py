@@ -63,29 +63,21 @@ def win_rate(y):
 
 
 def fit(features, target, weight, l1=0.1):
-    """argmin_w  sum_i weight_i CE(target_i, sigmoid(features_i w)) + l1 |w|_1   by proximal Newton, to convergence.
+    """argmin_w  sum_i weight_i CE(target_i, sigmoid(features_i w)) + l1 |w|_1   by accelerated proximal gradient steps.
 
     features (n, k), target (n,) in [0, 1], weight (n,) -> w (k,). The penalty keeps w finite where all targets are 1.
+    FISTA (Beck and Teboulle, 2009), whose momentum starts anew where it points uphill (O'Donoghue and Candes, 2015).
     """
-    def loss(w):
-        z = features @ w
-        return weight @ (np.logaddexp(0, z) - target * z) + l1 * abs(w).sum()
-
-    w = np.zeros(features.shape[1])
-    for _ in range(100):
-        p = sigmoid(features @ w)
-        gradient = features.T @ (weight * (p - target))
-        hessian = (features * (weight * p * (1 - p))[:, None]).T @ features + 1e-9 * np.eye(len(w))
-        v = w.copy()
-        for j in list(range(len(w))) * 100:  # coordinate descent on the quadratic model with its penalty
-            rest = gradient[j] + hessian[j] @ (v - w) - hessian[j, j] * v[j]
-            v[j] = -np.sign(rest) * max(abs(rest) - l1, 0) / hessian[j, j]
-        step, before = v - w, loss(w)
-        while loss(w + step) > before + 1e-10 and abs(step).max() > 1e-12:
-            step /= 2
-        w = w + step
-        if abs(step).max() < 1e-11:
+    step = 4 / np.linalg.norm((features.T * weight) @ features, 2)  # the cross-entropy curves by at most 1 / step
+    w = ahead = np.zeros(features.shape[1])
+    t = 0  # steps since the momentum started
+    for _ in range(100_000):
+        before, w = w, ahead - step * features.T @ (weight * (sigmoid(features @ ahead) - target))
+        w = np.sign(w) * np.maximum(abs(w) - step * l1, 0)
+        if abs(w - ahead).max() < 1e-13:
             break
+        t = t + 1 if (ahead - w) @ (w - before) <= 0 else 0
+        ahead = w + t / (t + 3) * (w - before)
     return w
 
 

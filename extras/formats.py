@@ -68,11 +68,8 @@ def read_source(args):
         causes = "; ".join(f"{cause}: {len(places)}" for cause, places in dropped.items())
         raise runs.InputError(f"{places[0]}: {cause}: {lost} of {len(table)} rows, more than one in twenty, cannot be "
                               f"used ({causes}): {columns}")
-    labelled = sum(map(is_labelled, rows))
-    if args.seed_size and not labelled and not chats:
+    if args.seed_size and not chats and not any(map(is_labelled, rows)):
         raise runs.InputError(f"{args.source}: no row is labelled, for --seed-size {args.seed_size}: {columns}")
-    if name == "strings that repeat the prompt":
-        counts["prompts cut off both answers"] = labelled
     if unread := [key for key in found if key not in READ and not (chats and key == "messages")]:
         counts["columns not read"] = unread
     return rows, {"rows read": len(table), "format": name, **counts}

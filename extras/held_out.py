@@ -3,9 +3,9 @@
     Distance: the mean of KL[pi(. | x, y_<t) || pi_init(. | x, y_<t)] over the tokens of the model's own responses, and
     the share of tokens to which pi_init gives less than 1e-4. Far from pi_init, its log-probs say little about a text,
     and so does Eq. 7, which compares with them.
-    Agreement: p(y_w > y_l | x) of Eq. 7, with the evaluated model in the place of pi_{t-1}, on rows of eval.jsonl that
-    have chosen and rejected. SPA labels by this implicit reward: once it is right no more often than the longer
-    response or the likelihood under pi_init, D_t teaches nothing.
+    Agreement: how often Eq. 7, with the evaluated model in the place of pi_{t-1}, prefers the chosen response of the
+    rows of eval.jsonl that have chosen and rejected. SPA labels by this implicit reward: once it is right no more often
+    than the longer response or the likelihood under pi_init, D_t teaches nothing.
 """
 
 import numpy as np
@@ -13,24 +13,13 @@ import torch
 import torch.nn.functional as F
 
 import common
-from extras.alpaca_eval import sigmoid, win_rate
+from extras.alpaca_eval import win_rate
 from support import model_checks, models, records
 
 
 def agreement(margin):
     """(percent of pairs with a positive margin, a zero counting half; its standard error, None for one pair). (n,)"""
     return win_rate((np.sign(margin) + 1) / 2)
-
-
-def calibration(p, bins=10):
-    """For each tenth of the confidence max(p, 1 - p), from 0.5 to 1: [mean confidence, percent right, pairs].
-
-    p: (n,), of the preferred response over the other one. A bin without pairs has [None, None, 0].
-    """
-    confidence = np.maximum(p, 1 - p)
-    index = np.minimum((2 * bins * (confidence - 0.5)).astype(int), bins - 1)
-    found = [(confidence[index == k], p[index == k] > 0.5) for k in range(bins)]
-    return [[float(c.mean()), 100 * float(right.mean()), len(c)] if len(c) else [None, None, 0] for c, right in found]
 
 
 @torch.no_grad()
@@ -90,12 +79,10 @@ def evaluate(args, sampler, rows, prompts, responses, work):
         scores = common.score(common.ResponseLogps(model), pairs, args.micro_batch_size, work, sampler.ranks, label)
         return np.array([logps for logps, _ in scores]) @ [1, -1]
 
-    ours = log_ratio(sampler.model, "scoring held-out labels")
     theirs = log_ratio(init, "scoring with pi_init")
+    margin = log_ratio(sampler.model, "scoring held-out labels") - theirs  # of Eq. 7, but for beta, a positive factor
     metrics |= {"agreement_n": len(pairs), "longer_agreement": agreement(longer)[0],
                 "init_agreement": agreement(theirs)[0]}
-    margin = args.beta * (ours - theirs)
     if margin.any():  # else it is pi_init itself
         metrics["agreement"], metrics["agreement_error"] = agreement(margin)
-        metrics["calibration"] = calibration(sigmoid(margin))
     return metrics

@@ -6,7 +6,7 @@
             reward      a reward model, which scores each response by itself
             llm         LLM-as-judge (Table 2, App. B.2), asked in both orders of a pair, so that position bias cancels;
                         with --llm-order first in one, as App. B.2 does
-            gold        labels from outside, for the 100 % rows
+            gold        the small world's gold judge, for the 100 % rows
 
     python 03_judge.py --judge llm --judge-model judge --input responses_1.jsonl --output preferences_1.jsonl
 
@@ -15,6 +15,7 @@ response, and the fields to store with its label ("scores", or "options" of llm,
 """
 
 import itertools
+from array import array
 
 import numpy as np
 import torch
@@ -38,8 +39,7 @@ def parse_args(parser):
     add("--judge-model", help="--judge llm: what 00_sft.py trained on judge_sft.jsonl of 00_inputs.py")
     add("--llm-order", choices=("both", "first"), default="both",
         help="--judge llm: both orders of a pair, or the order of sampling alone")
-    add("--gold", help="--judge gold: gold.json of the small world, or JSON Lines (.jsonl) of id, label: "
-        "1 or 2, the better response")
+    add("--gold", help="--judge gold: gold.json of the small world")
     args = parser.parse_args()
     if args.judge not in NEEDS:
         parser.error(f"--judge {args.judge} is none of {', '.join(NEEDS)}")
@@ -155,27 +155,22 @@ def judge_llm(rows, args, work, ranks):
     """
     tokenizer = chat.load_tokenizer(args.judge_model)
     model = models.load_model(args.judge_model, ranks.device, common.scoring_dtype(ranks.device))
-    before, logps = before_listing_1(rows), common.ResponseLogps(model)
+    before = before_listing_1(rows)
     opening, letters = letter_ids(args.judge_model, tokenizer, before)
     orders = itertools.permutations if args.llm_order == "both" else itertools.combinations
-
-    def pairs(row):
-        return orders(range(len(row["responses"])), 2)
-
-    def question(row, one, two):
-        messages = judging_prompt(row["prompt"], *(row["responses"][k]["text"] for k in (one, two)), before)
-        ids = chat.prompt_ids(tokenizer, messages, f"{args.input}, id {row['id']}") + opening
-        model_checks.check_limits(args.input, [(row["id"], ids, letters)], model, "02's --max-new-tokens")
-        return ids
-
-    @torch.no_grad()
-    def compute(batch_rows):
-        asked = [(question(row, one, two), letters) for row in batch_rows for one, two in pairs(row)]
-        batch = common.collate(asked, ranks.device, model.max_shared_length)
-        options = iter(logps(batch).view(-1, 2).tolist())  # (questions, 2): each letter is one token
-        return [[[one, two, *next(options)] for one, two in pairs(row)] for row in batch_rows]
-
-    options = common.map_rows(compute, rows, args.micro_batch_size, work, ranks, "asking the judge")
+    pairs = [list(orders(range(len(row["responses"])), 2)) for row in rows]
+    asked = []  # a row for each question: Listing 1, to which A and B are the responses
+    for row, of_row in zip(rows, pairs):
+        texts = [y["text"] for y in row["responses"]]
+        for one, two in of_row:
+            question = judging_prompt(row["prompt"], texts[one], texts[two], before)
+            ids = array("i", chat.prompt_ids(tokenizer, question, f"{args.input}, id {row['id']}") + opening)
+            asked.append({"id": row["id"], "prompt_ids": ids, "responses": [{"ids": letter} for letter in letters]})
+    model_checks.check_limits(args.input, [(row["id"], row["prompt_ids"], letters) for row in asked], model,
+                              "02's --max-new-tokens")
+    scores = iter(common.score(common.ResponseLogps(model), asked, args.micro_batch_size, work, ranks,
+                               "asking the judge"))
+    options = [[[one, two, *next(scores)[0]] for one, two in of_row] for of_row in pairs]
     rewards = [llm_rewards(len(row["responses"]), of_row) for row, of_row in zip(rows, options, strict=True)]
     return rewards, [{"options": of_row} for of_row in options]
 
@@ -203,24 +198,10 @@ def letter_ids(name, tokenizer, before=()):
     return answers[0][:at], [[ids[at]] for ids in answers]
 
 
-def is_label(value):
-    "1 or 2: which of the two responses is the better one"
-    return value in (1, 2) and type(value) is int
-
-
 def judge_gold(rows, args, work, ranks):
-    """The small world's gold judge, or a file of labels: 1 for the better response, 0 for the other."""
-    if args.gold.endswith(".jsonl"):
-        labelled = records.read_jsonl(args.gold, {"id": records.is_id, "label": is_label})
-        labels = {row["id"]: row["label"] for row in labelled}
-        for row in rows:
-            if row["id"] not in labels or len(row["responses"]) != 2:
-                raise runs.InputError(f"{args.gold}: no label for id {row['id']} of {args.input} and its "
-                                      f"{len(row['responses'])} responses: give each prompt of two a label")
-        scores = [[float(labels[row["id"]] == k) for k in (1, 2)] for row in rows]
-    else:
-        gold = read_gold(args.gold)
-        scores = [[gold_score(gold, row["prompt"], y["text"]) for y in row["responses"]] for row in rows]
+    """The small world's gold judge."""
+    gold = read_gold(args.gold)
+    scores = [[gold_score(gold, row["prompt"], y["text"]) for y in row["responses"]] for row in rows]
     return scores, [{"scores": of_row} for of_row in scores]
 
 

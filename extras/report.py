@@ -2,7 +2,7 @@
 
 Each path is a metrics file (*.args.json is passed over) or a folder that `sample` wrote, in the order of the table's
 rows. AlpacaEval's and MT-Bench's metrics of one --name share a row. Writes
-    table.md    Table 1 with its columns in the paper's order; agreement with held-out labels and its calibration;
+    table.md    Table 1 with its columns in the paper's order; agreement with held-out labels;
                 Figure 3, by iteration, of names like "SPA, iteration 2"; Figure 5a, MT-Bench by category
     samples.md  the first prompts with each model's response, where the folders have responses
     report.svg  Figure 3: win rates by iteration with their standard errors; the win rate against the KL from pi_init;
@@ -10,7 +10,6 @@ rows. AlpacaEval's and MT-Bench's metrics of one --name share a row. Writes
 """
 
 import html
-import itertools
 import math
 import re
 import textwrap
@@ -23,12 +22,15 @@ from support import records, runs
 COLUMNS = {"gold_labels": "Gold labels", "length_controlled_winrate": "LC win rate (%)", "win_rate": "Win rate (%)",
            "mt_bench": "MT-Bench (1-10)", "mt_bench_turn_1": "First turn", "mt_bench_turn_2": "Second turn",
            "avg_length": "Mean length (chars)", "judge_accuracy": "Judge accuracy (%)", "malformed": "Malformed (%)",
-           "eos_rate": "EOS (%)", "agreement": "Held-out agreement (%)", "kl_per_token": "KL per token",
+           "eos_rate": "EOS (%)", "kl_per_token": "KL per token",
            "improbable": "Improbable tokens (%)"}  # the first four in the order of Table 1
+AGREEMENT = {"agreement": "Eq. 7", "agreement_error": "Standard error", "longer_agreement": "The longer response",
+             "init_agreement": "Likelihood under pi_init", "agreement_n": "Pairs"}  # see extras/held_out.py
 ERRORS = {"length_controlled_winrate": "lc_standard_error", "win_rate": "standard_error"}
 PANELS = [("win_rate", None), ("win_rate", "kl_per_token"), ("length_controlled_winrate", None),
           ("judge_accuracy", None)]  # (a metric, the horizontal axis: None for the iteration)
 COLORS = ["#1f77b4", "#d62728", "#1b7f3b", "#b35900", "#7b4fa8", "#8c564b", "#b8449a", "#666666"]
+DASHES = ' stroke-dasharray="7 5"'
 PLOT = 220  # pixels: the width of a panel's plot
 
 
@@ -80,57 +82,41 @@ def table(head, rows):
     return "".join("| " + " | ".join(line) + " |\n" for line in zip(*columns))
 
 
-def iteration_of(name):
-    """("SPA", 2) of "SPA, iteration 2 (pi_2)"; (name, None) of a name without an iteration."""
-    found = re.fullmatch(r"(.+?),? iteration (\d{1,9})\b.*", name)
-    return (found[1], int(found[2])) if found else (name, None)
-
-
 def curves(rows):
-    """({method: {iteration: row}}, the other rows). One row with "(pi_0)" in its name is every method's iteration 0."""
+    """[(method, {iteration: row}), ..., (name, {None: row}), ...]: methods, then the rows without an iteration.
+
+    "SPA, iteration 2 (pi_2)" is one of SPA. One row with "(pi_0)" in its name is every method's iteration 0.
+    """
     methods, others = {}, []
     for row in rows:
-        method, t = iteration_of(row["name"])
-        if t is None:
-            others.append(row)
+        found = re.fullmatch(r"(.+?),? iteration (\d{1,9})\b.*", row["name"])
+        if found:
+            methods.setdefault(found[1], {})[int(found[2])] = row
         else:
-            methods.setdefault(method, {})[t] = row
-    starts = [row for row in others if re.search(r"\([^()]*\bpi_0\b[^()]*\)", row["name"])]
+            others.append((row["name"], {None: row}))
+    starts = [other for other in others if re.search(r"\([^()]*\bpi_0\b[^()]*\)", other[0])]
     if methods and len(starts) == 1:
-        methods = {method: {0: starts[0]} | line for method, line in methods.items()}
-        others = [row for row in others if row is not starts[0]]
-    return methods, others
+        methods = {method: {0: starts[0][1][None]} | line for method, line in methods.items()}
+        others.remove(starts[0])
+    return [*methods.items(), *others]
 
 
 def tables(metrics):
     """Table 1, agreement, Figure 3 by iteration and Figure 5a by category, each where there are metrics for it."""
-    found = [(["Model", *COLUMNS.values()], [[row["name"], *map(row.get, COLUMNS)] for row in metrics])]
-    found += agreement_tables(metrics)
+    found = [(["Model", *COLUMNS.values()], [[row["name"], *map(row.get, COLUMNS)] for row in metrics]),
+             (["Agreement with held-out labels (%)", *AGREEMENT.values()],
+              [[row["name"], *map(row.get, AGREEMENT)] for row in metrics if "agreement_n" in row])]
     for key in ("length_controlled_winrate", "win_rate", "mt_bench"):
-        lines, _ = curves([row for row in metrics if row.get(key) is not None])
-        iterations = sorted({t for line in lines.values() for t in line})
-        rows = [[method, *(line.get(t, {}).get(key) for t in iterations)] for method, line in lines.items()]
+        known = curves([row for row in metrics if row.get(key) is not None])
+        lines = [(method, line) for method, line in known if None not in line]
+        iterations = sorted({t for _, line in lines for t in line})
+        rows = [[method, *(line.get(t, {}).get(key) for t in iterations)] for method, line in lines]
         found.append(([f"{COLUMNS[key]} by iteration", *map(str, iterations)], rows))
     rated = [row for row in metrics if "mt_bench_categories" in row]
     categories = sorted({name for row in rated for name in row["mt_bench_categories"]}, key=category_order)
     rows = [[row["name"], *map(row["mt_bench_categories"].get, categories)] for row in rated]
     found.append((["MT-Bench by category", *categories], rows))
     return "\n".join(table(head, rows) for head, rows in found if rows)
-
-
-def agreement_tables(metrics):
-    """[(head, rows)] of agreement with held-out labels and of its calibration, see extras/held_out.py."""
-    labelled = [row for row in metrics if "agreement_n" in row]
-    rates = [[row["name"], f"{row['agreement']:.2f} ± {row['agreement_error'] or 0:.2f}", row["agreement_n"]]
-             for row in labelled if "agreement" in row]
-    for name, key in (("the longer response", "longer_agreement"), ("likelihood under pi_init", "init_agreement")):
-        rates += dict.fromkeys((name, f"{row[key]:.2f}", row["agreement_n"]) for row in labelled)
-    bins = [f"{50 + 5 * k}-{55 + 5 * k} %" for k in range(10)]
-    calibrated = [[row["name"], *(f"{right:.0f} at {100 * confidence:.0f} ({n})" if n else None
-                                  for confidence, right, n in row["calibration"])]
-                  for row in labelled if "calibration" in row]
-    return [(["Agreement with held-out labels", "%", "Pairs"], rates),
-            (["Percent right (pairs) at a confidence of", *bins], calibrated)]
 
 
 def samples(with_responses, count=3):
@@ -147,74 +133,64 @@ def samples(with_responses, count=3):
 
 def figure(metrics):
     """Figure 3 and what explains it, as SVG: PANELS, side by side, as far as there are metrics for them."""
-    methods, others = curves(metrics)
-    names = [*methods, *(row["name"] for row in others), *(iteration_of(row["name"])[0] for row in metrics)]
-    colors = dict(zip(dict.fromkeys(names), itertools.cycle(COLORS)))
-    # in lines that fit beside a plot; a name that stands beside the first plot is left out of the others
-    unnamed = {name: textwrap.wrap(name, 20, max_lines=3, placeholder=" ...") or [name] for name in colors}
-    parts, left, top, right, height = [], 0, 0, PLOT, max(260, 15 * sum(map(len, unnamed.values())))
+    parts, left, height, colors = [], 0, max(260, 30 * len(curves(metrics))), {}
     for key, against in PANELS:
         rows = [row for row in metrics if all(row.get(name) is not None for name in (key, against or key))]
         # where length does not matter, the LC win rate is the win rate once more
         if any(key != "length_controlled_winrate" or abs(row[key] - row.get("win_rate", -1)) >= 1 for row in rows):
-            elements, ends = panel(rows, key, against, colors, height)
-            ends = [(y, unnamed.pop(name), colors[name]) for y, name in ends if name in unnamed]
-            width = PLOT + 70 + max((10 + 7 * len(line) for _, words, _ in ends for line in words), default=0)
-            if left + width > 1020:
-                left, top = 0, top + height + 90
-            parts += [f'<g transform="translate({left} {top})">', *elements, *beside(ends, height), "</g>"]
+            elements, width = panel(rows, key, against, colors, height)
+            parts += [f'<g transform="translate({left} 0)">', *elements, "</g>"]
             left += width
-            right = max(right, left)
-    size = f'width="{right}" height="{top + height + 90}"'
-    return (f'<svg xmlns="http://www.w3.org/2000/svg" {size} viewBox="0 0 {right} {top + height + 90}" '
-            'font-family="sans-serif" font-size="13">\n'
-            f'<rect {size} fill="white"/>\n' + "\n".join(parts) + "\n</svg>\n")
+    size = f'width="{left}" height="{height + 90}"'
+    return "\n".join([f'<svg xmlns="http://www.w3.org/2000/svg" {size} viewBox="0 0 {left} {height + 90}" '
+                      f'font-family="sans-serif" font-size="13">\n<rect {size} fill="white"/>', *parts, "</svg>\n"])
 
 
 def panel(rows, key, against, colors, height):
-    """(SVG elements, [(pixels from the top, name) of each line's end]): `key` against another metric; None: iteration.
+    """(SVG elements, width): `key` by iteration, or against another metric.
 
     A method has a curve through its iterations; another model has a dashed line, and a point against another metric.
+    colors: {name: color} of the panels before. A name that is not among them is added, and written beside the plot.
     """
-    methods, others = curves(rows)
-    ends = [row[key] + sign * (row.get(ERRORS.get(key)) or 0) for row in rows for sign in (-1, 1)]
-    values = [row[against] for row in rows] if against else [t for line in methods.values() for t in line]
-    ticks, levels = axis([0, *values], 0.001 if against else 1), axis(ends, 5)
+    def bar(row):  # the ends of its error bar
+        error = row.get(ERRORS.get(key)) or 0
+        return row[key] - error, row[key] + error
 
-    def x(value):
-        return 60 + (PLOT - 20) * (value - ticks[0]) / (ticks[-1] - ticks[0])
-
-    def y(value):
-        return 35 + height * (levels[-1] - value) / (levels[-1] - levels[0])  # counted from the top
-
-    def path(points, color, style='stroke-width="2"'):  # points: [(pixels from the left, value)]
-        d = " L".join(f"{at:.1f},{y(value):.1f}" for at, value in points)
-        return f'<path d="M{d}" stroke="{color}" fill="none" {style}/>'
-
+    lines, names = curves(rows), []
+    values = [row[against] for row in rows] if against else [t for _, line in lines for t in line if t is not None]
+    ticks, x = axis([0, *values], 0.001 if against else 1, 60, 40 + PLOT)
+    levels, y = axis([end for row in rows for end in bar(row)], 5, 35 + height, 35)  # counted from the top
     across = COLUMNS[against] if against else "Iteration (0: pi_0)" if 0 in values else "Iteration"
     parts = [label(50, 20, COLUMNS[key], "start", 'font-weight="bold"'), label(50 + PLOT / 2, height + 78, across)]
     parts += [label(x(tick), height + 55, f"{tick:.9g}") for tick in ticks]
     for level in levels:
-        parts += [path([(50, level), (50 + PLOT, level)], "#ddd", ""), label(42, y(level) + 4, f"{level:.9g}", "end")]
-    lines = [(method, [(x(row[against] if against else t), row) for t, row in sorted(line.items())], False)
-             for method, line in methods.items()]
-    lines += [(row["name"], [(x(row[against]), row)] if against else [(50, row), (50 + PLOT, row)], not against)
-              for row in others]
-    for name, points, is_dashed in lines:
-        style = 'stroke-width="2"' + ' stroke-dasharray="7 5"' * is_dashed
-        parts.append(path([(at, row[key]) for at, row in points], colors[name], style))
+        parts += [f'<path d="M50,{y(level):.1f} H{50 + PLOT}" stroke="#ddd"/>',
+                  label(42, y(level) + 4, f"{level:.9g}", "end")]
+    for name, line in lines:
+        is_dashed, is_new = None in line and not against, name not in colors
+        color = colors.setdefault(name, COLORS[len(colors) % len(COLORS)])
+        style = f'stroke="{color}" fill="none" stroke-width="2"'
+        if is_dashed:
+            points = [(50, line[None]), (50 + PLOT, line[None])]
+        else:
+            points = [(x(row[against] if against else t), row) for t, row in sorted(line.items())]
+        d = " L".join(f"{at:.1f},{y(row[key]):.1f}" for at, row in points)
+        parts.append(f'<path d="M{d}" {style}{DASHES * is_dashed}/>')
         for at, row in points[is_dashed:]:
-            value, error = row[key], row.get(ERRORS.get(key)) or 0
-            parts.append(path([(at, value - error), (at, value + error)], colors[name]))
+            low, high = map(y, bar(row))
+            parts.append(f'<path d="M{at:.1f},{low:.1f} V{high:.1f}" {style}/>')
             if not is_dashed:
-                parts.append(f'<circle cx="{at:.1f}" cy="{y(value):.1f}" r="4" fill="{colors[name]}"/>')
-    return parts, [(y(points[-1][1][key]), name) for name, points, _ in lines]
+                parts.append(f'<circle cx="{at:.1f}" cy="{y(row[key]):.1f}" r="4" fill="{color}"/>')
+        if is_new:
+            names.append((y(points[-1][1][key]), name, color))
+    return parts + beside(names, height), PLOT + 70 + 170 * bool(names)
 
 
-def beside(ends, height):
-    """The names of lines at their right ends, moved where they would overlap. ends: [(y, the name in lines, color)]"""
-    parts, top, left = [], 35, 15 * sum(len(words) for _, words, _ in ends)
-    for y, words, color in sorted(ends):
+def beside(names, height):
+    """Labels at the right ends of lines, moved where they would overlap. names: [(y, name, color)]"""
+    wrapped = [(y, textwrap.wrap(name, 25, max_lines=2, placeholder=" ..."), color) for y, name, color in sorted(names)]
+    parts, top, left = [], 35, 15 * sum(len(words) for _, words, _ in wrapped)
+    for y, words, color in wrapped:
         top = min(max(top, y - 7.5 * len(words)), 35 + height - left)
         for line in words:
             top, left = top + 15, left - 15
@@ -222,14 +198,18 @@ def beside(ends, height):
     return parts
 
 
-def axis(values, least):
-    """Ticks that enclose the values, some five: multiples of 1, 2 or 5 times a power of ten, `least` apart or more."""
+def axis(values, least, start, end):
+    """(ticks that enclose the values, a function of a value: its pixels between start and end).
+
+    Some five ticks, at multiples of 1, 2 or 5 times a power of ten, `least` apart or more.
+    """
     low, high = min(values), max(values)
     wanted = max(least, high / 5 - low / 5)
     power = 10.0 ** math.floor(math.log10(wanted))
     step = next(m * power for m in (1, 2, 5, 10) if m * power >= wanted)
     first = math.floor(low / step)
-    return [k * step for k in range(first, max(first + 1, math.ceil(high / step)) + 1)]
+    ticks = [k * step for k in range(first, max(first + 1, math.ceil(high / step)) + 1)]
+    return ticks, lambda value: start + (end - start) * (value - ticks[0]) / (ticks[-1] - ticks[0])
 
 
 def label(x, y, words, anchor="middle", style=""):

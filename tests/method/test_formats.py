@@ -22,10 +22,17 @@ def pair(k, **fields):
 
 
 def seed_of(folder, source, size):
-    """({id: row} of a seed of that size, the counts). One prompt more is taken."""
+    """({id: row} of a seed of that size, the counts). source: rows or a file. One prompt more is taken."""
+    if isinstance(source, list):
+        source = write_rows(folder / "mine.jsonl", source)
     output = run("00_inputs", source=source, **sizes(size, 1, 0), output=folder / "out")
     seed = {row["id"]: row for row in records.read_jsonl(output / "seed.jsonl", records.LABELLED)}
     return seed, stages.counts(output)
+
+
+def dropped(counts):
+    """[(why rows are dropped, "COUNT, first PLACE")]"""
+    return [item for item in counts.items() if "dropped (" in item[0]]
 
 
 def talk(k, answer):
@@ -46,6 +53,7 @@ FORMATS = {
     "hh-rlhf, prompt apart": lambda k: {"prompt": f"\n\nHuman: ask {k}\n\nAssistant:", "chosen": f" yes {k}",
                                         "rejected": f" no {k}"},
     "repeated prompts": lambda k: pair(k, chosen=f"ask {k}\nyes {k}", rejected=f"ask {k}\n no {k}"),
+    "hh-rlhf, another column": lambda k: FORMATS["hh-rlhf"](k) | {"question": "How?"},
     "strings and messages": lambda k: FORMATS[["TRL, standard", "TRL, conversational", "TRL, conversational, implicit"]
                                               [k % 3]](k)}
 
@@ -55,14 +63,13 @@ FORMATS = {
 def test_a_format_is_read(tmp_path, name, kind):
     path = write(tmp_path / f"mine.{kind.removesuffix('.gz')}", [*map(FORMATS[name], range(8))])
     if kind == "jsonl.gz":
-        path, plain = tmp_path / "mine.jsonl.gz", path
-        path.write_bytes(gzip.compress(plain.read_bytes()))
-    seed, counts = seed_of(tmp_path, path, 7)
+        path = path.with_suffix(".jsonl.gz")
+        path.write_bytes(gzip.compress((tmp_path / "mine.jsonl").read_bytes()))
+    seed, _ = seed_of(tmp_path, path, 7)
     assert len(seed) == 7
     for k, row in seed.items():
         assert row == {"id": k, "prompt": [user(f"ask {k}")], "chosen": f"yes {k}",
                        "rejected": "yesterday" if "letters" in name else f"no {k}"}
-    assert counts.get("prompts cut off both answers") == (8 if name == "repeated prompts" else None)
 
 
 SYSTEM, *ASKED = TALK
@@ -85,16 +92,16 @@ TURNS = {  # a conversation before the answer
 @pytest.mark.parametrize("name", TURNS)
 def test_earlier_turns_and_the_system_message_are_part_of_the_prompt(tmp_path, name):
     row = {key: value for key, value in pair(0).items() if key != "prompt" or "prompt" in TURNS[name]} | TURNS[name]
-    seed, _ = seed_of(tmp_path, write_rows(tmp_path / "mine.jsonl", [row, MORE]), 1)
+    seed, _ = seed_of(tmp_path, [row, MORE], 1)
     assert list(seed.values()) == [{"id": "0", "prompt": TALK, "chosen": "yes 0", "rejected": "no 0"}]
 
 
 def test_prompts_alone_may_be_transcripts(tmp_path):
     given = [{"prompt": f"\n\nHuman: {k}\n\nAssistant: eel\n\nHuman: another{end}", "answers": ["a"]}
              for k, end in enumerate(["", "\n\nAssistant:", "\n\nAssistant: "])]
-    output = run("00_inputs", source=write_rows(tmp_path / "nectar.jsonl", given), **sizes(0, 2, 1),
+    output = run("00_inputs", source=write_rows(tmp_path / "nectar.jsonl", given), **sizes(0, 3, 0),
                  output=tmp_path / "out")
-    prompts = [row["prompt"] for name in ("prompts_1", "eval") for row in made(output, name)]
+    prompts = [row["prompt"] for row in made(output, "prompts_1")]
     assert sorted(prompt[0]["content"] for prompt in prompts) == ["0", "1", "2"]
     assert all(prompt[1:] == [assistant("eel"), user("another")] for prompt in prompts)
 
@@ -194,10 +201,10 @@ def test_an_answer_that_begins_like_its_prompt_is_left_whole(tmp_path):
              pair(1, prompt="Hi", chosen="Hi you", rejected="Hi there"),  # both repeat it, as no other row does
              pair(2, prompt="Human", chosen="Human: a person", rejected="A robot"),
              *map(pair, range(3, 8)), MORE]
-    seed, counts = seed_of(tmp_path, write_rows(tmp_path / "mine.jsonl", given), 8)
+    seed, counts = seed_of(tmp_path, given, 8)
     assert [(seed[str(k)]["chosen"], seed[str(k)]["rejected"]) for k in range(3)] == [
         ("Hello! How can I help?", "Hello there"), ("Hi you", "Hi there"), ("Human: a person", "A robot")]
-    assert not any("cut off" in name for name in counts)
+    assert counts["format"] == "strings or messages"
 
 
 def code(k, **columns):
@@ -206,7 +213,7 @@ def code(k, **columns):
 
 
 @pytest.mark.parametrize("columns", [
-    {"question": "How?"}, {"instruction": "How?", "input": ""}, {"input": "1, 2"}, {"source": "a forum", "score": 1.5},
+    {"question": "How?"}, {"instruction": "How?", "input": ""}, {"source": "a forum", "score": 1.5},
     {"trajectory": [{"from": "user", "value": "How?"}]}, {"context": {"messages": [user("How?")]}}])
 @pytest.mark.parametrize("shared", [40, 20, 10])  # rows that have the columns, of 40
 def test_a_common_beginning_is_no_prompt_where_it_may_be_in_another_column(tmp_path, columns, shared):
@@ -226,23 +233,13 @@ def test_the_few_rows_whose_prompt_may_be_in_another_column_are_dropped(tmp_path
         assert [said for name, said in counts.items() if "'question'" in name] == [f"1, first {place}"]
 
 
-def test_transcripts_and_messages_have_their_prompt_whatever_other_columns_hold(tmp_path):
-    for name in ("hh-rlhf", "TRL, conversational, implicit", "TRL, standard"):
-        source = write_rows(tmp_path / "mine.jsonl", [FORMATS[name](k) | {"question": "How?"} for k in range(4)])
-        seed, _ = seed_of(tmp_path / name, source, 3)
-        assert all(row["prompt"] == [user(f"ask {k}")] for k, row in seed.items())
-
-
 @pytest.mark.parametrize("name, more, unread", [
     ("TRL, standard", {"system_prompt": "be brief", "history": [], "id": None}, []),
     ("TRL, standard", {"model": "eel", "score": 1}, ["model", "score"]), ("hh-rlhf", {"question": None}, []),
     ("UltraFeedback-binarized", {}, ["prompt_id", "messages", "score_chosen", "score_rejected"])])
 def test_the_summary_names_the_columns_that_are_not_read(tmp_path, name, more, unread):
-    source = write_rows(tmp_path / "mine.jsonl", [FORMATS[name](k) | {"id": k} | (more if k % 2 else {})
-                                                  for k in range(8)])
-    ran = attempt("00_inputs", source=source, **sizes(7, 1, 0), output=tmp_path / "out")
-    counts = stages.counts(tmp_path / "out")
-    assert counts.get("columns not read", []) == unread and all(repr(column) in ran.out for column in unread)
+    _, counts = seed_of(tmp_path, [FORMATS[name](k) | {"id": k} | (more if k % 2 else {}) for k in range(8)], 7)
+    assert counts.get("columns not read", []) == unread
 
 
 HUMAN = "\n\nHuman: ask 0\n\nAssistant:"
@@ -279,15 +276,14 @@ NOTHING_MORE = {"tool_calls": None, "function_call": {"name": None, "arguments":
     # of another format than most
     ("hh-rlhf", pair(40), "not transcripts"),
     ("hh-rlhf", {"chosen": talk(40, "yes"), "rejected": talk(40, "no")}, "not transcripts"),
-    ("repeated prompts", pair(40), "not strings that"),
+    ("repeated prompts", pair(40, chosen="say 40 yes", rejected="say 40 no"), "not strings that"),
     ("repeated prompts", pair(40, chosen="ask 40 yes"), "not strings that"),
     ("repeated prompts", pair(40, chosen="ask 40 yes", rejected="ask 400"), "not strings that")])
 def test_a_row_that_cannot_be_used_is_dropped_counted_and_named(tmp_path, name, row, cause):
-    source = write_rows(tmp_path / "mine.jsonl", [*map(FORMATS[name], range(1, 19)), MORE, row])
-    seed, counts = seed_of(tmp_path, source, 18)
+    seed, counts = seed_of(tmp_path, [*map(FORMATS[name], range(1, 19)), MORE, row], 18)
     assert len(seed) == 18 and counts["rows read"] == 20
-    [(found, said)] = [item for item in counts.items() if "dropped (" in item[0]]
-    assert cause in found and said == f"1, first {source}:20"
+    [(found, said)] = dropped(counts)
+    assert cause in found and said == f"1, first {tmp_path}/mine.jsonl:20"
 
 
 def turns_with(fields):
@@ -301,9 +297,9 @@ def turns_with(fields):
 def test_a_message_that_is_more_than_text_is_dropped_counted_and_named(tmp_path, name):
     rows = turns_with({name: MORE_THAN_TEXT[name]})
     rows += [pair(0, chosen=[{"role": "assistant", "content": None, name: MORE_THAN_TEXT[name]}])]
-    _, counts = seed_of(tmp_path, write_rows(tmp_path / "mine.jsonl", [*rows, *map(pair, range(1, 150)), MORE]), 149)
-    [(cause, said)] = [item for item in counts.items() if "dropped (" in item[0]]
-    assert f'"{name}"' in cause and said == f"{len(rows)}, first {tmp_path / 'mine.jsonl'}:1"
+    _, counts = seed_of(tmp_path, [*rows, *map(pair, range(1, 150)), MORE], 149)
+    [(cause, said)] = dropped(counts)
+    assert f'"{name}"' in cause and said == f"{len(rows)}, first {tmp_path}/mine.jsonl:1"
 
 
 @pytest.mark.parametrize("name", MORE_THAN_TEXT)
@@ -330,7 +326,7 @@ def test_fields_that_say_nothing_are_left_out(tmp_path, kind):
     seed, counts = seed_of(tmp_path, write(tmp_path / f"mine.{kind}", given), 1)
     assert seed == {"0": {"id": "0", "prompt": [user("ask 0")], "chosen": "yes 0", "rejected": "no 0"}}
     assert made(tmp_path / "out", "prompts_1") == [{"id": "1", "prompt": [user("more")]}]
-    assert not any("dropped (" in name for name in counts)
+    assert not dropped(counts)
 
 
 def test_more_than_one_row_in_twenty_that_cannot_be_used_stop(tmp_path):
@@ -342,17 +338,13 @@ def test_more_than_one_row_in_twenty_that_cannot_be_used_stop(tmp_path):
     assert f"{source}:1: " in line and "3 of 41" in line and '"chosen": 2' in line and "equal: 1" in line
 
 
-OTHERS = {
-    "HelpSteer": dict(prompt="a", response="b", helpfulness=3, correctness=4),
-    "orca_dpo_pairs": dict(system="s", question="a", chosen="b", rejected="c")}
-
-
-@pytest.mark.parametrize("name", OTHERS)
-def test_another_file_is_refused_with_the_columns_found_and_wanted(tmp_path, name):
-    source = write_rows(tmp_path / "other.jsonl", [OTHERS[name]] * 30)
+@pytest.mark.parametrize("row", [dict(prompt="a", response="b", helpfulness=3),  # HelpSteer's, orca_dpo_pairs'
+                                 dict(system="s", question="a", chosen="b", rejected="c")])
+def test_another_file_is_refused_with_the_columns_found_and_wanted(tmp_path, row):
+    source = write_rows(tmp_path / "other.jsonl", [row] * 30)
     line = refused("00_inputs", source=source, **sizes(2, 2, 0), output=tmp_path / "out")
     found, wanted = line.split("columns found: ")[1].split("wanted: ")
-    assert str(source) in line and all(column in found for column in OTHERS[name])
+    assert str(source) in line and all(column in found for column in row)
     assert all(column in wanted for column in ("prompt", "chosen", "rejected"))
 
 

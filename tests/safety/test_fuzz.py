@@ -25,9 +25,9 @@ from extras.small_world import gold_score, read_gold
 from support import chat, records, runs
 
 FILES = int(os.environ.get("FUZZ", 150))  # damaged files of each kind
-KINDS = ["seed.jsonl", "sft.jsonl", "preferences.jsonl", "responses.jsonl", "labels.jsonl", "gold.json", "mine.jsonl",
-         "base.json", "annotations.json", "df_gamed.csv", "judge.txt", "questions.jsonl", "model.jsonl",
-         "judge_prompts.jsonl", "metrics.json", "chat.jinja"]
+KINDS = ["seed.jsonl", "sft.jsonl", "preferences.jsonl", "responses.jsonl", "gold.json", "mine.jsonl", "base.json",
+         "annotations.json", "df_gamed.csv", "judge.txt", "questions.jsonl", "model.jsonl", "judge_prompts.jsonl",
+         "metrics.json", "chat.jinja"]
 TALK = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "my lid is broken ."}]
 DEEP, HUGE = "[" * 5000 + "]" * 5000, "9" * 400
 LONG = "x" * 3_000_000
@@ -126,7 +126,6 @@ def files(world, tokenizer, tmp_path_factory):
     asked = {"prompt": TALK, "prompt_ids": [5, 6]}
     lines("responses", *({"id": k, **asked, "responses": [one, two]} for k in range(3)))
     lines("preferences", *({"id": f"p{k}", **asked, "chosen": one, "rejected": two, "p": 0.7} for k in range(3)))
-    lines("labels", *({"id": k, "label": 1 + k % 2} for k in range(3)))
     as_json("gold", {"lid": {"we fix it .": 1, "no .": -1}})
     lines("mine", {"id": "a", "prompt": "a", "chosen": "b", "rejected": "c"}, {"prompt": "q"},
           {"prompt": TALK, "chosen": TALK + [{"role": "assistant", "content": "y"}], "rejected": "z"})
@@ -186,8 +185,7 @@ def kinds(files, tokenizer, pi_0):
         "sft.jsonl": reader(stages.load("00_sft").read_examples, pi_0, tokenizer),
         "preferences.jsonl": reader(records.read_pairs, pi_0, tokenizer, records.PREFERENCES, records.LABELLED,
                                     several=True),
-        "responses.jsonl": stage("03_judge", "input", files, judge="gold", gold=files / "labels.jsonl"),
-        "labels.jsonl": stage("03_judge", "gold", files, judge="gold", input=files / "responses.jsonl"),
+        "responses.jsonl": stage("03_judge", "input", files, judge="gold", gold=files / "gold.json"),
         "gold.json": lambda path: gold_score(read_gold(path), TALK, "we fix it . no ."),
         "mine.jsonl": stage("00_inputs", "source", files, seed_size=1, prompt_sizes=[1], eval_size=0),
         "base.json": lambda path: alpaca_eval.read_pairs(path, files / "ours.json"),
