@@ -1,29 +1,15 @@
 """AlpacaEval 2.0 (Section 5.1), in the official tool's own files: each can come from that tool and go to it.
 
-    hf download --repo-type dataset --local-dir . tatsu-lab/alpaca_eval alpaca_eval_gpt4_baseline.json df_gamed.csv
-    python 05_eval.py alpaca-sample --model pi_3 --instructions alpaca_eval_gpt4_baseline.json --output outputs.json
-    python 05_eval.py alpaca-judge outputs.json --baseline alpaca_eval_gpt4_baseline.json --output annotations.json \\
-        --judge-template alpaca_eval_clf.txt --judge-url https://api.openai.com/v1 --judge-model gpt-4-1106-preview
-    python 05_eval.py alpaca-score annotations.json --df-gamed df_gamed.csv --name "SPA, iteration 3" --output pi_3.json
+The commands alpaca-sample, -judge and -score of 05_eval.py, and the official tool's, are in extras/README.md (Scores).
 
 outputs.json      [{"dataset", "instruction", "output", "generator"}]
 annotations.json  [{"dataset", "instruction", "output_1", "generator_1" (the baseline's), "output_2", "generator_2"
                   (the model's), "annotator", "preference": 1 the baseline, 2 the model, null missing}]; also gzipped
 
-alpaca_eval_clf.txt is in the alpaca_eval package. The judge is an OpenAI-compatible endpoint that gives log-probs, such
-as `vllm serve` of a model of your own. The key is read from OPENAI_API_KEY and written nowhere. Answers are kept as
-they come: after a stop, failed requests or --max-requests the same command resumes. A pair that the judge would always
-refuse (HTTP 400, no content, a content filter) has the preference null, and so has one of which neither m nor M is
-likely, but where this is so of the first five, the command ends.
-
-The official tool, `pip install alpaca_eval==0.6.6 "setuptools<81"`, gives these outputs to the judge by itself, and
-scores these annotations; it takes df_gamed.csv from the Hub. alpaca-score reads what it writes:
-
-    alpaca_eval --model_outputs outputs.json --reference_outputs alpaca_eval_gpt4_baseline.json --output_path official
-    python -c "import json, alpaca_eval.metrics as metrics; print(metrics.get_length_controlled_winrate( \\
-        json.load(open('annotations.json')), save_weights_dir=None))"
-    python 05_eval.py alpaca-score official/weighted_alpaca_eval_gpt4_turbo/annotations.json --df-gamed df_gamed.csv \\
-        --name "SPA, iteration 3" --output official.json
+The judge is an OpenAI-compatible endpoint that gives log-probs. Answers are kept as they come: after a stop, failed
+requests or --max-requests the same command resumes. A pair that the judge would always refuse (HTTP 400, no content, a
+content filter) has the preference null, and so has one of which neither m nor M is likely, but where this is so of the
+first five, the command ends.
 
 Departs from the official tool: the L1 penalty of the LC win rate is fixed at 1/10, not cross-validated (on eight models
 of the leaderboard it differs by up to 0.08 points, all else by 1e-6); the order of the two outputs comes from other

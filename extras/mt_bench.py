@@ -1,27 +1,13 @@
 """MT-Bench (Section 5.1), in FastChat's own files: each can come from FastChat and go to it.
 
-    python 05_eval.py mt-sample --model pi_3 --questions question.jsonl --name spa_3 --output mt_bench
-    python 05_eval.py mt-judge mt_bench/model_answer/spa_3.jsonl --questions question.jsonl \\
-        --judge-prompts judge_prompts.jsonl --reference-answers reference_answer/gpt-4.jsonl \\
-        --judge-url https://api.openai.com/v1 --judge-model gpt-4 --name "SPA, iteration 3" --output mt_bench
-
-question.jsonl, judge_prompts.jsonl and the reference answers are in FastChat (fastchat/llm_judge/data). Written in the
-folder mt_bench:
+The commands mt-sample and mt-judge of 05_eval.py, and FastChat's, are in extras/README.md (Scores). With --output
+mt_bench, --name spa_3 and gpt-4 as the judge they write in the folder mt_bench
     model_answer/spa_3.jsonl           {"question_id", "answer_id", "model_id", "choices", "tstamp"}
     model_judgment/gpt-4_single.jsonl  {"question_id", "model", "judge", "user_prompt", "judgment", "score", "turn",
                                        "tstamp"} of all models that were judged; this model's older ones are replaced
     model_score/spa_3_gpt-4.json       mean ratings, 1 to 10: of both turns, each turn, each of the eight categories
 A judgment without a rating in 1 to 10 after the judge's thought, if it has one, has the score -1 and is left out of the
-means. It is "$ERROR$" where the judge would always refuse. The judge, its key and how mt-judge resumes are as for
-alpaca-judge (alpaca_eval.py).
-
-FastChat, `pip install fschat==0.2.36 "openai<1" anthropic torch transformers accelerate pandas`, rates these answers
-itself, or takes these ratings and shows the same means. In its fastchat/llm_judge, with the folder mt_bench in it:
-
-    cp -r mt_bench/model_answer data/mt_bench/
-    python -m fastchat.llm_judge.gen_judgment --model-list spa_3 --judge-model gpt-4
-    cp -r mt_bench/model_judgment data/mt_bench/      # instead of the line above
-    python -m fastchat.llm_judge.show_result --judge-model gpt-4
+means. It is "$ERROR$" where the judge would always refuse. mt-judge resumes as alpaca-judge does (alpaca_eval.py).
 
 Departs from FastChat: the prompts of mt-sample come from the tokenizer's chat template, not from FastChat's
 conversation templates, of which some have a system message; an answer ends where the model's positions do. No rating is
