@@ -16,7 +16,6 @@ from packaging.version import Version
 import common
 import dpo
 import gpu
-import growth
 import judging
 import one_pair
 import sampling
@@ -112,15 +111,6 @@ def test_sampling_beside_generate(monkeypatch, capsys):
     assert lines[0].startswith("greedy: ") and "of 8 responses are identical" in lines[0]
     assert [line.split("|")[1].strip() for line in lines[4:]] == [
         "sample_responses", "generate", "generate, static cache", "generate_batch"]
-
-
-def test_growth_reads_and_writes_as_the_stages_do(small):
-    growth.work("files", small, 60)
-    for part in growth.PARTS:
-        growth.work(part, small, 60)
-        if part == "00":
-            (small / "00" / "prompts_1.jsonl").rename(small / "prompts.jsonl")
-    assert sum(1 for _ in open(small / "03")) == 58  # two are the seed's
 
 
 def test_competitors_take_turns(tmp_path):
