@@ -15,9 +15,9 @@ random tokens (log-uniform) and two responses of 20 to 300 each (uniform). What 
 200, or at 300 tokens: after some 156 on average.
 
 The share of the peak counts 6 N operations of the policy for each token, and 2 N of each further forward pass. N is the
-number of weights without the embedding; those of the head count only where a response token is predicted. Attention and
-recomputation are not counted. 04 trains 12 of the 32 layers, which an H100's 80 GB hold: 22 bytes a weight (AdamW 16,
-autocast's copy 2, the reference 4) are 63 GB. The hours scale its time by the operations.
+number of weights of the layers; the head, attention and recomputation are not counted. 04 trains 12 of the 32 layers,
+which an H100's 80 GB hold: 22 bytes a weight (AdamW 16, autocast's copy 2, the reference 4) are 63 GB with embedding
+and head. The hours are those of 32/12 of its time.
 """
 
 import argparse
@@ -51,17 +51,9 @@ EOS = list(range(2, SHAPE["vocab_size"], 200))  # what ends a sampled response
 
 
 def count_weights(config):
-    """(weights of the layers, of the head): what each token passes, and each token that is predicted."""
+    """The weights of the layers, which each token passes."""
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    embedding, head = (layer.weight.numel() for layer in (model.get_input_embeddings(), model.get_output_embeddings()))
-    return model.num_parameters() - embedding - head, head
-
-
-def operations(config, bench, passes):
-    """Of all pairs. passes: 6 for the policy, forward and backward, and 2 for each further forward pass"""
-    body, head = count_weights(config)
-    return passes * (body * bench.tokens + head * bench.response_tokens)
+        return sum(weight.numel() for weight in AutoModelForCausalLM.from_config(config).model.layers.parameters())
 
 
 # ---------------------------------------------------------------------------------------------
@@ -117,9 +109,8 @@ def make_bench(folder, prompts, longest, layers, product, shape):
     rows = [row | {"prompt": "x", "responses": [row["chosen"], row["rejected"]]}
             for row in read_rows(folder / "preferences.jsonl")]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    response_tokens = sum(len(y["ids"]) for row in rows for y in row["responses"])
-    return SimpleNamespace(folder=folder, config=config, prompts=prompts, response_tokens=response_tokens,
-                           tokens=response_tokens + sum(len(row["prompt_ids"]) for row in rows), limit=longest[1],
+    tokens = sum(len(ids) for row in rows for ids in (row["prompt_ids"], row["chosen"]["ids"], row["rejected"]["ids"]))
+    return SimpleNamespace(folder=folder, config=config, prompts=prompts, tokens=tokens, limit=longest[1],
                            layers=layers, product=product, device=common.start_ranks().device)
 
 
@@ -151,7 +142,7 @@ def judge(bench):
         bars, _ = run_timed("03_judge.py", bench, init_model=bench.folder / "init", input=bench.folder / "rows.jsonl",
                             micro_batch_size=16)
     seconds = sum(map(sum, bars))  # pi_{t-1}'s passes, and pi_init's
-    rate = operations(bench.config, bench, 4) / seconds
+    rate = 4 * count_weights(bench.config) * bench.tokens / seconds
     return "16 prompts at a time", bench.prompts / seconds, "pairs/s", rate, seconds
 
 
@@ -160,11 +151,11 @@ def train(bench):
     config.save_pretrained(bench.folder / "model")
     (*_, steps), _ = run_timed("04_refined_dpo.py", bench, input=bench.folder / "rows.jsonl", epochs=2,
                                micro_batch_size=8, gradient_checkpointing=True)
-    timed = steps[len(steps) // 2:]  # the second epoch has each pair once
-    seconds, work, full_work = sum(timed), operations(config, bench, 8), operations(bench.config, bench, 8)
-    setting = (f"{bench.layers} of {bench.config.num_hidden_layers} layers, micro-batches of 8, "
-               f"{seconds / len(timed):.2f} s a step")
-    return setting, bench.tokens / seconds, "tokens/s", work / seconds, seconds * full_work / work
+    timed, layers = steps[len(steps) // 2:], bench.config.num_hidden_layers  # the second epoch has each pair once
+    seconds = sum(timed)
+    setting = f"{bench.layers} of {layers} layers, micro-batches of 8, {seconds / len(timed):.2f} s a step"
+    rate = 8 * count_weights(config) * bench.tokens / seconds
+    return setting, bench.tokens / seconds, "tokens/s", rate, seconds * layers / bench.layers
 
 
 def measure(part, run, sizes, full=None):
@@ -187,9 +178,8 @@ def measure(part, run, sizes, full=None):
     memory = torch.cuda.max_memory_allocated() / 2 ** 30  # 0 without a GPU
     gc.collect()
     torch.cuda.empty_cache()
-    share = f"{rate / full:.0%}" if rate and full else "-"
-    hour = "-" if hours is None else f"{hours:.2f}"
-    return f"| {part} | {setting} | {value} | {share} | {memory:.1f} | {hour} |", rate, hours
+    share, time_of_many = f"{rate / full:.0%}" if rate and full else "-", f"{hours:.2f}" if hours else "-"
+    return f"| {part} | {setting} | {value} | {share} | {memory:.1f} | {time_of_many} |", rate, hours
 
 
 def main():
