@@ -67,10 +67,8 @@ def run_training(script, folder, turns, **options):
 def run_01(folder, turns, **replaced):
     """01, with parts of common.py replaced by what a function makes of them."""
     import common
-    from support import models
     for name, change in replaced.items():
-        module = common if hasattr(common, name) else models
-        setattr(module, name, change(getattr(module, name)))
+        setattr(common, name, change(getattr(common, name)))
     run_training("01_seed_dpo.py", folder, turns, input=folder / "seed.jsonl")
 
 
@@ -81,22 +79,18 @@ def run_04(folder, turns):
 def run_live(folder, turns):
     """01's step that also runs pi_ref, as 04's does."""
     import common
-    from support import models
+    ref = common.ResponseLogps(load(folder / "model").requires_grad_(False))
 
     def with_reference(real):
-        def load_policy(args, ranks):
-            turns.reference = 0.0  # the stored log-probs would not be needed
-            ref = common.ResponseLogps(models.load_model(args.model, ranks.device).requires_grad_(False))
-            model, policy = real(args, ranks)
-
-            def both(batch):
+        class Both(real):
+            def forward(self, batch):
+                turns.reference = 0.0  # the stored log-probs would not be needed
                 with torch.no_grad():
                     ref(batch)
-                return policy(batch)
-            return model, both
-        return load_policy
+                return super().forward(batch)
+        return Both
 
-    run_01(folder, turns, load_policy=with_reference)
+    run_01(folder, turns, ResponseLogps=with_reference)
 
 
 def with_cross_entropy(real):

@@ -38,6 +38,12 @@ def parse_args():
     return parser.parse_args()
 
 
+def gold_margin(gold, pair):
+    """How much more gold likes the chosen response of a row of D_t: below 0 its label is wrong."""
+    chosen, rejected = (gold_score(gold, pair["prompt"], pair[y]["text"]) for y in ("chosen", "rejected"))
+    return chosen - rejected
+
+
 def flags(steps, threshold, window, k_percent, refine_after):
     """Which confidences are below tau, for each step, of whose pairs tau knows nothing yet. steps: [(b,), ...]"""
     latest, flagged = deque(maxlen=window), []
@@ -77,8 +83,7 @@ def main():
     work = runs.open_output(args, "model", "input", "gold")
     gold, worth, certainty = read_gold(args.gold), {}, {}
     for row in runs.read_jsonl(args.input, runs.PROMPTS | runs.PREFERENCES):
-        chosen, rejected = (gold_score(gold, row["prompt"], row[y]["text"]) for y in ("chosen", "rejected"))
-        worth[row["id"]], certainty[row["id"]] = chosen - rejected, max(row["p"], 1 - row["p"])
+        worth[row["id"]], certainty[row["id"]] = gold_margin(gold, row), max(row["p"], 1 - row["p"])
     options = {key: value for key, value in vars(args).items() if key not in ("gold", "output")}
     steps, refined = follow(alpha=0, output=work / "pi", k_percent=K_PERCENT, window=WINDOW, refine_after=REFINE_AFTER,
                             **options)

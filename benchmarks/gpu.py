@@ -99,7 +99,7 @@ def run_timed(script, bench, **options):
     return bars, output
 
 
-def make_bench(folder, prompts, longest, layers, product, shape):
+def make_bench(folder, prompts, longest, shape, **sizes):
     """What a row is measured with. 02 reads seed.jsonl (texts), 03 and 04 read rows.jsonl (the same as token ids)."""
     make_inputs(folder, prompts, longest, hidden_size=8, num_hidden_layers=1)  # this model's weights are not used
     config = MistralConfig(**SHAPE | shape)
@@ -110,8 +110,7 @@ def make_bench(folder, prompts, longest, layers, product, shape):
             for row in read_rows(folder / "preferences.jsonl")]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     tokens = sum(len(ids) for row in rows for ids in (row["prompt_ids"], row["chosen"]["ids"], row["rejected"]["ids"]))
-    return SimpleNamespace(folder=folder, config=config, prompts=prompts, tokens=tokens, limit=longest[1],
-                           layers=layers, product=product, device=common.start_ranks().device)
+    return SimpleNamespace(folder=folder, config=config, prompts=prompts, tokens=tokens, limit=longest[1], **sizes)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -120,19 +119,19 @@ def make_bench(folder, prompts, longest, layers, product, shape):
 
 
 def peak(bench):
-    n, bars = bench.product, []
-    a, b = torch.randn(2, n, n, device=bench.device, dtype=torch.bfloat16)
+    n, bars, device = bench.product, [], common.start_ranks().device
+    a, b = torch.randn(2, n, n, device=device, dtype=torch.bfloat16)
     for _ in Clock(bars, range(33)):
         a @ b
     rate = 2 * n ** 3 * 30 / sum(bars[0][3:])
-    name = torch.cuda.get_device_name() if bench.device.type == "cuda" else "CPU"
+    name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     return f"{n:,} x {n:,}, bf16, on {name}", rate / 1e12, "TFLOP/s", rate, None
 
 
 def sample(bench):
     [batches], output = run_timed("02_generate.py", bench, input=bench.folder / "seed.jsonl", micro_batch_size=64,
                                   max_new_tokens=bench.limit)
-    tokens, seconds = json.loads(runs.args_path(output).read_text())["counts"]["tokens"], sum(batches)
+    tokens, seconds = runs.read_record(output)["counts"]["tokens"], sum(batches)
     setting = f"64 prompts at a time, {tokens / bench.prompts / 2:.0f} tokens a response"
     return setting, tokens / seconds, "tokens/s", None, seconds
 

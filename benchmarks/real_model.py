@@ -15,14 +15,14 @@ Each seed draws other prompts for D_0, X_1, X_2 and for holding out. Its arms ar
 
 import argparse
 import itertools
-import json
 import random
 import statistics
 import sys
 from functools import cache
 from pathlib import Path
 
-from shared import ROOT, cell, command_line, difference, markdown, mean_row, read_rows, run_logged, run_seeds
+from shared import (ROOT, cell, command_line, difference, markdown, mean_row, read_metrics, read_rows, run_logged,
+                    run_seeds)
 
 from extras.report import figure
 from support import runs
@@ -161,7 +161,7 @@ class Seed:
             bigrams = [pair for row in rows for pair in itertools.pairwise(row["response"].split())]
             of_init = found["pi_init"]["sentiments"] if found else sentiments
             wins = [50 + 50 * ((a > b) - (a < b)) for a, b in zip(sentiments, of_init, strict=True)]
-            metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+            metrics = read_metrics(folder)
             found[arm] = {"name": ARMS[arm], "rows": rows, "sentiments": sentiments, "wins": wins,
                           "sentiment": statistics.mean(sentiments), "win_rate": statistics.mean(wins),
                           "length": metrics["avg_length"], "kl_per_token": metrics["kl_per_token"],

@@ -97,7 +97,12 @@ def load(folder):
 
 
 def read_rows(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def read_metrics(folder):
+    """What 05_eval.py says of a model."""
+    return json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
 
 
 # ---------------------------------------------------------------------------------------------

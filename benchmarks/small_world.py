@@ -9,11 +9,10 @@ Data, base model, order of the pairs and samples all follow the seed.
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
-from shared import ROOT, cell, markdown, mean_row, run_logged, run_seeds
+from shared import ROOT, cell, markdown, mean_row, read_metrics, run_logged, run_seeds
 
 from extras.report import figure
 from support import runs
@@ -30,7 +29,7 @@ def run(seed, args):
     run_logged(["bash", ROOT / "run_all.sh", "world"], args.runs / f"world-seed{seed}.log", args.jobs, SEED=str(seed),
                RUNS=str(args.runs), PYTHON=sys.executable)
     evaluated = args.runs / f"world-seed{seed}" / "eval"
-    return {row: json.loads((evaluated / row / "metrics.json").read_text(encoding="utf-8")) for row in ROWS}
+    return {row: read_metrics(evaluated / row) for row in ROWS}
 
 
 def main():

@@ -18,6 +18,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import re
 import runpy
 import shlex
 import statistics
@@ -31,7 +32,7 @@ from datetime import date
 from pathlib import Path
 
 import torch
-from shared import ROOT, command_line, cell, difference, markdown, mean_row
+from shared import ROOT, cell, command_line, difference, markdown, mean_row, read_metrics
 
 from extras.report import figure
 from support import runs
@@ -179,6 +180,9 @@ VARIANTS = {
        NONE | LABELS[labels][0] | ARMS[arm] | dict(after=1) for labels, arm in CELLS}}
 
 
+OWN_OPTIONS = "name", "label-share", "judge", "llm-judge", "llm-order", "refine"  # a row decides these
+
+
 def world_options(seed):
     """{script: [the options of each of its commands]} in run_all.sh, without those that name models or files."""
     # with an LLM as judge: that has all the commands of the default, and trains the judge
@@ -190,17 +194,12 @@ def world_options(seed):
         sys.exit(done.stderr.strip())
     found = defaultdict(list)
     for line in done.stdout.splitlines():
-        _, script, *words = shlex.split(line.split(" --then ")[0])  # the other models are evaluated like the first
-        options = {}
-        for word in words:
-            if word.startswith("--"):
-                values = options[word[2:].replace("-", "_")] = []
-            elif options:  # before the first option: the command of 05_eval.py
-                values.append(word)
-        for key in ("name", "label_share", "judge", "llm_judge", "llm_order", "refine"):
-            options.pop(key, None)
-        found[script].append({key: True if values == [] else values[0] if len(values) == 1 else values
-                              for key, values in options.items() if not any(v.startswith("runs/") for v in values)})
+        _, script, command = line.split(" --then ")[0].split(" ", 2)  # the other models are evaluated like the first
+        found[script].append({})
+        for name, values in re.findall(r"--(\S+)((?: (?!--)\S+)*)", command):
+            values = shlex.split(values)
+            if name not in OWN_OPTIONS and not any(value.startswith("runs/") for value in values):
+                found[script][-1][name.replace("-", "_")] = values[0] if len(values) == 1 else values or True
     return found
 
 
@@ -213,11 +212,11 @@ class Plan:
         self.evaluated = {key: [self.evaluate(row.model) for row in rows] for key, (_, _, rows) in TABLES.items()}
         self.flags = [self.find_flags(t, **lam) for lam in ({}, dict(lam="2")) for t in (1, 2, 3)]
         self.evaluated["6b"] = [self.evaluate(f"{labels}, {arm}/{0 if labels == 'the seed' else 2}")
-                                for labels, arm in CELLS] + self.flags
+                                for labels, arm in CELLS]
 
     def needed(self, keys):
         """The tasks that these tables need, in order."""
-        wanted, left = set(), [output for key in keys for output in self.evaluated[key]]
+        wanted, left = set(), [output for key in keys for output in self.evaluated[key] + self.flags * (key == "6b")]
         while left:
             path = left.pop()
             output = path if path in self.tasks else path.parent
@@ -493,10 +492,6 @@ def parse_args():
     return args
 
 
-def read(path):
-    return json.loads(path.read_text())
-
-
 def main():
     args, started = parse_args(), time.time()
     os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -513,20 +508,19 @@ def main():
 
     blocks = []
     for key in args.table:
+        metrics = [list(map(read_metrics, outputs)) for outputs in zip(*(plan.evaluated[key] for plan in plans))]
+        values = [{metric: [of_seed[metric] for of_seed in of_row] for metric in METRICS} for of_row in metrics]
         if key == "6b":
-            arms = {arm: [read(plan.evaluated["6b"][k] / "metrics.json")["win_rate"] for plan in plans]
-                    for k, arm in enumerate(CELLS)}
-            blocks.append(table_6b(arms, [list(map(read, flags)) for flags in zip(*(plan.flags for plan in plans))]))
+            flags = [[json.loads(path.read_text()) for path in paths] for paths in zip(*(plan.flags for plan in plans))]
+            blocks.append(table_6b({cell: of_cell["win_rate"] for cell, of_cell in zip(CELLS, values)}, flags))
             continue
         rows = TABLES[key][2]
-        metrics = [[read(output / "metrics.json") for output in plan.evaluated[key]] for plan in plans]
-        values = [{metric: [of_row[metric] for of_row in seeds] for metric in METRICS} for seeds in zip(*metrics)]
         blocks.append(block(key, rows, values))
         if key in FIGURES and args.output:
-            drawn = [mean_row(of_row) | {"name": row.label} for row, of_row in zip(rows, zip(*metrics))]
+            drawn = [mean_row(of_row) | {"name": row.label} for row, of_row in zip(rows, metrics)]
             (args.output.parent / f"figure_{key[1:]}.svg").write_text(figure(drawn), encoding="utf-8")
     tasks = list(itertools.chain(*tasks))
-    records = [read(runs.args_path(task.output)) for task in tasks]
+    records = [runs.read_record(task.output) for task in tasks]
     versions = ", ".join(f"{name} {version}" for name, version in records[0]["versions"].items())
     commit = subprocess.run(["git", "-C", str(ROOT), "describe", "--always", "--dirty"], capture_output=True, text=True)
     command = shlex.join(["python", "benchmarks/tables.py", *sys.argv[1:]])

@@ -66,24 +66,22 @@ def test_the_judges_of_table_7(plan):
 
 
 def test_the_arms_of_table_6b_share_what_they_start_from(plan):
-    starts, lambdas, turned, seed = set(), set(), set(), set()
+    pi_1, responses = plan.spa("spa_none", 1), plan.tasks[plan.preferences("spa_none", 2)].options["input"]
+    assert plan.tasks[responses].options["model"] == pi_1
     for labels, arm in tables.CELLS:
         task = plan.tasks[plan.spa(f"{labels}, {arm}", 0 if labels == "the seed" else 2)]
         assert (task.stage == "extras/worst_case_dpo.py") == ("worst case" in arm)
-        lambdas.add((labels == "the seed", task.options.get("lam")))
+        lam = None if "worst case" in arm else "0" if labels == "the seed" else "0.25"
+        assert task.options.get("lam") == lam
         if labels == "the seed":
-            seed.add((task.options["model"], task.options["input"], task.options["epochs"]))
+            assert [task.options[key] for key in ("model", "input", "epochs")] == [
+                plan.pi_init(), plan.data() / "seed.jsonl", "3"]
             continue
-        made = plan.tasks[task.options["input"]]
-        if made.stage == "benchmarks/relabel.py":
-            turned.add(made.options["flip"])
-            made = plan.tasks[made.options["input"]]
-        starts.add((task.options["model"], made.options["input"]))
-    [(model, responses)] = starts
-    assert model == plan.spa("spa_none", 1) and plan.tasks[responses].options["model"] == model
-    assert lambdas == {(False, "0.25"), (True, "0"), (False, None), (True, None)}  # None: the worst case has none
-    assert turned == {0.1, 0.2, 0.3}
-    assert seed == {(plan.pi_init(), plan.data() / "seed.jsonl", "3")}
+        judged = plan.tasks[task.options["input"]]
+        if "turned" in labels:
+            assert judged.options["flip"] == float(labels.split()[0]) / 100
+            judged = plan.tasks[judged.options["input"]]
+        assert (task.options["model"], judged.options["input"]) == (pi_1, responses)
 
 
 def test_what_is_compared_shares_its_prompts_and_its_gold(plan):
