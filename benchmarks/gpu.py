@@ -9,15 +9,13 @@ Prints a Markdown table; what fails is a row that says why. Not run on a GPU yet
     02, 03  sampled tokens and judged pairs a second
     04      the refined step with checkpointing: tokens a second, a prompt counted once for both responses
 
-The stages are run as they are, but a model gets random weights on the GPU instead of 29 GB from the disk, and a trained
-model is not saved. Loading is not timed; of 04 the second epoch is, of 03 the second run. 64 prompts have 20 to 600
-random tokens (log-uniform) and two responses of 20 to 300 each (uniform). What is sampled ends with about one token in
-200, or at 300 tokens: after some 156 on average.
+A model gets random weights on the GPU instead of 29 GB from the disk, and a trained one is not saved. Loading is not
+timed; of 04 the second epoch is, of 03 the second run. 64 prompts have 20 to 600 random tokens (log-uniform) and two
+responses of 20 to 300 (uniform). What is sampled ends with one token in 200: after some 156 on average, 300 at most.
 
-The share of the peak counts 6 N operations of the policy for each token, and 2 N of each further forward pass. N is the
-number of weights of the layers; the head, attention and recomputation are not counted. 04 trains 12 of the 32 layers,
-which an H100's 80 GB hold: 22 bytes a weight (AdamW 16, autocast's copy 2, the reference 4) are 63 GB with embedding
-and head. The hours are those of 32/12 of its time.
+The share of the peak counts 6 N operations of the policy for each token, and 2 N of each further forward pass; N is the
+number of weights of the layers, without embedding and head. 04 trains 12 of the 32 layers, which fit into 80 GB: 22
+bytes a weight (AdamW 16, autocast's copy 2, the reference 4) are 63 GB. The hours are those of 32/12 of its time.
 """
 
 import argparse

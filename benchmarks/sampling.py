@@ -12,10 +12,9 @@ with random weights all tokens are about equally likely, so a response has 95 to
                                   transformers is as old as 5.17 it needs psutil)
 
 First the greedy responses of sample_responses and generate are compared token for token. Then the four run in turn,
---repeats times. Tokens are counted to the end of each response; a ratio is of two runs of the same turn.
+five times, on two threads. Tokens are counted to the end of each response; a ratio is of two runs of the same turn.
 """
 
-import argparse
 import logging
 import statistics
 import sys
@@ -29,6 +28,7 @@ from transformers import ContinuousBatchingConfig, GenerationConfig, LlamaConfig
 import common
 
 VOCABULARY, PROMPTS, BATCH, SAMPLES, TEMPERATURE, LIMIT, GREEDY_LIMIT = 32_000, 32, 16, 2, 0.7, 300, 100
+REPEATS, THREADS = 5, 2
 EOS = range(0, VOCABULARY, 100)
 
 
@@ -121,11 +121,7 @@ def compare_greedy(model, prompts, one, two):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Tokens per second of sample_responses and of transformers.")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=2)
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+    torch.set_num_threads(THREADS)
     logging.disable()  # of continuous batching, which misses psutil
     model, prompts = make_model(), make_prompts(PROMPTS)
     batches = common.length_batches([len(prompt) for prompt in prompts], BATCH)
@@ -141,7 +137,7 @@ def main():
                                                            drawn(cache_implementation="static")),
         "generate_batch": lambda turn: by_generate_batch(model, prompts, drawn())}
     speeds = {name: [] for name in competitors}
-    for turn in range(args.repeats):
+    for turn in range(REPEATS):
         for name in list(competitors)[::(-1) ** turn]:
             torch.manual_seed(turn)
             started = time.perf_counter()

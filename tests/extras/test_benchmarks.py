@@ -105,9 +105,9 @@ def test_judging_beside_the_plain_page(small, monkeypatch):
 @pytest.mark.skipif(not find_spec("psutil") and Version(version("transformers")) < Version("5.24"),
                     reason="continuous batching of this transformers needs psutil")
 def test_sampling_beside_generate(monkeypatch, capsys):
-    for name, value in dict(VOCABULARY=300, PROMPTS=4, BATCH=2, LIMIT=10, GREEDY_LIMIT=10).items():
+    for name, value in dict(VOCABULARY=300, PROMPTS=4, BATCH=2, LIMIT=10, GREEDY_LIMIT=10, REPEATS=1,
+                            THREADS=1).items():
         monkeypatch.setattr(sampling, name, value)
-    monkeypatch.setattr(sys, "argv", ["sampling.py", "--repeats", "1", "--threads", "1"])
     try:
         sampling.main()
     finally:

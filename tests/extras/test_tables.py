@@ -48,6 +48,7 @@ def test_what_tables_share_is_made_once_and_a_table_runs_only_what_it_needs(plan
     first = [task for task in plan.tasks.values() if task.stage == "03_judge.py"
              and task.options.get("model") == plan.spa("spa", 0) and "length_penalty" not in task.options]
     assert len(first) == 1  # one iteration 1 for Tables 1, 2, 6, 7, 10, 11 and Figure 3, whatever refines it
+    assert plan.preferences("llm_again", 1) == plan.preferences("llm", 1)
     names = {key: " ".join(str(task.output) for task in plan.needed([key])) for key in ("6", "F4")}
     assert "llm" not in names["6"] and "worst_case" in names["6"] and "spa/" not in names["F4"]
     assert len(plan.tasks) == len(plan.needed(plan.evaluated))
