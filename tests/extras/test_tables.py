@@ -214,6 +214,6 @@ def test_kind_writers_answer_a_third_of_the_prompts(world):
     kind = rows(world / "sft_kind.jsonl")
     assert 0 < len(kind) < len(examples)
     assert all(examples[row["id"]]["prompt"] == row["prompt"] for row in kind)
-    means = [np.mean([small_world.gold_score(gold, runs.as_messages(row["prompt"]), row["response"]) for row in written])
-             for written in (kind, examples.values())]
-    assert means[0] > means[1] + 0.2
+    of_kind, of_all = (np.mean([small_world.gold_score(gold, runs.as_messages(row["prompt"]), row["response"])
+                                for row in written]) for written in (kind, examples.values()))
+    assert of_kind > of_all + 0.2
