@@ -5,9 +5,8 @@
     python benchmarks/dpo.py --trl .venv-trl/bin/python --steps 4     # quicker
 
 Each competitor is a process of its own that takes one optimizer step at a time, in turn with the others, so that a busy
-machine slows them alike; a ratio is of two steps that stand next to each other. Who stores the log-probs of pi_ref
-before the first step pays for that once in a run: a step's share of it, of E epochs one E-th, is added in two columns.
-Memory is the largest resident size of the process, with Python and its libraries.
+machine slows them alike. Who stores the log-probs of pi_ref before the first step pays for that once in a run: a step's
+share of it, of E epochs one E-th, is added in two columns. Memory is the largest resident size of the process.
 
     01             01_seed_dpo.py, which stores them
     04             04_refined_dpo.py with de-coupled noise detection; it refines labels from its second step on
@@ -19,9 +18,6 @@ Memory is the largest resident size of the process, with Python and its librarie
     plain          extras/plain_spa.py: one pair at a time, whole logits of policy and live reference
     TRL            DPOConfig() but for the settings above: with activation checkpointing and a live reference
     TRL best       stored reference log-probs, no activation checkpointing
-
-A Llama of 23 M parameters with random weights (8 layers, width 256, 32,000 tokens), prompts of 20 to 600 tokens
-(log-uniform), responses of 20 to 300.
 """
 
 import argparse
@@ -35,7 +31,7 @@ from types import SimpleNamespace
 import numpy as np
 import torch
 import torch.nn.functional as F
-from shared import SHAPE, Turns, load, make_inputs, read_rows, run_stage, spread, take_turns
+from shared import SHAPE, Turns, load, make_inputs, markdown, ratio, read_rows, run_stage, take_turns
 from transformers import AutoTokenizer
 
 PAIRS, MICRO_BATCH, LR, BETA = 8, 2, 1e-5, 0.1  # pairs of an optimizer step, of a forward pass
@@ -71,10 +67,8 @@ def run_training(script, folder, turns, **options):
 def run_01(folder, turns, **replaced):
     """01, with parts of common.py replaced by what a function makes of them."""
     import common
-    from support import models
     for name, change in replaced.items():
-        module = common if hasattr(common, name) else models
-        setattr(module, name, change(getattr(module, name)))
+        setattr(common, name, change(getattr(common, name)))
     run_training("01_seed_dpo.py", folder, turns, input=folder / "seed.jsonl")
 
 
@@ -85,22 +79,18 @@ def run_04(folder, turns):
 def run_live(folder, turns):
     """01's step that also runs pi_ref, as 04's does."""
     import common
-    from support import models
+    ref = common.ResponseLogps(load(folder / "model").requires_grad_(False))
 
     def with_reference(real):
-        def load_policy(args, ranks):
-            turns.reference = 0.0  # the stored log-probs would not be needed
-            ref = common.ResponseLogps(models.load_model(args.model, ranks.device).requires_grad_(False))
-            model, policy = real(args, ranks)
-
-            def both(batch):
+        class Both(real):
+            def forward(self, batch):
+                turns.reference = 0.0  # the stored log-probs would not be needed
                 with torch.no_grad():
                     ref(batch)
-                return policy(batch)
-            return model, both
-        return load_policy
+                return super().forward(batch)
+        return Both
 
-    run_01(folder, turns, load_policy=with_reference)
+    run_01(folder, turns, ResponseLogps=with_reference)
 
 
 def with_cross_entropy(real):
@@ -212,7 +202,6 @@ def main():
     parser.add_argument("--trl", help="a Python that has TRL (default: TRL is left out)")
     parser.add_argument("--steps", type=int, default=10, help="steps that are counted, after two that are not")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
-    parser.add_argument("--only", nargs="+", choices=COMPETITORS, help="some of them")
     parser.add_argument("--worker", nargs=2, metavar=("NAME", "FOLDER"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
@@ -222,8 +211,7 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
         make_inputs(folder, PAIRS * (args.steps + 3))  # one more step than is taken, so that no competitor ends
-        wanted = {"01", *(args.only or COMPETITORS)}  # 01 is what the others are compared with
-        names = [name for name in COMPETITORS if name in wanted and (args.trl or "TRL" not in name)
+        names = [name for name in COMPETITORS if (args.trl or "TRL" not in name)
                  and ("torch" not in name or hasattr(F, "linear_cross_entropy"))]
         done = take_turns(__file__, names, folder, args, {"TRL": args.trl, "TRL best": args.trl})
         report(done, read_rows(folder / "preferences.jsonl"), args)
@@ -233,22 +221,20 @@ def report(done, rows, args):
     losses = {name: [step["loss"] for step in steps] for name, steps in done.items() if name != "products"}
     seconds = {name: [step["seconds"] for step in steps[2:]] for name, steps in done.items()}
     stored = {name: steps[0]["reference"] / (args.steps + 3) for name, steps in done.items()}  # for a step's pairs
-    print(f"| {PAIRS} pairs a step, {args.threads} threads | Seconds | Reference pass | Times as long as 01 "
-          "| with the pass, 3 epochs | 1 epoch | Peak memory (GB) | Losses differ by at most |\n" + "|---" * 8 + "|")
+    head, lines = (f"{PAIRS} pairs a step, {args.threads} threads | Seconds | Reference pass | Times as long as 01 "
+                   "| with the pass, 3 epochs | 1 epoch | Peak memory (GB) | Losses differ by at most"), []
     for name in losses:
-        ratios = [spread([(theirs + stored[name] * share) / (ours + stored["01"] * share)
-                          for theirs, ours in zip(seconds[name], seconds["01"])]) for share in (0, 1 / 3, 1)]
-        print(f"| {name} | {statistics.median(seconds[name]):.2f} | {stored[name]:.2f} | {' | '.join(ratios)} "
-              f"| {done[name][-1]['peak']:.2f} "
-              f"| {max(abs(a - b) for a, b in zip(losses[name], losses['01'])):.0e} |")
-    if "04" in seconds and "live" in seconds:
-        ratio = spread([a / b for a, b in zip(seconds["04"], seconds["live"])])
-        print(f"\n04 takes {ratio} times as long as live")
-    if "products" in done:
-        flops = [step_flops(rows[k:k + PAIRS]) for k in range(2 * PAIRS, len(rows) - PAIRS, PAIRS)]
-        rates = [step["loss"] for step in done["products"][2:]]
-        share = [count / time / rate / 1e9 for count, time, rate in zip(flops, seconds["01"], rates)]
-        print(f"\n01 reaches {spread(share)} of the rate of matrix products, {statistics.median(rates):.0f} GFLOP/s")
+        theirs, ours = ([[time + stored[key] * share for time in seconds[key]] for share in (0, 1 / 3, 1)]
+                        for key in (name, "01"))
+        lines.append([name, f"{statistics.median(seconds[name]):.2f}", f"{stored[name]:.2f}", *map(ratio, theirs, ours),
+                      f"{done[name][-1]['peak']:.2f}",
+                      f"{max(abs(a - b) for a, b in zip(losses[name], losses['01'])):.0e}"])
+    print(*markdown(head, lines), sep="\n")
+    flops = [step_flops(rows[k:k + PAIRS]) for k in range(2 * PAIRS, len(rows) - PAIRS, PAIRS)]
+    rates = [step["loss"] for step in done["products"][2:]]
+    share = ratio([count / time / 1e9 for count, time in zip(flops, seconds["01"])], rates)
+    print(f"\n04 takes {ratio(seconds['04'], seconds['live'])} times as long as live")
+    print(f"\n01 reaches {share} of the rate of matrix products, {statistics.median(rates):.0f} GFLOP/s")
 
 
 if __name__ == "__main__":

@@ -22,6 +22,8 @@ from shared import follow
 from extras.small_world import gold_score, read_gold
 from support import records, runs
 
+K_PERCENT, WINDOW, REFINE_AFTER = 10, 50, 0.2  # as of 04_refined_dpo.py
+
 
 def parse_args():
     parser = runs.Parser(description="What the detectors of Eq. 9 and 11 flag in D_t.")
@@ -31,12 +33,15 @@ def parse_args():
     add("--gold", required=True, help="gold.json of the small world")
     add("--output", required=True, help="JSON")
     add("--lam", type=runs.nonnegative, required=True, help="lambda in Eq. 12")
-    add("--k-percent", type=runs.number(float, 0, 100), default=10)
-    add("--window", type=runs.positive, default=50)
-    add("--refine-after", type=runs.share, default=0.2)
     for option in ("--beta", "--lr", "--batch-size", "--micro-batch-size", "--seed"):
         add(option, required=True, help="as of 04_refined_dpo.py")
     return parser.parse_args()
+
+
+def gold_margin(gold, pair):
+    """How much more gold likes the chosen response of a row of D_t: below 0 its label is wrong."""
+    chosen, rejected = (gold_score(gold, pair["prompt"], pair[y]["text"]) for y in ("chosen", "rejected"))
+    return chosen - rejected
 
 
 def flags(steps, threshold, window, k_percent, refine_after):
@@ -78,18 +83,18 @@ def main():
     work = runs.open_output(args, "model", "input", "gold")
     gold, worth, certainty = read_gold(args.gold), {}, {}
     for row in records.read_jsonl(args.input, records.PROMPTS | records.PREFERENCES):
-        chosen, rejected = (gold_score(gold, row["prompt"], row[y]["text"]) for y in ("chosen", "rejected"))
-        worth[row["id"]], certainty[row["id"]] = chosen - rejected, max(row["p"], 1 - row["p"])
+        worth[row["id"]], certainty[row["id"]] = gold_margin(gold, row), max(row["p"], 1 - row["p"])
     options = {key: value for key, value in vars(args).items() if key not in ("gold", "output")}
-    steps, refined = follow(alpha=0, output=work / "pi", **options)
+    steps, refined = follow(alpha=0, output=work / "pi", k_percent=K_PERCENT, window=WINDOW, refine_after=REFINE_AFTER,
+                            **options)
     detectors = {"self": lambda row: row["rewards/margins"], "decoupled": lambda row: row["confidence"],
                  "judge": lambda row: certainty[row["id"]]}
     wrong = [np.array([worth[row["id"]] < 0 for row in rows]) for rows in steps]
     known = [np.array([worth[row["id"]] != 0 for row in rows]) for rows in steps]
-    first, found, by_self = math.ceil(args.refine_after * len(steps)), {}, None
+    first, found, by_self = math.ceil(REFINE_AFTER * len(steps)), {}, None
     for name, detector in detectors.items():
         values = [np.array([detector(row) for row in rows]) for rows in steps]
-        flagged = flags(values, refined["threshold"], args.window, args.k_percent, args.refine_after)
+        flagged = flags(values, refined["threshold"], WINDOW, K_PERCENT, REFINE_AFTER)
         found[name] = measure(*(of_step[first:] for of_step in (values, flagged, wrong, known)))
         on = np.concatenate(flagged)
         by_self = on if by_self is None else by_self

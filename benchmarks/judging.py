@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from shared import Turns, load, make_inputs, read_rows, run_stage, spread, take_turns
+from shared import Turns, load, make_inputs, markdown, ratio, read_rows, run_stage, take_turns
 from transformers import AutoTokenizer
 
 from extras import plain_spa
@@ -72,12 +72,10 @@ def main():
         make_responses(Path(folder))
         done = take_turns(__file__, list(COMPETITORS), Path(folder), args)
     seconds = {name: [run["seconds"] for run in steps[2:]] for name, steps in done.items()}
-    print(f"\n| {PROMPTS} prompts, {args.threads} threads | Seconds | Times as long as 03 | Peak memory (GB) "
-          "| Sum of p |\n|---|---|---|---|---|")
-    for name, steps in done.items():
-        ratio = spread([theirs / ours for theirs, ours in zip(seconds[name], seconds["03"])])
-        print(f"| {name} | {statistics.median(seconds[name]):.2f} | {ratio} | {steps[-1]['peak']:.2f} | "
-              f"{steps[-1]['loss']:.5f} |")
+    rows = [[name, f"{statistics.median(seconds[name]):.2f}", ratio(seconds[name], seconds["03"]),
+             f"{steps[-1]['peak']:.2f}", f"{steps[-1]['loss']:.5f}"] for name, steps in done.items()]
+    print("", *markdown(f"{PROMPTS} prompts, {args.threads} threads | Seconds | Times as long as 03 | Peak memory (GB) "
+                        "| Sum of p", rows), sep="\n")
 
 
 if __name__ == "__main__":

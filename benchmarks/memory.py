@@ -8,7 +8,6 @@ there, after what the C library had kept of freed memory is given back. On a CPU
 04 has to hold 20 bytes a parameter, shared by the processes, not the table's 18.
 """
 
-import argparse
 import ctypes
 import os
 import re
@@ -31,7 +30,7 @@ def resident():
     return 1024 * int(re.search(r"VmRSS:\s+(\d+)", Path("/proc/self/status").read_text()).group(1))
 
 
-def be_a_process(stage, folder, output, fsdp):
+def be_a_process(stage, folder, output, *options):
     """A stage as it is, except that it prints at its last step what it holds."""
     from support import models, runs
     real_load, real_log, before = models.load_reference, runs.log_step, []
@@ -48,14 +47,14 @@ def be_a_process(stage, folder, output, fsdp):
     models.load_reference, runs.log_step = load_reference, log_step
     os.chdir(folder)
     run_stage(stage, model="model", output=output, batch_size=PAIRS, micro_batch_size=1, epochs=1, **STAGES[stage][1],
-              **{"fsdp": True} if fsdp else {})
+              **dict.fromkeys(options, True))
 
 
 def measure(stage, folder, processes, fsdp):
     """Bytes that rank 0 holds."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "localhost",
                "--nproc-per-node", str(processes), __file__, "--work", stage, folder, f"{stage}-{processes}-{fsdp}",
-               *["--fsdp"] * fsdp]
+               *["fsdp"] * fsdp]
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     if "held" not in done.stdout:
         sys.exit(f"{stage}: {done.stderr[-2000:]}")
@@ -63,12 +62,8 @@ def measure(stage, folder, processes, fsdp):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", nargs=3, help=argparse.SUPPRESS)
-    parser.add_argument("--fsdp", action="store_true", help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.work:
-        return be_a_process(*args.work, args.fsdp)
+    if sys.argv[1:2] == ["--work"]:  # started by `measure`
+        return be_a_process(*sys.argv[2:])
 
     with tempfile.TemporaryDirectory() as folder:
         parameters = make_inputs(Path(folder), PAIRS * STEPS, longest=(40, 40), hidden_size=768, intermediate_size=2048,

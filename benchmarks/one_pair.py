@@ -18,6 +18,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from flags import gold_margin
 from shared import follow, load
 from transformers import AutoTokenizer
 
@@ -52,9 +53,7 @@ def choose(rows, followed, gold):
     found = []
     for flagged, name, kind in ((0, "Not flagged", "right"), (1, "Flagged", "wrong")):
         met = [row for row in rows if followed[row["id"]]["tau"] and followed[row["id"]]["flagged"] == flagged]
-        scores = [[gold_score(gold, row["prompt"], row[y]["text"]) for y in ("chosen", "rejected")] for row in met]
-        right, wrong = ([row for row, (chosen, rejected) in zip(met, scores) if sign * (chosen - rejected) > 0]
-                        for sign in (1, -1))
+        right, wrong = ([row for row in met if sign * gold_margin(gold, row) > 0] for sign in (1, -1))
         shown = wrong if flagged else right
         if not shown:
             raise runs.InputError(f"of D_1, no {kind} label is {name.lower()}: give a run with more pairs")

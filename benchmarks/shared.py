@@ -1,4 +1,4 @@
-"""What several benchmarks share: the inputs, running stages in this process, taking turns."""
+"""What several benchmarks share: running stages, the inputs, taking turns, several seeds, tables."""
 
 import json
 import os
@@ -8,6 +8,7 @@ import statistics
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -96,7 +97,12 @@ def load(folder):
 
 
 def read_rows(path):
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def read_metrics(folder):
+    """What 05_eval.py says of a model."""
+    return json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
 
 
 # ---------------------------------------------------------------------------------------------
@@ -163,13 +169,34 @@ def read_report(worker, log):
     return line or sys.exit(f"{log}: {log.read_text()[-2000:]}")  # nothing where it has ended
 
 
-def spread(values):
-    low, middle, high = statistics.quantiles(values, n=4)
+def ratio(theirs, ours):
+    """Median and quartiles of what two competitors needed in turn."""
+    low, middle, high = statistics.quantiles([a / b for a, b in zip(theirs, ours)], n=4)
     return f"{middle:.2f} ({low:.2f} to {high:.2f})"
 
 
 # ---------------------------------------------------------------------------------------------
-# Means over seeds
+# Several seeds
+
+
+def run_seeds(run, args):
+    """[run(seed) of each of args.seeds], args.jobs of them at a time. `run` waits for processes of its own."""
+    with ThreadPoolExecutor(args.jobs) as pool:
+        return list(pool.map(run, args.seeds))
+
+
+def run_logged(command, log, jobs, **variables):
+    """Run a command with its share of the cores, of `jobs` commands at a time; what it prints is added to a file."""
+    threads = str(max(1, os.cpu_count() // jobs))
+    with open(log, "a", encoding="utf-8") as file:
+        subprocess.run(command, stdout=file, stderr=file, check=True, env=os.environ | variables | {
+            "OMP_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false"})
+
+
+def markdown(head, rows):
+    """The lines of a table. head: its first line without the outer bars; rows: lists of what stands in the cells"""
+    return [f"| {head} |", "|---" * (head.count("|") + 1) + "|",
+            *("| " + " | ".join(map(str, row)) + " |" for row in rows)]
 
 
 def cell(values, digits=1):
@@ -188,9 +215,9 @@ def difference(a, b):
 
 def mean_row(rows):
     """The metrics of one row of a table, over the seeds, as the report draws them."""
-    (win_rate, error), (lc, lc_error) = (difference([row[key] for row in rows], [0] * len(rows))
-                                         for key in ("win_rate", "length_controlled_winrate"))
-    others = {key: statistics.mean(row[key] for row in rows) for key in ("judge_accuracy", "kl_per_token")
-              if all(row.get(key) is not None for row in rows)}
-    return {"name": rows[0]["name"], "win_rate": win_rate, "standard_error": error,
-            "length_controlled_winrate": lc, "lc_standard_error": lc_error, **others}
+    mean = {"name": rows[0]["name"]}
+    for key, error in (("win_rate", "standard_error"), ("length_controlled_winrate", "lc_standard_error")):
+        if key in rows[0]:
+            mean[key], mean[error] = difference([row[key] for row in rows], [0] * len(rows))
+    return mean | {key: statistics.mean(row[key] for row in rows) for key in ("judge_accuracy", "kl_per_token")
+                   if all(row.get(key) is not None for row in rows)}

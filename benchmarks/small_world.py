@@ -9,68 +9,55 @@ Data, base model, order of the pairs and samples all follow the seed.
 """
 
 import argparse
-import json
-import os
-import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-
-from shared import cell, mean_row
+from shared import ROOT, cell, markdown, mean_row, read_metrics, run_logged, run_seeds
 
 from extras.report import figure
 from support import runs
 
 ROWS = ["sft", "dpo", "spa_1", "spa_2", "spa_3", "dpo_all_gold"]
+SPA = ROWS[2:5]
 COLUMNS = {"win_rate": "Win rate (%)", "judge_accuracy": "Judge accuracy (%)", "agreement": "Held-out agreement (%)",
            "kl_per_token": "KL per token", "malformed": "Malformed (%)", "avg_length": "Mean length (chars)"}
 
 
 def run(seed, args):
     """{row: metrics} of one seed."""
-    threads = max(1, os.cpu_count() // args.jobs)
-    environment = os.environ | {"SEED": str(seed), "RUNS": args.runs, "PYTHON": sys.executable,
-                                "OMP_NUM_THREADS": str(threads)}
-    Path(args.runs).mkdir(parents=True, exist_ok=True)
-    with open(Path(args.runs) / f"world-seed{seed}.log", "a") as log:
-        subprocess.run(["bash", str(HERE.parent / "run_all.sh"), "world"], env=environment, stdout=log, stderr=log,
-                       check=True)
-    evaluated = Path(args.runs) / f"world-seed{seed}" / "eval"
-    return {row: json.loads((evaluated / row / "metrics.json").read_text(encoding="utf-8")) for row in ROWS}
+    args.runs.mkdir(parents=True, exist_ok=True)
+    run_logged(["bash", ROOT / "run_all.sh", "world"], args.runs / f"world-seed{seed}.log", args.jobs, SEED=str(seed),
+               RUNS=str(args.runs), PYTHON=sys.executable)
+    evaluated = args.runs / f"world-seed{seed}" / "eval"
+    return {row: read_metrics(evaluated / row) for row in ROWS}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=range(41, 61), help="(41 to 60 tuned nothing)")
-    parser.add_argument("--runs", default=str(HERE.parent / "runs"), help="folder of the runs")
+    parser.add_argument("--runs", type=Path, default=ROOT / "runs", help="folder of the runs")
     parser.add_argument("--jobs", type=int, default=1, help="seeds at a time")
     args = parser.parse_args()
-    with ThreadPoolExecutor(args.jobs) as pool:
-        seeds = list(pool.map(lambda seed: run(seed, args), args.seeds))
+    seeds = run_seeds(lambda seed: run(seed, args), args)
 
     print(f"Seeds {' '.join(map(str, args.seeds))}: mean ± standard deviation\n")
-    print("| Model | Gold labels | " + " | ".join(COLUMNS.values()) + " |\n" + "|---" * (len(COLUMNS) + 2) + "|")
-    for row in ROWS:
-        cells = [cell([seed[row].get(key) for seed in seeds], 3 if key == "kl_per_token" else 1) for key in COLUMNS]
-        print("| " + " | ".join([seeds[0][row]["name"], seeds[0][row]["gold_labels"], *cells]) + " |")
+    rows = [[seeds[0][row]["name"], seeds[0][row]["gold_labels"],
+             *(cell([seed[row].get(key) for seed in seeds], 3 if key == "kl_per_token" else 1) for key in COLUMNS)]
+            for row in ROWS]
+    print(*markdown(" | ".join(["Model", "Gold labels", *COLUMNS.values()]), rows), sep="\n")
     drawn = figure([mean_row([seed[row] for seed in seeds]) for row in ROWS])
-    (HERE / "small_world.svg").write_text(drawn, encoding="utf-8")
-    wins = {row: [seed[row]["win_rate"] for seed in seeds] for row in ROWS}
-    print("\nWin rate by seed")
-    for row in ROWS:
-        print(f"  {row:13}", *(f"{value:5.1f}" for value in wins[row]))
-    for key, name in (("judge_accuracy", "Judge accuracy by seed"), ("malformed", "Malformed sentences by seed")):
-        print(name)
-        for row in ("spa_1", "spa_2", "spa_3"):
+    (ROOT / "benchmarks" / "small_world.svg").write_text(drawn, encoding="utf-8")
+    print()
+    for key, name, shown in (("win_rate", "Win rate", ROWS), ("judge_accuracy", "Judge accuracy", SPA),
+                             ("malformed", "Malformed sentences", SPA)):
+        print(f"{name} by seed")
+        for row in shown:
             print(f"  {row:13}", *(f"{seed[row][key]:5.1f}" for seed in seeds))
+    wins = {row: [seed[row]["win_rate"] for seed in seeds] for row in ROWS}
     gains = [last - seed for last, seed in zip(wins["spa_3"], wins["dpo"])]
-    accuracy, malformed = ([seed[f"spa_{t}"][key] for seed in seeds for t in (1, 2, 3)]
-                           for key in ("judge_accuracy", "malformed"))
+    growth = [after - before for one, two in zip(ROWS[:5], ROWS[1:5]) for before, after in zip(wins[one], wins[two])]
+    accuracy, malformed = ([seed[row][key] for seed in seeds for row in SPA] for key in ("judge_accuracy", "malformed"))
     above = sum(spa > gold for spa, gold in zip(wins["spa_3"], wins["dpo_all_gold"]))
-    stages = ("sft", "dpo", "spa_1", "spa_2", "spa_3")
-    growth = [after - before for one, two in zip(stages, stages[1:]) for before, after in zip(wins[one], wins[two])]
     print(f"SPA's last iteration above seed DPO by {cell(gains)} points, at least {min(gains):.1f}")
     print(f"the least growth from one stage to the next, of all seeds: {min(growth):.1f} points")
     print(f"judge accuracy {min(accuracy):.1f} to {max(accuracy):.1f} %, malformed at most {max(malformed):.1f} %")

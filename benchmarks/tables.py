@@ -18,6 +18,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import re
 import runpy
 import shlex
 import statistics
@@ -31,7 +32,7 @@ from datetime import date
 from pathlib import Path
 
 import torch
-from shared import ROOT, command_line, cell, difference, mean_row
+from shared import ROOT, cell, command_line, difference, markdown, mean_row, read_metrics
 
 from extras.report import figure
 from support import runs
@@ -157,6 +158,8 @@ Task = namedtuple("Task", "output stage options")  # stage: a script, with the c
 NONE = dict(refine="none")
 SEED_PARTS = {"seed_0.8": 1 / 4, "seed_1.7": 1 / 2, "seed_10": 3}  # of the seed
 GOLD_LENGTH = "0.03"  # a word: the longer of two writers' answers is the better one in 61 % of pairs
+WORLDS = {"phi": dict(shape="phi"), "mistral": dict(shape="mistral"), "llm_words": dict(llm_judge=True),
+          "long": dict(gold_length=GOLD_LENGTH), "sample_1": dict(seed_sample="1"), "sample_2": dict(seed_sample="2")}
 # data: which world; labels: of the seed stage, epochs: its epochs; from the iteration after `after` on (default: all),
 # judge: of 03_judge.py, flip: the share of its labels that is turned round; everything else is an option of 04
 VARIANTS = {
@@ -172,9 +175,12 @@ VARIANTS = {
     "llm_words": NONE | dict(judge="llm", data="llm_words"), "no_seed": {},
     "long": dict(data="long"), "long_penalty": dict(data="long", judge="penalty"),
     "long_gold": dict(data="long", labels="all_gold.jsonl", epochs="1"),
-    **{name: dict(data=name) for name in ("seed_0.8", "seed_1.7", "seed_10", "sample_1", "sample_2", "phi", "mistral")},
+    **{name: dict(data=name) for name in (*SEED_PARTS, "sample_1", "sample_2", "phi", "mistral")},
     **{f"{labels}, {arm}": dict(seed_options=NONE | ARMS[arm] | dict(lam="0")) if LABELS[labels][0] is None else
        NONE | LABELS[labels][0] | ARMS[arm] | dict(after=1) for labels, arm in CELLS}}
+
+
+OWN_OPTIONS = "name", "label-share", "judge", "llm-judge", "llm-order", "refine"  # a row decides these
 
 
 def world_options(seed):
@@ -188,17 +194,12 @@ def world_options(seed):
         sys.exit(done.stderr.strip())
     found = defaultdict(list)
     for line in done.stdout.splitlines():
-        _, script, *words = shlex.split(line.split(" --then ")[0])  # the other models are evaluated like the first
-        options = {}
-        for word in words:
-            if word.startswith("--"):
-                values = options[word[2:].replace("-", "_")] = []
-            elif options:  # before the first option: the command of 05_eval.py
-                values.append(word)
-        for key in ("name", "label_share", "judge", "llm_judge", "llm_order", "refine"):
-            options.pop(key, None)
-        found[script].append({key: True if values == [] else values[0] if len(values) == 1 else values
-                              for key, values in options.items() if not any(v.startswith("runs/") for v in values)})
+        _, script, command = line.split(" --then ")[0].split(" ", 2)  # the other models are evaluated like the first
+        found[script].append({})
+        for name, values in re.findall(r"--(\S+)((?: (?!--)\S+)*)", command):
+            values = shlex.split(values)
+            if name not in OWN_OPTIONS and not any(value.startswith("runs/") for value in values):
+                found[script][-1][name.replace("-", "_")] = values[0] if len(values) == 1 else values or True
     return found
 
 
@@ -211,11 +212,11 @@ class Plan:
         self.evaluated = {key: [self.evaluate(row.model) for row in rows] for key, (_, _, rows) in TABLES.items()}
         self.flags = [self.find_flags(t, **lam) for lam in ({}, dict(lam="2")) for t in (1, 2, 3)]
         self.evaluated["6b"] = [self.evaluate(f"{labels}, {arm}/{0 if labels == 'the seed' else 2}")
-                                for labels, arm in CELLS] + self.flags
+                                for labels, arm in CELLS]
 
     def needed(self, keys):
         """The tasks that these tables need, in order."""
-        wanted, left = set(), [output for key in keys for output in self.evaluated[key]]
+        wanted, left = set(), [output for key in keys for output in self.evaluated[key] + self.flags * (key == "6b")]
         while left:
             path = left.pop()
             output = path if path in self.tasks else path.parent
@@ -253,11 +254,10 @@ class Plan:
 
     def data(self, variant="spa"):
         [world], kind = self.of["00_inputs.py"], VARIANTS[variant].get("data", "spa")
-        own = {"phi": dict(shape="phi"), "mistral": dict(shape="mistral"), "llm_words": dict(llm_judge=True),
-               "long": dict(gold_length=GOLD_LENGTH),
-               "sample_1": dict(seed_sample="1"), "sample_2": dict(seed_sample="2"),
-               **{name: dict(seed_size=round(int(world["seed_size"]) * part)) for name, part in SEED_PARTS.items()}}
-        return self.run(f"data_{kind}", "00_inputs.py", **world | own.get(kind, {}))
+        own = dict(WORLDS.get(kind, {}))
+        if kind in SEED_PARTS:
+            own["seed_size"] = round(int(world["seed_size"]) * SEED_PARTS[kind])
+        return self.run(f"data_{kind}", "00_inputs.py", **world | own)
 
     def pi_init(self, variant="spa"):
         kind = VARIANTS[variant].get("data")  # other seeds and another gold change neither the base model nor SFT
@@ -282,11 +282,10 @@ class Plan:
         if t == 0 and variant == "no_seed":
             return self.sft("pi_instruct", self.pi_init(), self.data() / "sft_kind.jsonl", epochs="1")
         if t == 0:
-            options = self.of["01_seed_dpo.py"][0] | {key: own[key] for key in ("epochs",) if key in own}
-            seed_stage = "01_seed_dpo.py"
+            stage, options = "01_seed_dpo.py", self.of["01_seed_dpo.py"][0] | {k: own[k] for k in own if k == "epochs"}
             if "seed_options" in own:
-                seed_stage, options = self.update(options | own["seed_options"])
-            return self.run(f"pi_0_{variant}", seed_stage, model=self.pi_init(variant),
+                stage, options = self.update(options | own["seed_options"])
+            return self.run(f"pi_0_{variant}", stage, model=self.pi_init(variant),
                             input=self.data(variant) / own.get("labels", "seed.jsonl"), **options)
         if t <= own.get("after", 0):
             return self.spa("spa_none", t)
@@ -316,25 +315,24 @@ class Plan:
         return self.run(f"{variant}/turned_{t}.jsonl", "benchmarks/relabel.py", input=labelled, flip=own["flip"],
                         seed=self.of["00_inputs.py"][0]["seed"])
 
-    def judge(self, judge, variant, t, policy):
+    def judge(self, name, variant, t, policy):
         """The options of 03_judge.py."""
         beta = self.of["04_refined_dpo.py"][0]["beta"]
-        if judge == "llm_again" and t > 1:
-            return dict(judge="llm", judge_model=self.llm_judge("judge_again", self.spa("llm_words", 1)))
-        if judge in ("llm", "llm_again"):
-            return dict(judge="llm", judge_model=self.llm_judge("judge", self.pi_init("llm_words")))
-        if judge == "reward":
-            return dict(judge="reward", reward_model=self.reward_model("all_gold"))
-        if judge == "reward_seed":  # as many epochs as make its steps those of the other one, in order of magnitude
-            return dict(judge="reward", reward_model=self.reward_model("seed", epochs="20"))
-        if judge == "gold":
-            return dict(judge="gold", gold=self.data() / "gold.json")
-        if judge == "previous":
-            return dict(judge="previous", model=policy, ref_model=self.spa(variant, t - 2), beta=beta)
-        if judge == "none":
-            return dict(judge="none", model=policy, beta=beta)
-        penalty = dict(length_penalty="auto") if judge == "penalty" else {}
-        return dict(model=policy, init_model=self.pi_init(variant), beta=beta, **penalty)  # Eq. 7
+        by_eq_7 = dict(model=policy, init_model=self.pi_init(variant), beta=beta)
+        if name == "llm_again" and t == 1:
+            name = "llm"
+        judges = {  # functions: only the one that is wanted may ask for models
+            None: lambda: by_eq_7,
+            "penalty": lambda: by_eq_7 | dict(length_penalty="auto"),
+            "previous": lambda: dict(judge="previous", model=policy, ref_model=self.spa(variant, t - 2), beta=beta),
+            "none": lambda: dict(judge="none", model=policy, beta=beta),
+            "gold": lambda: dict(judge="gold", gold=self.data() / "gold.json"),
+            "reward": lambda: dict(judge="reward", reward_model=self.reward_model("all_gold")),
+            # as many epochs as make its steps those of the other one, in order of magnitude
+            "reward_seed": lambda: dict(judge="reward", reward_model=self.reward_model("seed", epochs="20")),
+            "llm": lambda: dict(judge="llm", judge_model=self.llm_judge("judge", self.pi_init("llm_words"))),
+            "llm_again": lambda: dict(judge="llm", judge_model=self.llm_judge("judge_again", self.spa("llm_words", 1)))}
+        return judges[name]()
 
 
 # ---------------------------------------------------------------------------------------------
@@ -380,12 +378,11 @@ def order(rows, found):
     text = []
     for m, (metric, name) in enumerate(METRICS.items()):
         seen, contrary, unseen = 0, [], []
-        for (one, a), (two, b) in itertools.combinations(zip(rows, found), 2):
-            if None in (one.family, two.family) or one.family != two.family:
+        listed = [of_row for of_row in zip(rows, found) if len(of_row[0].paper) > m and of_row[0].family is not None]
+        for pair in itertools.combinations(listed, 2):
+            (low, a), (high, b) = sorted(pair, key=lambda of_row: of_row[0].paper[m])
+            if low.family != high.family or low.paper[m] == high.paper[m]:
                 continue
-            if m >= min(len(one.paper), len(two.paper)) or one.paper[m] == two.paper[m]:
-                continue
-            (low, a), (high, b) = ((one, a), (two, b)) if one.paper[m] < two.paper[m] else ((two, b), (one, a))
             mean, error = difference(b[metric], a[metric])
             if abs(mean) <= 2 * error:
                 unseen.append(f'"{high.label}" minus "{low.label}" is {mean:+.1f} ± {error:.1f}')
@@ -401,28 +398,23 @@ def order(rows, found):
     return "\n\n".join(text)
 
 
-def markdown(key, rows, found):
-    """A table. found: as of `order`"""
+def block(key, rows, found):
+    """A table with its title and what is said of it. found: as of `order`"""
     title, remark, _ = TABLES[key]
     kind = f"Figure {key[1:]}" if key[0] == "F" else f"Table {key}"
-    paper = [(name, m) for m, name in enumerate(("LC", "win rate", "length")) if any(len(r.paper) > m for r in rows)]
-    head = ["", "LC win rate (%)", "Win rate (%)", "Length (chars)", "Win rate above",
-            *(f"paper: {name}" for name, _ in paper)]
-    lines = [f"## {kind}: {title}", "", f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    of_model = {row.model: (row.label, values) for row, values in zip(rows, found)}
+    of_paper = ["LC", "win rate", "length"][:max(len(row.paper) for row in rows)]
+    of_model = {row.model: (row.label, values["win_rate"]) for row, values in zip(rows, found)}
+    lines = []
     for row, values in zip(rows, found):
-        above = "-"
-        if row.minus:
-            label, others = of_model[row.minus]
-            above = signed(values["win_rate"], others["win_rate"]) + f" ({label})"
-        numbers = [f"{row.paper[m]:g}" if m < len(row.paper) else "-" for _, m in paper]
-        cells = [row.label, *(cell(values[metric]) for metric in METRICS), above, *numbers]
-        lines.append(f"| {' | '.join(cells)} |")
-    if key == "4":
-        lines += ["", *over_samples(rows, found)]
-    if key in FIGURES:
-        lines += ["", f"![{title}](figure_{key[1:]}.svg)"]
-    return "\n".join([*lines, *(f"\n{text}" for text in (remark, order(rows, found)) if text), ""])
+        label, others = of_model.get(row.minus, ("", None))
+        above = signed(values["win_rate"], others) + f" ({label})" if label else "-"
+        numbers = [f"{row.paper[m]:g}" if m < len(row.paper) else "-" for m in range(len(of_paper))]
+        lines.append([row.label, *(cell(values[metric]) for metric in METRICS), above, *numbers])
+    head = " | ".join(["", "LC win rate (%)", "Win rate (%)", "Length (chars)", "Win rate above",
+                       *(f"paper: {name}" for name in of_paper)])
+    parts = [f"## {kind}: {title}", "\n".join(markdown(head, lines)), over_samples(rows, found) if key == "4" else "",
+             f"![{title}](figure_{key[1:]}.svg)" if key in FIGURES else "", remark, order(rows, found)]
+    return "\n\n".join(filter(None, parts)) + "\n"
 
 
 def signed(a, b):
@@ -444,44 +436,45 @@ def over_samples(rows, found):
             average, variance = (statistics.mean(map(f, of_seed)) for f in (statistics.mean, statistics.variance))
             lines.append(f"{name}, {METRICS[metric]}: average {average:.1f}, variance over the samples {variance:.1f} "
                          f"(standard deviation {variance ** 0.5:.1f}).")
-    return [" ".join(lines)]
+    return " ".join(lines)
+
+
+def detectors_table(flags):
+    """flags: for the detectors of t = 1, 2, 3, then for those with lambda = 2, what flags.py found in each seed"""
+    detectors = [("self", 0, "self (Eq. 9)"), ("decoupled", 0, "de-coupled (Eq. 11, 12), lambda 1/2, 1/4, 1/8"),
+                 ("decoupled", 3, "de-coupled, lambda 2"), ("judge", 0, "the judge's certainty")]
+    rows = []
+    for t, (key, other, name) in itertools.product(range(3), detectors):
+        values, of_self = ({metric: [seed[detector][metric] for seed in flags[t + other]]
+                            for metric in ("precision", "unflagged", "auc", "as_self")} for detector in (key, "self"))
+        above = {metric: "-" if key == "self" else signed(values[metric], of_self[metric]) for metric in values}
+        rows.append([t + 1, name, cell(values["precision"]), above["precision"], cell(values["unflagged"]),
+                     cell(values["auc"]), above["auc"], cell(values["as_self"])])
+    return markdown("t | Detector | Wrong among the flagged (%) | above self's | among the others (%) | AUC (%) | "
+                    "above self's | Flagged by self, too (%)", rows)
+
+
+def arms_table(arms):
+    """arms: {(labels, arm): [win rate of each seed]}"""
+    def shown(labels, arm):
+        if arm == "none" or (labels, arm) not in arms:
+            return cell(arms[labels, arm]) if arm == "none" else ""
+        mean, error = difference(arms[labels, arm], arms[labels, "none"])
+        return f"{mean:+.2f} ± {error:.2f}" + "*" * (abs(mean) > 2 * error)
+
+    return markdown("| " + " | ".join(LABELS), [[arm, *(shown(labels, arm) for labels in LABELS)] for arm in ARMS])
 
 
 def table_6b(arms, flags):
-    """What refinement does. arms: {(labels, arm): [win rate of each seed]}; flags: what flags.py found"""
-    lines = ["## Table 6b: What the refined labels do (not in the paper)", "",
-             "Are the labels that a detector flags in D_t the wrong ones (`benchmarks/flags.py`; K = 10, alpha = 0)? "
-             "The judge's certainty is the size of Eq. 7's margin. AUC: how often, of a wrong and a right label, the "
-             "wrong one has the lower confidence.", "",
-             "| t | Detector | Wrong among the flagged (%) | above self's | among the others (%) | AUC (%) | "
-             "above self's | Flagged by self, too (%) |", "|---" * 8 + "|"]
-    detectors = [("self", 0, "self (Eq. 9)"), ("decoupled", 0, "de-coupled (Eq. 11, 12), lambda 1/2, 1/4, 1/8"),
-                 ("decoupled", 3, "de-coupled, lambda 2"), ("judge", 0, "the judge's certainty")]
-    for t in range(3):
-        for key, other, name in detectors:
-            values = {metric: [seed[key][metric] for seed in flags[t + other]]
-                      for metric in ("precision", "unflagged", "auc", "as_self")}
-            above = {metric: "-" if key == "self" else signed(
-                values[metric], [seed["self"][metric] for seed in flags[t + other]]) for metric in ("precision", "auc")}
-            cells = [f"{t + 1}", name, cell(values["precision"]), above["precision"], cell(values["unflagged"]),
-                     cell(values["auc"]), above["auc"], cell(values["as_self"])]
-            lines.append(f"| {' | '.join(cells)} |")
-    lines += ["", "04 alone, from one pi_1 and one D_2: its labels by Eq. 7, with a share of them turned round at "
-              "random, or by gold; in the last column pi_0, from the seed. Win rates of the first row, then paired "
-              "differences from it ± standard error; * more than two standard errors.", "",
-              "| | " + " | ".join(LABELS) + " |", "|---" * (len(LABELS) + 1) + "|"]
-    for arm in ARMS:
-        cells = []
-        for labels in LABELS:
-            if arm == "none":
-                cells.append(cell(arms[labels, arm]))
-            elif (labels, arm) not in arms:
-                cells.append("")
-            else:
-                mean, error = difference(arms[labels, arm], arms[labels, "none"])
-                cells.append(f"{mean:+.2f} ± {error:.2f}" + "*" * (abs(mean) > 2 * error))
-        lines.append(f"| {arm} | {' | '.join(cells)} |")
-    return "\n".join([*lines, ""])
+    """What refinement does."""
+    return "\n".join([
+        "## Table 6b: What the refined labels do (not in the paper)", "",
+        "Are the labels that a detector flags in D_t the wrong ones (`benchmarks/flags.py`; K = 10, alpha = 0)? The "
+        "judge's certainty is the size of Eq. 7's margin. AUC: how often, of a wrong and a right label, the wrong one "
+        "has the lower confidence.", "", *detectors_table(flags), "",
+        "04 alone, from one pi_1 and one D_2: its labels by Eq. 7, with a share of them turned round at random, or by "
+        "gold; in the last column pi_0, from the seed. Win rates of the first row, then paired differences from it ± "
+        "standard error; * more than two standard errors.", "", *arms_table(arms), ""])
 
 
 def parse_args():
@@ -497,10 +490,6 @@ def parse_args():
     if args.output is None and args.table == every:
         args.output = ROOT / "benchmarks" / "TABLES.md"
     return args
-
-
-def read(path):
-    return json.loads(path.read_text())
 
 
 def main():
@@ -519,20 +508,19 @@ def main():
 
     blocks = []
     for key in args.table:
+        metrics = [list(map(read_metrics, outputs)) for outputs in zip(*(plan.evaluated[key] for plan in plans))]
+        values = [{metric: [of_seed[metric] for of_seed in of_row] for metric in METRICS} for of_row in metrics]
         if key == "6b":
-            arms = {arm: [read(plan.evaluated["6b"][k] / "metrics.json")["win_rate"] for plan in plans]
-                    for k, arm in enumerate(CELLS)}
-            blocks.append(table_6b(arms, [list(map(read, flags)) for flags in zip(*(plan.flags for plan in plans))]))
+            flags = [[json.loads(path.read_text()) for path in paths] for paths in zip(*(plan.flags for plan in plans))]
+            blocks.append(table_6b({cell: of_cell["win_rate"] for cell, of_cell in zip(CELLS, values)}, flags))
             continue
         rows = TABLES[key][2]
-        metrics = [[read(output / "metrics.json") for output in plan.evaluated[key]] for plan in plans]
-        values = [{metric: [of_row[metric] for of_row in seeds] for metric in METRICS} for seeds in zip(*metrics)]
-        blocks.append(markdown(key, rows, values))
+        blocks.append(block(key, rows, values))
         if key in FIGURES and args.output:
-            drawn = [mean_row(of_row) | {"name": row.label} for row, of_row in zip(rows, zip(*metrics))]
+            drawn = [mean_row(of_row) | {"name": row.label} for row, of_row in zip(rows, metrics)]
             (args.output.parent / f"figure_{key[1:]}.svg").write_text(figure(drawn), encoding="utf-8")
     tasks = list(itertools.chain(*tasks))
-    records = [read(runs.args_path(task.output)) for task in tasks]
+    records = [runs.read_record(task.output) for task in tasks]
     versions = ", ".join(f"{name} {version}" for name, version in records[0]["versions"].items())
     commit = subprocess.run(["git", "-C", str(ROOT), "describe", "--always", "--dirty"], capture_output=True, text=True)
     command = shlex.join(["python", "benchmarks/tables.py", *sys.argv[1:]])

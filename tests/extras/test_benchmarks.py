@@ -16,7 +16,6 @@ from packaging.version import Version
 import common
 import dpo
 import gpu
-import growth
 import judging
 import one_pair
 import sampling
@@ -81,14 +80,19 @@ def test_a_competitor_takes_the_steps_of_01(name, small):
 
 
 def test_the_reference_pass_is_shared_by_the_epochs(capsys):
-    """A pass of 12 s for 4 steps: 3 s a step. (4 + 0) / 2 = 2; 4 / (2 + 3 / 3) = 1.33; 4 / (2 + 3) = 0.8"""
-    def steps(seconds, reference):
-        return [{"seconds": seconds, "reference": reference, "loss": 0.5, "peak": 1.0}] * 4
+    """A pass of 15 s for 5 steps: 3 s a step. (4 + 0) / 2 = 2; 4 / (2 + 3 / 3) = 1.33; 4 / (2 + 3) = 0.8"""
+    def steps(seconds, reference=0, loss=0.5):
+        return [{"seconds": seconds, "reference": reference, "loss": loss, "peak": 1.0}] * 4
 
-    dpo.report({"01": steps(2, 12), "plain": steps(4, 0)}, [], SimpleNamespace(steps=1, threads=2))
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[-1] == ("| plain | 4.00 | 0.00 | 2.00 (2.00 to 2.00) | 1.33 (1.33 to 1.33) | 0.80 (0.80 to 0.80) "
-                         "| 1.00 | 0e+00 |")
+    # a pair has 10 + 3 + 2 tokens: 8 pairs of 6 (8 (4 * 256 ** 2 + 3 * 256 * 688) * 15 + 256 * 32,000 * 5) = 6.52e9
+    answers = {"chosen": {"ids": [5] * 3}, "rejected": {"ids": [5] * 2}}
+    dpo.report({"01": steps(2, 15), "04": steps(6), "live": steps(4), "products": steps(1, loss=6.52)},
+               [{"prompt_ids": [4] * 10, **answers}] * 8 * 5, SimpleNamespace(steps=2, threads=2))
+    *_, live, _, refined, _, share = capsys.readouterr().out.splitlines()
+    assert live == ("| live | 4.00 | 0.00 | 2.00 (2.00 to 2.00) | 1.33 (1.33 to 1.33) | 0.80 (0.80 to 0.80) "
+                    "| 1.00 | 0e+00 |")
+    assert refined == "04 takes 1.50 (1.50 to 1.50) times as long as live"
+    assert share == "01 reaches 0.50 (0.50 to 0.50) of the rate of matrix products, 7 GFLOP/s"
 
 
 def test_judging_beside_the_plain_page(small, monkeypatch):
@@ -101,9 +105,9 @@ def test_judging_beside_the_plain_page(small, monkeypatch):
 @pytest.mark.skipif(not find_spec("psutil") and Version(version("transformers")) < Version("5.24"),
                     reason="continuous batching of this transformers needs psutil")
 def test_sampling_beside_generate(monkeypatch, capsys):
-    for name, value in dict(VOCABULARY=300, PROMPTS=4, BATCH=2, LIMIT=10, GREEDY_LIMIT=10).items():
+    for name, value in dict(VOCABULARY=300, PROMPTS=4, BATCH=2, LIMIT=10, GREEDY_LIMIT=10, REPEATS=1,
+                            THREADS=1).items():
         monkeypatch.setattr(sampling, name, value)
-    monkeypatch.setattr(sys, "argv", ["sampling.py", "--repeats", "1", "--threads", "1"])
     try:
         sampling.main()
     finally:
@@ -114,28 +118,20 @@ def test_sampling_beside_generate(monkeypatch, capsys):
         "sample_responses", "generate", "generate, static cache", "generate_batch"]
 
 
-def test_growth_reads_and_writes_as_the_stages_do(small):
-    growth.work("files", small, 60)
-    for part in growth.PARTS:
-        growth.work(part, small, 60)
-        if part == "00":
-            (small / "00" / "prompts_1.jsonl").rename(small / "prompts.jsonl")
-    assert sum(1 for _ in open(small / "03")) == 58  # two are the seed's
-
-
 def test_competitors_take_turns(tmp_path):
     script = tmp_path / "worker.py"
     script.write_text(f"import sys\nsys.path.insert(0, {str(stages.ROOT / 'benchmarks')!r})\nimport shared\n"
                       "name, turns = sys.argv[2], shared.Turns()\nprint('of the competitor')\n"
                       "turns.before_first_step()\nfor step in range(3):\n"
                       "    open(sys.argv[3] + '/order', 'a').write(name)\n    turns.after_step(float(step))\n")
-    done = shared.take_turns(str(script), "ab", tmp_path, SimpleNamespace(steps=1, threads=1))
+    args = SimpleNamespace(steps=1, threads=1)
+    done = shared.take_turns(str(script), "ab", tmp_path, args)
     assert (tmp_path / "order").read_text() == "ababab"
     assert {name: [step["loss"] for step in steps] for name, steps in done.items()} == {
         "a": [0.0, 1.0, 2.0], "b": [0.0, 1.0, 2.0]}
     script.write_text("raise SystemExit('it broke')\n")
     with pytest.raises(SystemExit, match="it broke"):
-        shared.take_turns(str(script), "a", tmp_path, SimpleNamespace(steps=1, threads=1))
+        shared.take_turns(str(script), "a", tmp_path, args)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -164,6 +160,17 @@ def little_run(tmp_path_factory, world, tokenizer, pi_init, pi_0):
     return folder
 
 
+def test_what_04_logs_of_each_pair(little_run):
+    beta, followed = one_pair.follow_pairs(little_run)
+    assert beta == 2 and len(followed) == len(stages.rows(little_run / "preferences_1.jsonl"))
+    for line in stages.metrics(little_run / "pi_1"):
+        of_step = [row for row in followed.values() if row["step"] == line["step"]]
+        assert {row["tau"] for row in of_step} == {line["tau"]}
+        assert [row["flagged"] for row in of_step] == [row["confidence"] < line["tau"] for row in of_step]
+        for name in ("confidence", "flagged", "rewards/margins"):
+            assert sum(row[name] for row in of_step) / len(of_step) == pytest.approx(line[name])
+
+
 def test_two_pairs_as_the_model_sees_them(little_run, tmp_path, monkeypatch):
     """The numbers drawn are those that 03 and 04 have stored. y_1 is the better one: a wrong label has p < 0.5."""
     monkeypatch.setattr(sys, "argv", ["one_pair.py", str(little_run), "--output", str(tmp_path / "pairs.svg")])
@@ -171,7 +178,7 @@ def test_two_pairs_as_the_model_sees_them(little_run, tmp_path, monkeypatch):
     elements = list(ElementTree.parse(tmp_path / "pairs.svg").iter())
     texts = [e.text for e in elements if e.tag.endswith("text")]
     drawn = [float(e.text) for e in elements if e.tag.endswith("title")][17:]  # the first are the scale's
-    metrics, gold = stages.metrics(little_run / "pi_1"), read_gold(little_run / "data/gold.json")
+    followed, gold = one_pair.follow_pairs(little_run)[1], read_gold(little_run / "data/gold.json")
     rows = {row["prompt"][0]["content"]: row for row in stages.rows(little_run / "preferences_1.jsonl")}
     judged, refined = ([text for text in texts if text.startswith(name)] for name in ("03_judge", "04_refined_dpo"))
     rewards = iter([float(text[7:].replace("\u2212", "-")) for text in texts if text.startswith("reward ")])
@@ -186,82 +193,54 @@ def test_two_pairs_as_the_model_sees_them(little_run, tmp_path, monkeypatch):
         label, better = "y_1" if row["p"] > 0.5 else "y_2", "y_1" if scores[0] > scores[1] else "y_2"
         assert (label == better) == (k == 0)  # a right label, then a wrong one
         assert f"= {row['p']:.3f} (Eq. 7), so {label} is chosen" in of_03 and of_03.endswith(f"Gold prefers {better}.")
-        step = metrics[int(of_04.split("step ")[1].split(":")[0]) - 1]
-        assert step["tau"] > 0 and f"tau = {step['tau']:.3f}, so z = {k}: " in of_04
-        confidence = one_pair.follow_pairs(little_run)[1][row["id"]]["confidence"]
-        assert f"p_theta~(y_w > y_l | x) = {confidence:.3f} " in of_04 and (confidence < step["tau"]) == (k == 1)
+        pair = followed[row["id"]]
+        assert (f"step {pair['step']}: p_theta~(y_w > y_l | x) = {pair['confidence']:.3f} (Eq. 12), tau = "
+                f"{pair['tau']:.3f}, so z = {k}: ") in of_04 and pair["tau"] > 0
     assert not drawn
-    met, flagged = 4 * sum(step["tau"] > 0 for step in metrics), 4 * sum(step["flagged"] for step in metrics)
-    assert len(rows) == 4 * len(metrics)
-    for title in (f"Not flagged: {met - flagged:.0f} labels, ", f"Flagged: {flagged:.0f} labels, "):
+    met = [pair["flagged"] for pair in followed.values() if pair["tau"] > 0]
+    for title in (f"Not flagged: {met.count(0)} labels, ", f"Flagged: {met.count(1)} labels, "):
         assert any(text.startswith(title) for text in texts)
-
-
-def test_what_04_logs_of_each_pair(little_run):
-    beta, followed = one_pair.follow_pairs(little_run)
-    assert beta == 2 and len(followed) == len(stages.rows(little_run / "preferences_1.jsonl"))
-    for line in stages.metrics(little_run / "pi_1"):
-        of_step = [row for row in followed.values() if row["step"] == line["step"]]
-        assert {row["tau"] for row in of_step} == {line["tau"]}
-        assert [row["flagged"] for row in of_step] == [row["confidence"] < line["tau"] for row in of_step]
-        for name in ("confidence", "flagged", "rewards/margins"):
-            assert sum(row[name] for row in of_step) / len(of_step) == pytest.approx(line[name])
 
 
 # ---------------------------------------------------------------------------------------------
 # gpu.py on a CPU
 
 
-def test_every_part_runs_the_stages_with_its_settings_on_what_is_counted(monkeypatch, tmp_path):
+def test_gpu_py_measures_the_stages_on_what_it_counts(monkeypatch, tmp_path, capfd):
     load, seen = models.load_policy, []
     monkeypatch.setattr(models, "load_policy", lambda args, ranks: [seen.append(args), load(args, ranks)][1])
-    rows = [row for part in gpu.PARTS for row in gpu.measure(part, tmp_path, gpu.TINY)]
-    assert [row["value"] > 0 and row.get("rate", 1) > 0 for row in rows + gpu.estimate(rows)] == 10 * [True]
-    assert [(args.micro_batch_size, args.gradient_checkpointing) for args in seen] == 2 * [(1, False), (8, True)]
-    bench = gpu.make_bench(tmp_path / "bench", **gpu.TINY)
-    tokenizer = chat.load_tokenizer(seen[0].model)
-    assert set(chat.eos_ids(seen[0].model, tokenizer)) == set(gpu.EOS)  # what ends 02's responses
-    for args in seen[::2]:  # of 01, of 04
-        pairs, _ = records.read_pairs(args, tokenizer, records.PREFERENCES, records.LABELLED)
-        lengths = [len(pair[key]) for key in ("prompt", "chosen", "rejected") for pair in pairs]
-        assert sum(lengths) == bench.tokens and sum(lengths[len(pairs):]) == bench.response_tokens
+    monkeypatch.setattr(gpu, "peak", lambda bench: 1 / 0)  # what fails is a row, and the rest goes on
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--tiny"])
+    gpu.main()
+    peak, *rows, _, last = [line.split("|") for line in capfd.readouterr().out.splitlines()[4:]]
+    assert peak[3] == " failed: ZeroDivisionError('division by zero') "
+    hours = [float(row[6]) for row in rows]
+    assert [row[1] for row in rows] == [" 02 ", " 03 ", " 04 "] and min(hours) > 0
+    assert float(last[0].split()[5]) == pytest.approx(sum(hours), abs=0.021)  # each has two digits
 
+    bench, [args] = gpu.make_bench(tmp_path, **gpu.TINY), seen
+    args.model, args.input = bench.folder / "model", [str(bench.folder / "rows.jsonl")]  # what 04 read
+    tokenizer = chat.load_tokenizer(args.model)
+    assert set(chat.eos_ids(args.model, tokenizer)) == set(gpu.EOS)  # what ends 02's responses
+    pairs, _ = records.read_pairs(args, tokenizer, records.PREFERENCES)
+    assert sum(len(pair[key]) for key in ("prompt", "chosen", "rejected") for pair in pairs) == bench.tokens
+    assert len(pairs) == bench.prompts and args.gradient_checkpointing
 
-def test_what_fails_is_a_row_and_the_rest_goes_on(monkeypatch, tmp_path, capfd):
-    monkeypatch.setitem(gpu.PARTS, "a", (9, {
-        "one": lambda bench: 1 / 0, "two": lambda bench: gpu.run_timed("02_generate.py", bench, input="no such file"),
-        "three": lambda bench: {"value": 3.0, "unit": "s", "note": ", measured"}}))
-    one, two, three = gpu.measure("a", tmp_path, gpu.TINY)
-    assert "ZeroDivisionError" in one["failed"] and "no such file" in two["failed"]
-    assert list(gpu.table([three]))[-1] == "| a | three, measured | 3 s | - | - |"
-    [peak, a] = gpu.run_parts(["a"], tiny=True)  # in processes, which do not know the part
-    assert peak["value"] > 0 and a["failed"] == "exit status 1" and "KeyError: 'a'" in capfd.readouterr().err
-    assert "stopped after" in gpu.in_a_process("peak", 0.1, tiny=True)[0]["failed"]
-    monkeypatch.setattr(sys, "argv", ["gpu.py", "--only", "peak"])
+    monkeypatch.setattr(sys, "argv", ["gpu.py"])
     with pytest.raises(SystemExit) as stop:  # there is no GPU
         gpu.main()
     assert stop.value.code == 2 and capfd.readouterr().err.count("\n") == 1
 
 
-def test_rates_share_of_the_peak_and_hours(monkeypatch, tmp_path):
-    """An epoch of 2 s with one layer of two: 8 (50 * 20 + 7 * 10) = 8,560 operations; with both 16,560."""
-    monkeypatch.setattr(gpu, "count_weights", lambda config: (50 * config.num_hidden_layers, 7))
-    monkeypatch.setattr(gpu, "layers_that_fit", lambda *_: 1)
+def test_rates_share_of_the_peak_and_hours(monkeypatch):
+    """An epoch of 2 s with one layer of two: 8 * 50 * 20 = 8,000 operations."""
+    # a layer: q, o 16 x 16; k, v 16 x 8; three of 16 x 24; two norms
+    config = gpu.MistralConfig(**gpu.SHAPE | gpu.TINY["shape"])
+    assert gpu.count_weights(config) == 2 * (512 + 256 + 1152 + 32)
+    monkeypatch.setattr(gpu, "count_weights", lambda config: 50 * config.num_hidden_layers)
     monkeypatch.setattr(gpu, "run_timed", lambda *_, **__: ([[9], [9, 9, 1, 1]], None))
-    bench = SimpleNamespace(config=gpu.MistralConfig(**gpu.TINY["shape"]), tokens=20, response_tokens=10, prompts=["x"],
-                            folder=tmp_path, device=SimpleNamespace(type="cpu"))
-    row = gpu.train("04", bench) | {"part": "train-7b", "setting": ""}
-    assert row["note"] == ", 1 of 2 layers" and row["hours"] == pytest.approx(10_000 / 3600 * 2 * 16_560 / 8_560)
-    assert list(gpu.table([row | {"part": "peak", "rate": 8560}, row]))[-1] == "| train-7b |  | 10 tokens/s | 50% | - |"
-    rows = [{"stage": stage, "hours": hours} for stage, hours in zip(("01", "02", "02", "03", "04"), (9, 3, 2, 4, 1))]
-    assert gpu.estimate(rows)[0]["value"] == 2 + 4 + 1 and gpu.estimate(rows[:4]) == []
-
-
-def test_weights_and_the_layers_that_fit():
-    # a layer: q, o 16 x 16; k, v 16 x 8; three of 16 x 24; two norms; after the last a norm. The head: 32,000 x 16
-    tiny, full = (gpu.MistralConfig(**gpu.SHAPE | sizes["shape"]) for sizes in (gpu.TINY, gpu.FULL))
-    assert gpu.count_weights(tiny) == (2 * (512 + 256 + 1152 + 32) + 16, 512_000)
-    # Mistral-7B: 218 M a layer, 131 M each for embedding and head; (80 - 3 - 18 * 0.262) / (18 * 0.218 + 0.5) = 16.3
-    assert [gpu.layers_that_fit(full, *room) for room in ((18, 80e9), (22, 80e9), (18, 200e9))] == [16, 13, 32]
-    with pytest.raises(RuntimeError):
-        gpu.layers_that_fit(full, 18, 10e9)
+    monkeypatch.setattr(gpu, "make_bench", lambda folder, **sizes: SimpleNamespace(
+        config=config, tokens=20, layers=1, folder=folder))
+    line, rate, hours = gpu.measure("04", gpu.train, gpu.TINY, full=8000)
+    assert line.startswith("| 04 | 1 of 2 layers, micro-batches of 8, 1.00 s a step | 10 tokens/s | 50% |")
+    assert rate == 4000 and hours == pytest.approx(10_000 / 3600 * 2 / 4 * 2)  # of four prompts, with two layers

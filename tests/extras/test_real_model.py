@@ -1,12 +1,8 @@
 """benchmarks/real_model.py, in little: its stages in this process, another gold than VADER's."""
 
-import contextlib
 import statistics
 import sys
 from pathlib import Path
-from types import SimpleNamespace
-
-import pytest
 
 import real_model
 import shared
@@ -20,31 +16,22 @@ def gold(text):
     return statistics.mean([1 - 2 * (int(word[1:]) % 2) for word in text.split()] or [0])
 
 
-@pytest.fixture
-def in_little(monkeypatch, tmp_path):
-    """A function that runs the benchmark on a tiny model -> the folder of its seed."""
-    def start(command, **_):
-        ran = attempt(Path(command[1]).stem, *command[2:])
-        assert ran.status == 0, ran.err
+def start(command, *_):
+    """A stage in this process."""
+    ran = attempt(Path(command[1]).stem, *command[2:])
+    assert ran.status == 0, ran.err
 
-    def run(**options):
-        words = shared.command_line(dict(model=tmp_path / "model", seeds=7, sizes=[9, 6, 7, 12], batch_size=4,
-                                         max_new_tokens=5, runs=tmp_path, figure=tmp_path / "figure.svg") | options)
-        monkeypatch.setattr(sys, "argv", ["real_model.py", *map(str, words)])
-        real_model.main()
-        return tmp_path / "real-seed7-lr2e-05-beta0.1"
 
+def test_every_arm_is_trained_on_its_labels_and_measured(monkeypatch, tmp_path, capsys):
     shared.make_inputs(tmp_path, 1, **TINY)
-    monkeypatch.setattr(real_model, "lexicon", lambda: None)
-    monkeypatch.setattr(real_model, "sentiment", gold)
-    monkeypatch.setattr(real_model, "ThreadPoolExecutor", lambda jobs: contextlib.nullcontext(SimpleNamespace(map=map)))
-    monkeypatch.setattr(real_model.subprocess, "run", start)
-    return run
-
-
-def test_every_arm_is_trained_on_its_labels_and_measured(in_little, capsys):
-    folder = in_little()
-    printed = capsys.readouterr().out
+    for name, value in dict(lexicon=lambda: None, sentiment=gold, run_logged=start, BATCH_SIZE=4, MAX_NEW_TOKENS=5,
+                            SIZES=dict(zip(real_model.SIZES, (9, 6, 7, 12))),
+                            run_seeds=lambda run, args: list(map(run, args.seeds))).items():
+        monkeypatch.setattr(real_model, name, value)
+    monkeypatch.setattr(sys, "argv", ["real_model.py", *shared.command_line(dict(
+        model=tmp_path / "model", seeds=7, runs=tmp_path, figure=tmp_path / "figure.svg"))])
+    real_model.main()
+    folder, printed = tmp_path / "real-seed7-lr2e-05-beta0.1", capsys.readouterr().out
     first, random_labels, gold_labels = (rows(folder / name) for name in ("preferences_1.jsonl", "random.jsonl",
                                                                           "gold.jsonl"))
     assert all(gold(pair["chosen"]) > gold(pair["rejected"]) for pair in rows(folder / "seed.jsonl"))
@@ -67,13 +54,13 @@ def test_every_arm_is_trained_on_its_labels_and_measured(in_little, capsys):
     right = [real_model.margin(pair) > 0 for pair in first if real_model.margin(pair)]
     assert f"| {100 * statistics.mean(right):.1f} ± 0.0 |" in printed
     assert sum(line.startswith("> ") for line in printed.splitlines()) == 10
-    assert "SPA" in (folder.parent / "figure.svg").read_text()
+    assert "SPA" in (tmp_path / "figure.svg").read_text()
 
 
 def test_differences_have_the_error_over_seeds_and_that_over_prompts():
     """Sentiments: gains of 1 and 3 in the first seed, 4 and 4 in the second: means 2 and 4."""
     found = [{"spa_1": {"sentiments": [2, 5], "wins": [100, 50]}, "pi_0": {"sentiments": [1, 2], "wins": [50, 50]}},
              {"spa_1": {"sentiments": [4, 4], "wins": [50, 50]}, "pi_0": {"sentiments": [0, 0], "wins": [50, 50]}}]
-    *_, line = real_model.differences_table(found, ["spa_1", "pi_0"])
+    *_, line = real_model.differences_table(found, [("spa_1", "pi_0")])
     # over seeds sqrt(2) / sqrt(2) = 1; over prompts the deviation of 1, 3, 4, 4, sqrt(2), by sqrt(4)
     assert line.endswith("| +3.00 ± 1.00 (0.71) | +12.5 ± 12.5 (12.5) |")

@@ -1,8 +1,5 @@
 """benchmarks/tables.py: what it would run, and what it reports; and the small world's reward model."""
 
-import json
-import runpy
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +7,6 @@ import pytest
 import torch
 
 import flags
-import relabel
 import reward_model
 import stages
 import tables
@@ -24,12 +20,6 @@ from tables import Row
 @pytest.fixture(scope="module")
 def plan():
     return tables.Plan(Path("runs"), 1)
-
-
-def test_there_is_every_table():
-    assert list(tables.TABLES) == ["1", "C", "2", "3", "4", "5", "6", "7", "10", "11", "F3", "F4", "F5b"]
-    for _, _, table in tables.TABLES.values():  # a row is compared with one of its table
-        assert {row.minus for row in table} - {None} <= {row.model for row in table}
 
 
 def test_the_settings_are_those_of_run_all(plan, monkeypatch):
@@ -54,20 +44,14 @@ def test_every_command_is_one_that_its_stage_takes_and_reads_what_one_before_it_
         made.add(task.output)
 
 
-def test_what_tables_share_is_made_once(plan):
-    commands = [json.dumps([task.stage, task.options], default=str, sort_keys=True) for task in plan.tasks.values()]
-    assert len(set(commands)) == len(commands)
+def test_what_tables_share_is_made_once_and_a_table_runs_only_what_it_needs(plan):
     first = [task for task in plan.tasks.values() if task.stage == "03_judge.py"
              and task.options.get("model") == plan.spa("spa", 0) and "length_penalty" not in task.options]
     assert len(first) == 1  # one iteration 1 for Tables 1, 2, 6, 7, 10, 11 and Figure 3, whatever refines it
-    assert set(plan.evaluated["1"]) & set(plan.evaluated["2"]) & set(plan.evaluated["6"]) & set(plan.evaluated["F3"])
-
-
-def test_a_table_runs_only_what_it_needs(plan):
-    def names(key):
-        return " ".join(str(task.output) for task in plan.needed([key]))
-    assert "llm" not in names("6") and "worst_case" in names("6") and "spa/" not in names("F4")
-    assert len(plan.needed(["1"])) < len(plan.needed(["2"])) < len(plan.tasks) == len(plan.needed(plan.evaluated))
+    assert plan.preferences("llm_again", 1) == plan.preferences("llm", 1)
+    names = {key: " ".join(str(task.output) for task in plan.needed([key])) for key in ("6", "F4")}
+    assert "llm" not in names["6"] and "worst_case" in names["6"] and "spa/" not in names["F4"]
+    assert len(plan.tasks) == len(plan.needed(plan.evaluated))
 
 
 def test_the_judges_of_table_7(plan):
@@ -83,33 +67,31 @@ def test_the_judges_of_table_7(plan):
 
 
 def test_the_arms_of_table_6b_share_what_they_start_from(plan):
-    starts, lambdas, turned, seed = set(), set(), set(), set()
+    pi_1, responses = plan.spa("spa_none", 1), plan.tasks[plan.preferences("spa_none", 2)].options["input"]
+    assert plan.tasks[responses].options["model"] == pi_1
     for labels, arm in tables.CELLS:
         task = plan.tasks[plan.spa(f"{labels}, {arm}", 0 if labels == "the seed" else 2)]
         assert (task.stage == "extras/worst_case_dpo.py") == ("worst case" in arm)
-        lambdas.add((labels == "the seed", task.options.get("lam")))
+        lam = None if "worst case" in arm else "0" if labels == "the seed" else "0.25"
+        assert task.options.get("lam") == lam
         if labels == "the seed":
-            seed.add((task.options["model"], task.options["input"], task.options["epochs"]))
+            assert [task.options[key] for key in ("model", "input", "epochs")] == [
+                plan.pi_init(), plan.data() / "seed.jsonl", "3"]
             continue
-        made = plan.tasks[task.options["input"]]
-        if made.stage == "benchmarks/relabel.py":
-            turned.add(made.options["flip"])
-            made = plan.tasks[made.options["input"]]
-        starts.add((task.options["model"], made.options["input"]))
-    [(model, responses)] = starts
-    assert model == plan.spa("spa_none", 1) and plan.tasks[responses].options["model"] == model
-    assert lambdas == {(False, "0.25"), (True, "0"), (False, None), (True, None)}  # None: the worst case has none
-    assert turned == {0.1, 0.2, 0.3}
-    assert seed == {(plan.pi_init(), plan.data() / "seed.jsonl", "3")}
+        judged = plan.tasks[task.options["input"]]
+        if "turned" in labels:
+            assert judged.options["flip"] == float(labels.split()[0]) / 100
+            judged = plan.tasks[judged.options["input"]]
+        assert (task.options["model"], judged.options["input"]) == (pi_1, responses)
 
 
 def test_what_is_compared_shares_its_prompts_and_its_gold(plan):
-    for key in ("1", "C", "2", "3", "4", "5", "6", "7", "11", "F3", "F4"):
-        assert {plan.tasks[output].options["gold"] for output in plan.evaluated[key]} == {plan.data() / "gold.json"}
-    long = plan.data("long")
-    assert plan.tasks[long].options["gold_length"] == tables.GOLD_LENGTH
-    assert {(plan.tasks[output].options["gold"], plan.tasks[output].options["input"])
-            for output in plan.evaluated["10"]} == {(long / "gold.json", long / "eval.jsonl")}
+    assert plan.tasks[plan.data("long")].options["gold_length"] == tables.GOLD_LENGTH
+    for key, (_, _, table) in tables.TABLES.items():
+        world = plan.data("long" if key == "10" else "spa")
+        assert {(plan.tasks[output].options["gold"], plan.tasks[output].options["input"])
+                for output in plan.evaluated[key]} == {(world / "gold.json", world / "eval.jsonl")}
+        assert {row.minus for row in table} - {None} <= {row.model for row in table}
 
 
 def test_only_the_llm_that_judges_knows_the_words_of_listing_1(plan):
@@ -129,11 +111,8 @@ def test_stages_run_in_turn_are_not_run_again_and_the_one_that_fails_is_named(tm
     for _ in range(2):
         assert tables.run_tasks([data, dpo]) is None
     assert Path(f"{dpo.output}.log").read_text().count("already complete") == 1
-    other = dpo._replace(options=dpo.options | {"lr": "1e-3"})  # in the same place
-    missing = dpo._replace(output=tmp_path / "bad", options=dpo.options | {"input": tmp_path / "nothing.jsonl"})
-    for task, found in ((other, "--lr"), (missing, "nothing.jsonl")):
-        line = tables.run_tasks([task])
-        assert "01_seed_dpo.py ended with status 2" in line and found in line
+    line = tables.run_tasks([dpo._replace(options=dpo.options | {"lr": "1e-3"})])  # in the same place
+    assert "01_seed_dpo.py ended with status 2" in line and "--lr" in line
 
 
 def results(*win_rates):
@@ -159,17 +138,16 @@ def test_only_rows_that_the_paper_compares_are_compared():
     assert tables.order(rows, results([1.0], [2.0], [3.0], [4.0], [5.0])) == ""
 
 
-def test_a_row_is_compared_within_its_seeds(monkeypatch):
-    monkeypatch.setitem(tables.TABLES, "1", ("T", "", []))
+def test_a_row_is_compared_within_its_seeds():
     rows = [Row("a", (0, 1), "a/0"), Row("b", (0, 2), "b/0", "a/0")]
-    last = tables.markdown("1", rows, results([10.0, 30.0], [13.0, 31.0])).split("\n")[5]
+    last = tables.block("1", rows, results([10.0, 30.0], [13.0, 31.0])).split("\n")[5]
     # 3 and 1: mean 2, standard deviation 2 ** 0.5, standard error 1
     assert last == "| b | 1.0 ± 0.0 | 22.0 ± 12.7 | 5.0 ± 0.0 | +2.0 ± 1.0 (a) | 0 | 2 |"
 
 
 def test_the_variance_over_the_samples_of_the_seed():
     rows = [Row(f"{name}, {k}", (), None) for name in ("DPO", "SPA") for k in "123"]
-    [line] = tables.over_samples(rows, results(*([value, 10.0] for value in (1.0, 2.0, 3.0)), *[[5.0, 7.0]] * 3))
+    line = tables.over_samples(rows, results(*([value, 10.0] for value in (1.0, 2.0, 3.0)), *[[5.0, 7.0]] * 3))
     # DPO: averages 2 and 10, variances 1 and 0; SPA: averages 5 and 7
     assert "DPO, win rate: average 6.0, variance over the samples 0.5 (standard deviation 0.7)." in line
     assert "SPA, win rate: average 6.0, variance over the samples 0.0" in line
@@ -201,40 +179,25 @@ def test_labels_turned_round(tmp_path):
                                        "rejected": answer | {"text": "b"}} for k in range(1000)])
     turned = {}
     for share in (0.1, 0.3):
-        monkey = ["relabel.py", "--input", tmp_path / "d.jsonl", "--output", tmp_path / f"{share}", "--flip", share]
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sys, "argv", list(map(str, monkey)))
-            relabel.main()
-        turned[share] = {row["id"] for row in rows(tmp_path / f"{share}") if row["chosen"]["text"] == "b"}
+        made = run("benchmarks/relabel", input=tmp_path / "d.jsonl", output=tmp_path / f"{share}", flip=share)
+        turned[share] = {row["id"] for row in rows(made) if row["chosen"]["text"] == "b"}
         assert abs(len(turned[share]) - 1000 * share) < 3 * (1000 * share * (1 - share)) ** 0.5
     assert turned[0.1] < turned[0.3]
 
 
-def test_equation_2(world, tmp_path, monkeypatch):
-    """The reward model learns its pairs, and 03 scores with it as it was trained."""
-    monkeypatch.setattr(sys, "argv", ["reward_model.py", *stages.command_line(dict(
-        model=world / "base", input=world / "all_gold.jsonl", output=tmp_path / "model", lr=3e-3, epochs=20,
-        batch_size=8))])
-    runpy.run_path(str(stages.ROOT / "benchmarks" / "reward_model.py"), run_name="__main__")
-    counts = stages.counts(tmp_path / "model")
+def test_equation_2(world, tokenizer, tmp_path):
+    """The reward model learns its pairs, and 03 scores with it as it was trained, whatever the batch."""
+    folder = run("benchmarks/reward_model", model=world / "base", input=world / "all_gold.jsonl", lr=3e-3, epochs=20,
+                 batch_size=8, output=tmp_path / "model")
+    counts, preferences = stages.counts(folder), records.read_jsonl(world / "all_gold.jsonl", records.LABELLED)[:30]
     assert counts["pairs"] == len(rows(world / "all_gold.jsonl")) * 9 // 10 + 1 and counts["last loss"] < 0.3
-    model, reader = judges.load_reward_model(str(tmp_path / "model"), torch.device("cpu"))
-    right = 0
-    for row in records.read_jsonl(world / "all_gold.jsonl", records.LABELLED)[:30]:
-        with torch.no_grad():
-            chosen, rejected = judges.reward_scores(model, [judges.encode(reader, row["prompt"], row[key])
-                                                            for key in ("chosen", "rejected")])
-        right += chosen > rejected
-    assert right > 24
-
-
-def test_the_margin_of_a_pair_does_not_depend_on_its_batch(world, pi_init, tokenizer):
-    model = reward_model.load_classifier(pi_init, tokenizer, seed=0)
-    pairs = reward_model.read_pairs(world / "seed.jsonl", tokenizer)
+    model, reader = judges.load_reward_model(str(folder), torch.device("cpu"))
     with torch.no_grad():
-        together = reward_model.margins(model, pairs)
-        alone = torch.cat([reward_model.margins(model, [pair]) for pair in pairs])
-    torch.testing.assert_close(together, alone, rtol=0, atol=1e-5)
+        margins = reward_model.margins(model, reward_model.read_pairs(world / "all_gold.jsonl", tokenizer)[:30])
+        of_03 = [judges.reward_scores(model, [judges.encode(reader, row["prompt"], row[key])
+                                              for key in ("chosen", "rejected")]) for row in preferences]
+    assert margins.tolist() == pytest.approx([chosen - rejected for chosen, rejected in of_03], abs=1e-5)
+    assert sum(margins > 0) > 24
 
 
 @pytest.mark.parametrize("shape", ["phi", "mistral"])
@@ -247,13 +210,10 @@ def test_a_world_of_another_kind_of_model(shape, world, tmp_path):
 
 
 def test_kind_writers_answer_a_third_of_the_prompts(world):
-    examples = {row["id"]: row for row in rows(world / "sft.jsonl")}
+    examples, gold = {row["id"]: row for row in rows(world / "sft.jsonl")}, small_world.read_gold(world / "gold.json")
     kind = rows(world / "sft_kind.jsonl")
     assert 0 < len(kind) < len(examples)
     assert all(examples[row["id"]]["prompt"] == row["prompt"] for row in kind)
-    gold = small_world.read_gold(world / "gold.json")
-
-    def mean(examples):
-        scores = [small_world.gold_score(gold, records.as_messages(row["prompt"]), row["response"]) for row in examples]
-        return sum(scores) / len(scores)
-    assert mean(kind) > mean(examples.values()) + 0.2
+    of_kind, of_all = (np.mean([small_world.gold_score(gold, records.as_messages(row["prompt"]), row["response"])
+                                for row in written]) for written in (kind, examples.values()))
+    assert of_kind > of_all + 0.2
