@@ -158,7 +158,7 @@ def panel(rows, key, against, colors, height):
 
     lines, names = curves(rows), []
     values = [row[against] for row in rows] if against else [t for _, line in lines for t in line if t is not None]
-    ticks, x = axis([0, *values], 0.001 if against else 1, 60, 40 + PLOT)
+    ticks, x = axis([0, *values] if against or not values else values, 0.001 if against else 1, 60, 40 + PLOT)
     levels, y = axis([end for row in rows for end in bar(row)], 5, 35 + height, 35)  # counted from the top
     across = COLUMNS[against] if against else "Iteration (0: pi_0)" if 0 in values else "Iteration"
     parts = [label(50, 20, COLUMNS[key], "start", 'font-weight="bold"'), label(50 + PLOT / 2, height + 78, across)]
