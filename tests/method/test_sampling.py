@@ -95,9 +95,6 @@ def test_uniforms_are_decided_by_seed_prompt_and_sample():
     assert (common.uniforms(0, "a", 0, 9)[:5] == base).all()  # a larger limit only adds to a response
     others = [common.uniforms(1, "a", 0, 5), common.uniforms(0, "b", 0, 5), common.uniforms(0, "a", 1, 5)]
     assert not any((other == base).any() for other in others)
-    many = np.concatenate([common.uniforms(0, str(k), 0, 100) for k in range(100)])
-    assert 0 <= many.min() and many.max() < 1
-    assert many.mean() == pytest.approx(0.5, abs=0.01)  # standard error 0.29 / 100
 
 
 BATCHES = [[1, 2], [3, 0]]
