@@ -110,7 +110,7 @@ def damaged(good, number):
 
 
 @pytest.fixture(scope="module")
-def files(world, tokenizer, tmp_path_factory):
+def files(world, good, tokenizer, tmp_path_factory):
     """A folder with a good file of every kind."""
     folder = tmp_path_factory.mktemp("good")
 
@@ -120,13 +120,10 @@ def files(world, tokenizer, tmp_path_factory):
     def as_json(name, value):
         (folder / f"{name}.json").write_text(json.dumps(value))
 
-    for name in ("seed", "sft"):
-        lines(name, *stages.rows(world / f"{name}.jsonl")[:6])
-    one, two = {"text": "we fix it .", "ids": [7, 0], "finish": "eos"}, {"text": "no .", "ids": [9], "finish": "length"}
-    asked = {"prompt": TALK, "prompt_ids": [5, 6]}
-    lines("responses", *({"id": k, **asked, "responses": [one, two]} for k in range(3)))
-    lines("preferences", *({"id": f"p{k}", **asked, "chosen": one, "rejected": two, "p": 0.7} for k in range(3)))
-    lines("labels", *({"id": k, "label": 1 + k % 2} for k in range(3)))
+    for name, path in (("seed", world / "seed.jsonl"), ("sft", world / "sft.jsonl"),
+                       ("responses", good["03_judge"]["input"]), ("preferences", good["04_refined_dpo"]["input"])):
+        lines(name, *stages.rows(path)[:3])
+    lines("labels", *({"id": row["id"], "label": 1} for row in stages.rows(folder / "responses.jsonl")))
     as_json("gold", {"lid": {"we fix it .": 1, "no .": -1}})
     lines("mine", {"id": "a", "prompt": "a", "chosen": "b", "rejected": "c"}, {"prompt": "q"},
           {"prompt": TALK, "chosen": TALK + [{"role": "assistant", "content": "y"}], "rejected": "z"})
