@@ -215,25 +215,20 @@ def test_pi_init_is_made_from_a_base_model_and_ultrachat(setting, given, tokeniz
     assert sft.output == only("01_seed_dpo", printed)[0].model == only("03_judge", printed)[0].init_model
 
 
-def test_variables_of_the_environment_come_first():
-    printed = commands("mistral-7b", LR="1e-6", SEED="7", ITERATIONS="1", RUN_NAME="mine", RUNS="elsewhere",
-                       K_PERCENT="20", ON_LENGTH_LIMIT="open", LAMBDAS=" .25  1e-1 ", PROMPT_SIZES="10  20",
-                       SEED_SAMPLE="2", EMPTY_SYSTEM="0")
-    assert (printed[0][1].seed_sample, printed[0][1].empty_system) == (2, False)
-    [generate], [train] = only("02_generate", printed), only("04_refined_dpo", printed)
-    assert (train.lr, train.seed, train.k_percent, train.lam) == (1e-6, 7, 20, 0.25)
-    assert (train.output, generate.on_length_limit) == ("elsewhere/mine/pi_1", "open")
+@pytest.mark.parametrize("variables, stage, values", [
+    ("SEED_SAMPLE=2 EMPTY_SYSTEM=0", "00_inputs", dict(seed_sample=2, empty_system=False)),
+    ("ON_LENGTH_LIMIT=open", "02_generate", dict(on_length_limit="open")),
+    ("ITERATIONS=1 LAMBDAS=' .25  1e-1 ' PROMPT_SIZES='10  20' RUNS=elsewhere RUN_NAME=mine LR=1e-6 K_PERCENT=20",
+     "04_refined_dpo", dict(output="elsewhere/mine/pi_1", lam=0.25, lr=1e-6, k_percent=20)),
+    ("JUDGE=pairrm", "03_judge", dict(judge="pairrm", reward_model="llm-blender/PairRM-hf")),
+    ("JUDGE=pairrm REWARD_MODEL=my/own", "03_judge", dict(judge="pairrm", reward_model="my/own")),
+    ("JUDGE=llm", "00_inputs", dict(llm_judge="both")), ("JUDGE=llm", "03_judge", dict(llm_order="both")),
+    ("JUDGE=llm LLM_ORDER=one", "00_inputs", dict(llm_judge="one")),  # App. B.2
+    ("JUDGE=llm LLM_ORDER=one", "03_judge", dict(llm_order="first"))])
+def test_variables_of_the_environment_come_first(variables, stage, values):
+    printed = commands("mistral-7b", SEED="7", **dict(pair.split("=", 1) for pair in shlex.split(variables)))
     assert {args.seed for _, args in printed if hasattr(args, "seed")} == {7}
-
-
-@pytest.mark.parametrize("environment, stage, values", [
-    ({"JUDGE": "pairrm"}, "03_judge", dict(judge="pairrm", reward_model="llm-blender/PairRM-hf")),
-    ({"JUDGE": "pairrm", "REWARD_MODEL": "my/own"}, "03_judge", dict(judge="pairrm", reward_model="my/own")),
-    ({"JUDGE": "llm"}, "00_inputs", dict(llm_judge="both")), ({"JUDGE": "llm"}, "03_judge", dict(llm_order="both")),
-    ({"JUDGE": "llm", "LLM_ORDER": "one"}, "00_inputs", dict(llm_judge="one")),  # App. B.2
-    ({"JUDGE": "llm", "LLM_ORDER": "one"}, "03_judge", dict(llm_order="first"))])
-def test_other_judges(environment, stage, values):
-    found = only(stage, commands("mistral-7b", **environment))
+    found = only(stage, printed)
     assert found and all({name: getattr(args, name) for name in values} == values for args in found)
 
 
@@ -330,7 +325,8 @@ def test_a_plan_that_cannot_be_carried_out_is_refused_before_anything_is_install
     environment = dict(pair.split("=", 1) for pair in shlex.split(variables))
     done = bash(*setting.split(), **environment)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
-    assert all(word in done.stderr for word in [setting.split()[-1:], *environment.items()][-1])
+    named = list(environment.items())[-1] if environment else setting.split()[-1:]
+    assert all(word in done.stderr for word in named)
     assert not log.exists() and not list(log.parent.rglob("evil"))
 
 
