@@ -172,8 +172,8 @@ def stage(name, option, folder, **options):
 
 
 @pytest.fixture(scope="module")
-def kinds(files, tokenizer, pi_0):
-    """{kind: (a good file, read)}; read(path) is what a stage does with such a file."""
+def readers(files, tokenizer, pi_0):
+    """{kind: read}; read(path) is what a stage does with such a file."""
     def chat_template(path):
         with_it = chat.load_tokenizer(str(pi_0), chat_template=str(path))
         return chat.prompt_ids(with_it, TALK, path), chat.eos_ids(str(pi_0), with_it)
@@ -196,12 +196,12 @@ def kinds(files, tokenizer, pi_0):
         "metrics.json": stage("05_eval report", None, files),
         "chat.jinja": chat_template}
     assert list(readers) == KINDS
-    return {kind: (files / kind, read) for kind, read in readers.items()}
+    return readers
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_damaged_file_is_read_or_refused_in_one_line(kinds, tmp_path, kind):
-    good, read = kinds[kind]
+def test_a_damaged_file_is_read_or_refused_in_one_line(files, readers, tmp_path, kind):
+    good, read = files / kind, readers[kind]
     read(good)
     path, refused = tmp_path / f"damaged{good.suffix}", 0
     for number in range(FILES):

@@ -17,8 +17,7 @@ import stages
 from children import content, good, succeeded, whole
 from stages import ROOT, attempt, refused, write_rows
 
-FOLDERS = ("", "support", "extras", "benchmarks")
-SCRIPTS = sorted(path for folder in FOLDERS for path in (ROOT / folder).glob("*.py"))
+SCRIPTS = sorted(path for folder in ("", "support", "extras", "benchmarks") for path in (ROOT / folder).glob("*.py"))
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
