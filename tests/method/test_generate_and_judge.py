@@ -85,9 +85,9 @@ def test_02_drops_and_counts_long_prompts(generate, responses):
 @pytest.fixture
 def judged(responses, sampler, pi_init, tmp_path):
     """Start 03 with these options -> its output."""
-    def start(name="out", **options):
+    def start(**options):
         options = dict(model=sampler, init_model=pi_init, input=responses) | options
-        return run("03_judge", **options, output=tmp_path / name)
+        return run("03_judge", **options, output=tmp_path / "out")
     return start
 
 

@@ -140,9 +140,10 @@ LONG_IDS = {"prompt": "a", "prompt_ids": [5] * 10, "responses": Y, "chosen": Y[0
     ("05_eval sample", LONG, "--max-prompt-length")])
 def test_more_tokens_than_the_model_has_positions(short, tmp_path, name, row, option):
     path = write_rows(tmp_path / "in.jsonl", [{**row, "id": 7}, {**row, "id": 8}])
-    more = {"--max-length": {"batch_size": 1}}.get(option, {"max_new_tokens": 8})
-    line = refused(*name.split(), model=short, input=path, output=tmp_path / "out",
-                   **{"init_model": short} if name == "03_judge" else more)
+    more = {"batch_size": 1} if option == "--max-length" else {"max_new_tokens": 8}
+    if name == "03_judge":
+        more = {"init_model": short}
+    line = refused(*name.split(), model=short, input=path, output=tmp_path / "out", **more)
     assert "id 7: " in line or "the prompts, id 0: " in line and name.startswith("05")
     assert "40 positions" in line and option in line
 
