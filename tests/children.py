@@ -134,15 +134,19 @@ def stop_with(number):
 kill = stop_with(signal.SIGKILL)
 
 
-def at_event(n, act, folder=None):
-    """Call act() before the n-th time that the stage touches a file in `folder` or computes with a model."""
-    count = 0
+def nth(n, act):
+    """A function that calls act() when it is called for the n-th time."""
+    count = itertools.count(1)
 
     def tick():
-        nonlocal count
-        count += 1
-        if count == n:
+        if next(count) == n:
             act()
+    return tick
+
+
+def at_event(n, act, folder=None):
+    """Call act() before the n-th time that the stage touches a file in `folder` or computes with a model."""
+    tick = nth(n, act)
 
     def on_audit(event, values):
         if folder and event in CHANGES and str(values[0]).startswith(str(folder)):
@@ -158,12 +162,11 @@ def at_event(n, act, folder=None):
 
 def after_batch(n, act):
     """Call act() when n batches are recorded, by all models together."""
-    real, count = common.record, itertools.count(1)
+    real, tick = common.record, nth(n, act)
 
     def record(*args):
         real(*args)
-        if next(count) == n:
-            act()
+        tick()
     common.record = record
 
 
@@ -174,11 +177,9 @@ def at_end(act, output):
 
 def in_step(step, act):
     """Call act() within a step of training, counted from 1."""
-    real, calls = torch.nn.utils.clip_grad_norm_, []
+    real, tick = torch.nn.utils.clip_grad_norm_, nth(step, act)
 
     def clip(*args, **options):
-        calls.append(1)
-        if len(calls) == step:
-            act()
+        tick()
         return real(*args, **options)
     torch.nn.utils.clip_grad_norm_ = clip

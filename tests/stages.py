@@ -11,6 +11,7 @@ import socket
 import sys
 from collections import namedtuple
 from pathlib import Path
+from unittest.mock import patch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
@@ -21,9 +22,8 @@ from shared import command_line
 from support import runs
 
 Ran = namedtuple("Ran", "status out err")
-NO_RANKS = {key: value for key, value in os.environ.items()
-            if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")}
 AS_TORCHRUN = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+NO_RANKS = {key: value for key, value in os.environ.items() if key not in AS_TORCHRUN}
 
 
 @functools.cache
@@ -37,16 +37,15 @@ def load(name):
 
 def attempt(name, /, *words, **options):
     """Run a stage -> its exit status and what it wrote to stdout and stderr."""
-    main, argv, out, err = load(name).main, sys.argv, io.StringIO(), io.StringIO()
-    sys.argv, status = [f"{name}.py", *map(str, words), *command_line(options)], 1
+    main, out, err, status = load(name).main, io.StringIO(), io.StringIO(), 1
+    words = [f"{name}.py", *map(str, words), *command_line(options)]
     try:
-        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        with patch("sys.argv", words), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             runs.run(main)
         status = 0
     except SystemExit as stop:
         status = stop.code or 0
     finally:
-        sys.argv = argv
         if status != 0 and dist.is_initialized():  # `run` leaves the group as it is after an error
             dist.destroy_process_group()
     return Ran(status, out.getvalue(), err.getvalue())
@@ -61,11 +60,10 @@ def run(name, /, *words, **options):
 
 def refused(name, /, *words, **options):
     """Run a stage that must reject its input -> the one line it prints: status 2, and the output left as it was."""
-    output = Path(options["output"])
-    before = files(output) if output.is_dir() else output.exists() and digest(output)
+    before = files(options["output"])
     ran = attempt(name, *words, **options)
     assert ran.status == 2 and ran.err.count("\n") == 1 and "Traceback" not in ran.err, ran
-    assert before == (files(output) if output.is_dir() else output.exists() and digest(output))
+    assert files(options["output"]) == before
     return ran.err
 
 
@@ -77,11 +75,8 @@ def as_torchrun(monkeypatch, **changes):
 
 def parsed(name, words):
     """What a stage makes of the words of its command line, defaults included."""
-    argv, sys.argv = sys.argv, [name, *words]
-    try:
+    with patch("sys.argv", [name, *words]):
         return load(name).parse_args()
-    finally:
-        sys.argv = argv
 
 
 def rows(path):
@@ -119,9 +114,10 @@ def digest(path):
     return hashlib.sha256(Path(path).read_bytes()).hexdigest()
 
 
-def files(folder):
-    """What every file of a folder holds, and when it was written."""
-    return {str(path): (path.stat().st_mtime_ns, digest(path)) for path in Path(folder).rglob("*") if path.is_file()}
+def files(output):
+    """{path of an output or in it: what the file holds and when it was written; False of a folder}"""
+    paths = [Path(output), *Path(output).rglob("*")] if Path(output).exists() else []
+    return {str(path): path.is_file() and (path.stat().st_mtime_ns, digest(path)) for path in paths}
 
 
 def free_port():

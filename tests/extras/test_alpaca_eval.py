@@ -333,7 +333,7 @@ def test_the_figure_has_the_judge_and_the_kl_where_they_are_known():
     # win rates from 5 to 20: SPA's curve from pi_0, with 5 %; the judge's accuracy from 80 to 85
     assert points(rate) == [(60, 295), (160, 208.3), (260, 35)]
     assert points(kl) == [(110, 295), (160, 208.3), (260, 35), (260, 121.7)]
-    assert points(judge) == [(160, 243), (260, 191)]
+    assert points(judge) == [(60, 243), (260, 191)]  # without pi_0 the axis begins with iteration 1
     assert paths(rate)[0] == ("M60.0,295.0 L160.0,208.3 L260.0,35.0", "#1f77b4", False)
     assert paths(kl)[0] == ("M110.0,295.0 L160.0,208.3 L260.0,35.0", "#1f77b4", False)
     assert ("M50.0,121.7 L270.0,121.7", "#d62728", True) in paths(rate)
@@ -349,14 +349,14 @@ def test_the_figure():
     assert list(found) == TITLES
     rate, lc = found.values()
     # win rates from 5 at y = 295 to 25 at y = 35, 13 pixels a point: SPA's first is 12.9 +- 1.1
-    assert points(rate) == [(160, 192.3), (260, 101.3), (160, 243)]
+    assert points(rate) == [(60, 192.3), (260, 101.3), (60, 243)]
     names = [[text for text, x, _ in texts(elements) if x == 278] for elements in (rate, lc)]  # from the top, once
     assert names == [["SPA", "PairRM", "DPO"], ["<b>&"]]
     assert [[dashed for *_, dashed in paths(elements)].count(True) for elements in (rate, lc)] == [1, 2]
-    assert ("M160.0,206.6 V178.0", "#1f77b4", False) in paths(rate)
+    assert ("M60.0,206.6 V178.0", "#1f77b4", False) in paths(rate)
     # DPO's, 7.68 +- 1.1, once, at the right
     assert [d for d, *_ in paths(rate) if d.endswith("245.9")] == ["M270.0,274.5 V245.9"]
-    assert ("M160.0,192.3 L260.0,101.3", "#1f77b4", False) in paths(rate)
+    assert ("M60.0,192.3 L260.0,101.3", "#1f77b4", False) in paths(rate)
 
 
 @pytest.mark.parametrize("rows, curves, dashed", [  # rows: (name, win rate, LC win rate); in each panel: points, lines

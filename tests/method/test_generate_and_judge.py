@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from conftest import save_tiny
 from extras import plain_spa
-from stages import counts, digest, load, refused, rows, run, write_rows
+from stages import counts, load, rows, run, write_rows
 from support import chat
 
 
@@ -48,17 +48,13 @@ def test_02_writes_two_different_responses_per_prompt_in_the_order_of_the_prompt
             assert y["finish"] in ("eos", "length")
 
 
-def test_02_gives_the_same_whatever_the_batches_and_another_with_another_seed(responses, generate):
-    assert digest(generate(micro_batch_size=3)) == digest(responses)
-    one, two = rows(responses), rows(generate(seed=1))
-    assert sum(a["responses"] != b["responses"] for a, b in zip(one, two)) > len(one) / 2
-
-
 def test_02_samples_a_prompt_alike_in_another_file_and_beside_more_samples(responses, generate, world, tmp_path):
     some = write_rows(tmp_path / "some.jsonl", rows(world / "prompts_1.jsonl")[::-3])
     again = {row["id"]: row["responses"] for row in rows(generate(input=some, samples=3))}
     assert len(again) == len(rows(some)) and all(len(of_prompt) == 3 for of_prompt in again.values())
     assert all(row["responses"] == again[row["id"]][:2] for row in rows(responses) if row["id"] in again)
+    one, two = rows(responses), rows(generate(seed=1))
+    assert sum(a["responses"] != b["responses"] for a, b in zip(one, two)) > len(one) / 2
 
 
 def test_02_counts_what_it_does_with_responses_that_hit_the_limit(responses, generate, tokenizer):
@@ -89,9 +85,9 @@ def test_02_drops_and_counts_long_prompts(generate, responses):
 @pytest.fixture
 def judged(responses, sampler, pi_init, tmp_path):
     """Start 03 with these options -> its output."""
-    def start(name="out", **options):
+    def start(**options):
         options = dict(model=sampler, init_model=pi_init, input=responses) | options
-        return run("03_judge", **options, output=tmp_path / name)
+        return run("03_judge", **options, output=tmp_path / "out")
     return start
 
 
@@ -141,12 +137,6 @@ def test_03_reports_how_far_the_policy_is_from_pi_init(responses, judged, sample
     assert counted["improbable tokens (%)"] == pytest.approx(100 * sum(improbable) / sum(lengths), abs=1e-3)
 
 
-def test_03_scores_a_model_against_itself_with_p_one_half(responses, sampler, tmp_path):
-    # every pair is a tie then, which the line says, and nothing is written
-    line = refused("03_judge", model=sampler, init_model=sampler, input=responses, output=tmp_path / "out")
-    assert f"{responses}: " in line and f": {len(rows(responses))}" in line and "--init-model" in line
-
-
 def test_03_drops_and_counts_identical_responses(responses, judged, tmp_path):
     sampled = rows(responses)
     sampled[0]["responses"][1] = sampled[0]["responses"][0]
@@ -174,12 +164,6 @@ def test_03_pairs_the_best_with_the_worst(generate, judged, samples):
     assert middle > 0
 
 
-@pytest.mark.parametrize("logps_policy, logps_ref, beta, p", [
-    # log-ratios -10 + 11 = 1 and -12 + 11 = -1: 0.5 * 1 - 0.5 * (-1) = 1, sigmoid(1) = 1 / (1 + e^-1) = 0.7310585786
-    ([-10, -12], [-11, -11], 0.5, 0.7310585786), ([-12, -10], [-11, -11], 0.5, 0.2689414214),
-    ([-31.7, -205.3], [-31.7, -205.3], 0.1, 0.5),  # a model judged against itself
-    ([0, -5000], [0, 0], 1, 1), ([-5000, 0], [0, 0], 1, 0)])  # log-ratios of thousands of nats overflow nothing
-def test_equation_7_by_hand(logps_policy, logps_ref, beta, p):
-    judge = load("03_judge")
-    found = judge.preference(*judge.implicit_rewards(logps_policy, logps_ref, beta))
-    assert found == (p if p in (0, 0.5, 1) else pytest.approx(p))
+@pytest.mark.parametrize("rewards, p", [((5000, 0), 1), ((0, 5000), 0)])
+def test_equation_7_overflows_nowhere(rewards, p):
+    assert load("03_judge").preference(*rewards) == p

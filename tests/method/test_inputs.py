@@ -40,9 +40,10 @@ def made(folder, name):
     return rows(folder / f"{name}.jsonl")
 
 
-def labelled(folder, name):
-    """The rows with their answers as strings."""
-    return records.read_jsonl(folder / f"{name}.jsonl", records.LABELLED)
+def digests(folder, *without):
+    """{file: digest} of all files of a folder but those of these names."""
+    return {path.relative_to(folder): digest(path) for path in folder.rglob("*")
+            if path.is_file() and path.name not in without}
 
 
 def sizes(*values, **more):
@@ -58,22 +59,19 @@ def source(tmp_path):
 
 def test_the_sets_are_disjoint_and_the_prompt_sets_have_no_labels(source, tmp_path):
     output = run("00_inputs", source=source, **sizes(6, 10, 12, 4), all_gold=True, output=tmp_path / "out")
+    labels = ("chosen", "rejected")
+    fields = dict(seed=labels, prompts_1=(), prompts_2=(), eval=(*labels, "reference"), all_gold=labels)
+    for name in fields:
+        for row in made(output, name):
+            k = row["id"]
+            whole = {"id": k, "prompt": [user(f"text {k}")], "reference": f"yes {k}",
+                     "chosen": [assistant(f"yes {k}")], "rejected": [assistant(f"no {k}")]}  # messages, as TRL reads
+            assert list(row.items()) == [(key, whole[key]) for key in ("id", "prompt", *fields[name])]
     assert [len(made(output, name)) for name in NAMES] == [6, 10, 12, 4]
-    prompts = [json.dumps(row["prompt"]) for name in NAMES for row in made(output, name)]
-    assert len(set(prompts)) == len(prompts) == 32
-    assert all(list(row) == ["id", "prompt", "chosen", "rejected"] for row in made(output, "seed"))
-    # which TRL reads: messages in every column
-    assert all([m["role"] for m in row[key]] == ["assistant"] for row in made(output, "seed") + made(output, "all_gold")
-               for key in ("chosen", "rejected"))
-    assert all(list(row) == ["id", "prompt"] for name in NAMES[1:3] for row in made(output, name))
-    assert all(row["reference"] == f"yes {row['id']}" for row in made(output, "eval"))
-    assert all((row["chosen"], row["rejected"]) == ([assistant(f"yes {row['id']}")], [assistant(f"no {row['id']}")])
-               for row in made(output, "eval"))
     ids = [row["id"] for name in NAMES for row in made(output, name)]
-    assert len(set(ids)) == len(ids)
+    assert len(set(ids)) == 32
     # all_gold: the labels of the seed and of all prompts
-    assert sorted(json.dumps(row["prompt"]) for row in made(output, "all_gold")) == sorted(prompts[:28])
-    assert all(row["chosen"] == f"yes {row['id']}" for row in labelled(output, "all_gold"))
+    assert sorted(row["id"] for row in made(output, "all_gold")) == sorted(ids[:28])
     assert not (output / "judge_sft.jsonl").exists()
 
 
@@ -91,13 +89,11 @@ def test_repeated_prompts_are_dropped_and_counted(tmp_path):
 def test_a_sample_of_the_seed_is_the_next_block_with_the_same_prompt_sets(source, tmp_path):
     options = dict(source=source, **sizes(6, 10, 8, 4))
     outputs = [run("00_inputs", **options, seed_sample=k, output=tmp_path / f"out_{k}") for k in range(3)]
-    first = run("00_inputs", **options, output=tmp_path / "first")
     large = run("00_inputs", **options | {"seed_size": 12}, output=tmp_path / "large")
-    assert digest(first / "seed.jsonl") == digest(outputs[0] / "seed.jsonl")
-    for name in NAMES[1:]:
-        assert {digest(output / f"{name}.jsonl") for output in [*outputs, large]} == {digest(first / f"{name}.jsonl")}
+    for output in [*outputs[1:], large]:
+        assert digests(output, "seed.jsonl", "args.json") == digests(outputs[0], "seed.jsonl", "args.json")
     # of 40, so that three samples of 6 are what is left
-    assert [len(made(first, name)) for name in NAMES] == [6, 10, 8, 4]
+    assert [len(made(outputs[0], name)) for name in NAMES] == [6, 10, 8, 4]
     assert len({row["id"] for output in outputs for name in NAMES for row in made(output, name)}) == 40
     # a larger seed is that of several samples
     assert made(large, "seed") == made(outputs[1], "seed") + made(outputs[0], "seed")
@@ -129,21 +125,14 @@ def test_the_sets_follow_the_seed_not_blank_lines_windows_line_ends_or_a_byte_or
 
 def test_the_world_is_decided_by_its_seed(world, tmp_path):
     again, other = (run("00_inputs", **WORLD | {"seed": seed}, output=tmp_path / f"world_{seed}") for seed in (0, 1))
-    files = sorted(path.relative_to(world) for path in world.rglob("*") if path.is_file() and path.name != "args.json")
-    assert {path.name for path in files} >= {*(f"{name}.jsonl" for name in NAMES), "sft.jsonl", "sft_kind.jsonl",
-                                             "all_gold.jsonl", "gold.json", "model.safetensors"}
-    for file in files:
-        assert digest(again / file) == digest(world / file), file
+    assert digests(again, "args.json") == digests(world, "args.json")
     assert all(made(other, name) != made(world, name) for name in NAMES)
 
 
 def test_another_sample_or_size_of_the_world_s_seed_changes_nothing_else(world, tmp_path):
     samples = [world, *(run("00_inputs", **WORLD, seed_sample=k, output=tmp_path / f"world_{k}") for k in (1, 2))]
-    its_own = {"args.json", "seed.jsonl", "all_gold.jsonl", "judge_sft.jsonl"}
-    files = [path.relative_to(world) for path in world.rglob("*") if path.is_file() and path.name not in its_own]
-    assert {"prompts_2.jsonl", "eval.jsonl", "sft.jsonl", "gold.json", "model.safetensors"} <= {f.name for f in files}
-    for file in files:
-        assert len({digest(sample / file) for sample in samples}) == 1, file
+    its_own = "args.json", "seed.jsonl", "all_gold.jsonl", "judge_sft.jsonl"
+    assert digests(samples[1], *its_own) == digests(samples[2], *its_own) == digests(world, *its_own)
     seeds, others = [made(sample, "seed") for sample in samples], [made(world, name) for name in NAMES[1:] + ["sft"]]
     assert [len(seed) for seed in seeds] == [20, 20, 20]
     prompts = [json.dumps(records.as_messages(row["prompt"])) for rows in seeds + others for row in rows]
@@ -158,29 +147,26 @@ def test_another_sample_or_size_of_the_world_s_seed_changes_nothing_else(world, 
                                       output=tmp_path / "out")
 
 
-def test_the_world_s_sets_are_disjoint_and_labelled_by_gold(world):
+def test_the_world_s_sets_have_their_sizes_and_the_labels_of_gold(world):
     gold = small_world.read_gold(world / "gold.json")
-    names = NAMES + ["sft"]
-    assert [len(made(world, name)) for name in names] == [20, 14, 10, 12, 48]
-    prompts = [json.dumps(records.as_messages(row["prompt"])) for name in names for row in made(world, name)]
-    assert len(set(prompts)) == len(prompts)
-    for row in labelled(world, "all_gold"):
+    assert [len(made(world, name)) for name in NAMES + ["sft"]] == [20, 14, 10, 12, 48]
+    for row in records.read_jsonl(world / "all_gold.jsonl", records.LABELLED):
         chosen, rejected = (small_world.gold_score(gold, row["prompt"], row[y]) for y in ("chosen", "rejected"))
         assert chosen > rejected
     for row in made(world, "sft"):
         assert None not in small_world.gold_values(gold, records.as_messages(row["prompt"]), row["response"])
-    assert all(set(row) == {"id", "prompt"} for name in NAMES[1:3] for row in made(world, name))
 
 
-def test_the_world_s_words_are_all_in_its_vocabulary(world, tokenizer):
-    for name, key, read in (("sft", "response", made), ("seed", "chosen", labelled), ("eval", "reference", made),
-                            ("judge_sft", "response", made)):
-        for row in read(world, name):
-            assert tokenizer.unk_token_id not in tokenizer(row[key]).input_ids
-            assert tokenizer.decode(tokenizer(row[key]).input_ids) == row[key]
-            prompt = chat.prompt_ids(tokenizer, records.as_messages(row["prompt"]), "")
-            assert tokenizer.unk_token_id not in prompt and prompt.count(tokenizer.bos_token_id) == 1
-            assert len(prompt) + 60 < 256  # the model's positions; no response has more tokens
+@pytest.mark.parametrize("name, fields, key", [
+    ("sft", records.EXAMPLES, "response"), ("seed", records.LABELLED, "chosen"), ("eval", records.PROMPTS, "reference"),
+    ("judge_sft", records.EXAMPLES, "response")])
+def test_the_world_s_words_are_all_in_its_vocabulary(world, tokenizer, name, fields, key):
+    for row in records.read_jsonl(world / f"{name}.jsonl", fields):
+        assert tokenizer.unk_token_id not in tokenizer(row[key]).input_ids
+        assert tokenizer.decode(tokenizer(row[key]).input_ids) == row[key]
+        prompt = chat.prompt_ids(tokenizer, row["prompt"], "")
+        assert tokenizer.unk_token_id not in prompt and prompt.count(tokenizer.bos_token_id) == 1
+        assert len(prompt) + 60 < 256  # the model's positions; no response has more tokens
 
 
 def test_an_id_that_is_there_twice_is_named(tmp_path):

@@ -8,10 +8,11 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import (AutoConfig, BertConfig, CohereConfig, Gemma3TextConfig, GPT2Config, GPTNeoXConfig,
+from transformers import (AutoConfig, BertConfig, CohereConfig, Gemma3TextConfig, GPTNeoXConfig,
                           LlamaConfig, MambaConfig, MixtralConfig, Olmo3Config, Phi3Config, PhiConfig,
                           Qwen3MoeConfig)
 
+from conftest import save_tiny
 from families import FAMILIES, SHAPE, make, with_images
 from stages import attempt, metrics, refused, run, write_rows
 from support import model_checks, models, runs
@@ -23,7 +24,11 @@ def load(path):
     return models.load_model(str(path), CPU)
 
 
-def saved(folder, config, change=lambda weights: weights):
+def unchanged(weights):
+    return weights
+
+
+def saved(folder, config, change=unchanged):
     """The folder of a tiny model, its weights changed in the file."""
     make(config).save_pretrained(folder)
     save_file(change(load_file(folder / "model.safetensors")), folder / "model.safetensors", {"format": "pt"})
@@ -57,41 +62,39 @@ def float8(weights, **names):
     return quantised(weights, torch.float8_e4m3fn, 448, **names)
 
 
-Q = "model.layers.1.self_attn.q_proj"
-WRONG = {  # what transformers would make up, or read as if it were what its values say
+Q, SMALL = "model.layers.1.self_attn.q_proj", dict(vocab_size=40, hidden_size=32, num_hidden_layers=2)
+WRONG = {  # what transformers would make up, or read as if it were what its values say; what the stages cannot use
     "names of torch.compile": ("llama", lambda weights: {f"_orig_mod.{key}": value for key, value in weights.items()},
                                "lm_head.weight"),
     "a layer is missing": ("llama", lambda weights: {key: value for key, value in weights.items() if ".1." not in key},
                            "model.layers.1.input_layernorm.weight"),
     "float8": ("llama", float8, "down_proj.weight .*F8_E4M3"),
+    "float8 in a format that is not known": (LlamaConfig(**SHAPE, quantization_config={"quant_method": "modelopt"}),
+                                             float8, "down_proj.weight .*F8_E4M3"),
     "float8 experts": ("mixtral", lambda weights: float8(weights, of=".w1.weight"), "experts.0.w1.weight .*F8"),
     "uint8": ("llama", lambda weights: quantised(weights, torch.uint8, 127), "down_proj.weight .*U8"),
     "scales of float weights": ("llama", lambda weights: quantised(weights, torch.float32, 448), "weight_scale"),
     "scales of float experts": (Qwen3MoeConfig(**SHAPE, num_experts=4, moe_intermediate_size=16), lambda weights:
                                 quantised(weights, torch.float32, 448, of="0.mlp.experts.3.up_proj.weight"),
                                 "up_proj.*_scale"),
-    "a bias": ("llama", lambda weights: weights | {f"{Q}.bias": torch.ones(32)}, "q_proj.bias")}
-
-
+    "a bias": ("llama", lambda weights: weights | {f"{Q}.bias": torch.ones(32)}, "q_proj.bias"),
+    "a random routing": (MixtralConfig(**SHAPE, num_local_experts=4, router_jitter_noise=0.5), unchanged,
+                         "not supported: .*in train mode"),
+    "scaled logits": (CohereConfig(**SHAPE, logit_scale=0.1), unchanged, r"not supported: .*not lm_head\(hidden\)"),
+    "padding on the left": (MambaConfig(**SMALL, state_size=4, initializer_range=0.3), unchanged,
+                            "not supported: .*padding on the left"),
+    "no cache": (BertConfig(**SMALL, num_attention_heads=2, intermediate_size=48, is_decoder=False), unchanged,
+                 "not supported: .*no cache")}
 WRONG |= {f"a value is {value}": ("llama", lambda weights, value=value: weights | {
     f"{Q}.weight": weights[f"{Q}.weight"].index_fill(0, torch.tensor(31), value)}, f"{Q}.weight .*not finite")
     for value in (math.nan, math.inf, -math.inf)}
 
 
 @pytest.mark.parametrize("kind", WRONG)
-def test_weights_that_are_missing_misread_or_not_finite_are_named(tmp_path, kind):
-    family, change, found = WRONG[kind]
-    folder = saved(tmp_path / "model", family, change)
+def test_what_is_missing_misread_not_finite_or_not_supported_is_named(tmp_path, kind):
+    config, change, found = WRONG[kind]
+    folder = saved(tmp_path / "model", config, change)
     with pytest.raises(runs.InputError, match=rf"^{folder}: .*{found}.*\Z"):  # in one line: `.` matches no line end
-        load(folder)
-
-
-def test_float8_is_refused_where_the_config_names_a_format_that_is_not_known(tmp_path):
-    folder = saved(tmp_path / "model", "llama", float8)
-    config = json.loads((folder / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "modelopt", "quant_algo": "FP8"}
-    (folder / "config.json").write_text(json.dumps(config))
-    with pytest.raises(runs.InputError, match="model.layers.*F8_E4M3"):
         load(folder)
 
 
@@ -121,64 +124,39 @@ def test_weights_that_transformers_has_dequantised_are_used():
         model_checks.check_weights("it", model, unknown)
 
 
-SMALL = dict(vocab_size=40, hidden_size=32, num_hidden_layers=2)
-REFUSED = {  # name: (config, what is found)
-    "a random routing": (MixtralConfig(**SHAPE, num_local_experts=4, router_jitter_noise=0.5), "in train mode"),
-    "scaled logits": (CohereConfig(**SHAPE, logit_scale=0.1), r"not lm_head\(hidden\)"),
-    "padding on the left": (MambaConfig(**SMALL, state_size=4, initializer_range=0.3), "padding on the left"),
-    "no cache": (BertConfig(**SMALL, num_attention_heads=2, intermediate_size=48, is_decoder=False), "no cache")}
-
-
-@pytest.mark.parametrize("name", REFUSED)
-def test_what_the_stages_cannot_use_is_refused(tmp_path, name):
-    config, found = REFUSED[name]
-    make(config).save_pretrained(tmp_path / "model")
-    with pytest.raises(runs.InputError, match=f"{tmp_path / 'model'}: not supported: .*{found}"):
-        load(tmp_path / "model")
-
-
 @pytest.fixture(scope="module")
-def gpt2(tokenizer, tmp_path_factory):
-    """A model with 40 learned positions: one more is an index error within the model."""
-    folder = tmp_path_factory.mktemp("gpt2")
-    make(GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=2, n_head=2, n_positions=40)).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
+def short(tokenizer, tmp_path_factory):
+    return save_tiny(tmp_path_factory.mktemp("short"), tokenizer, max_position_embeddings=40)
 
 
 LONG = {"prompt": "my lid " * 20, "response": "my lid " * 20, "chosen": "my lid " * 20, "rejected": "my lid"}
+Y = [{"text": "", "ids": [7] * 30 + [k], "finish": "eos"} for k in (8, 9)]
+LONG_IDS = {"prompt": "a", "prompt_ids": [5] * 10, "responses": Y, "chosen": Y[0], "rejected": Y[1]}  # 41 tokens
 
 
-@pytest.mark.parametrize("name, option", [
-    ("00_sft", "--max-length"), ("01_seed_dpo", "--max-length"), ("02_generate", "--max-new-tokens"),
-    ("05_eval sample", "--max-prompt-length")])
-def test_more_tokens_than_the_model_has_positions(gpt2, tmp_path, name, option):
-    path = write_rows(tmp_path / "in.jsonl", [{**LONG, "id": 7}, {**LONG, "id": 8}])
-    line = refused(*name.split(), model=gpt2, input=path, output=tmp_path / "out", **(
-        {"batch_size": 1} if option == "--max-length" else {"max_new_tokens": 8}))
+@pytest.mark.parametrize("name, row, option", [
+    ("00_sft", LONG, "--max-length"), ("01_seed_dpo", LONG, "--max-length"), ("02_generate", LONG, "--max-new-tokens"),
+    ("03_judge", LONG_IDS, "--max-new-tokens"), ("04_refined_dpo", LONG_IDS, "--max-length"),
+    ("05_eval sample", LONG, "--max-prompt-length")])
+def test_more_tokens_than_the_model_has_positions(short, tmp_path, name, row, option):
+    path = write_rows(tmp_path / "in.jsonl", [{**row, "id": 7}, {**row, "id": 8}])
+    more = {"batch_size": 1} if option == "--max-length" else {"max_new_tokens": 8}
+    if name == "03_judge":
+        more = {"init_model": short}
+    line = refused(*name.split(), model=short, input=path, output=tmp_path / "out", **more)
     assert "id 7: " in line or "the prompts, id 0: " in line and name.startswith("05")
     assert "40 positions" in line and option in line
 
 
-def test_00_drops_and_counts_the_conversations_for_which_the_model_has_no_positions(gpt2, tmp_path):
+def test_00_drops_and_counts_the_conversations_for_which_the_model_has_no_positions(short, tmp_path):
     """As of LLM-as-judge with Phi-2, whose examples have up to 4,100 tokens."""
-    short = [{"id": k, "prompt": "my lid", "response": "my lid"} for k in range(4)]
-    options = dict(model=gpt2, batch_size=2, max_length=4100, max_prompt_length=4096)
-    mixed = write_rows(tmp_path / "in.jsonl", [short[0], {**LONG, "id": 7}, *short[1:], {**LONG, "id": 8}])
+    fitting = [{"id": k, "prompt": "my lid", "response": "my lid"} for k in range(4)]
+    options = dict(model=short, batch_size=2, max_length=4100, max_prompt_length=4096)
+    mixed = write_rows(tmp_path / "in.jsonl", [fitting[0], {**LONG, "id": 7}, *fitting[1:], {**LONG, "id": 8}])
     ran = attempt("00_sft", **options, input=mixed, output=tmp_path / "out")
     assert ran.status == 0 and "rows read 6, dropped as too long 2, steps 2" in ran.out, ran
-    alone = run("00_sft", **options, input=write_rows(tmp_path / "in.jsonl", short), output=tmp_path / "alone")
+    alone = run("00_sft", **options, input=write_rows(tmp_path / "in.jsonl", fitting), output=tmp_path / "alone")
     assert metrics(tmp_path / "out") == metrics(alone)
-
-
-@pytest.mark.parametrize("name", ["03_judge", "04_refined_dpo"])
-def test_more_sampled_tokens_than_the_model_has_positions(gpt2, pi_0, tmp_path, name):
-    y = [{"text": "", "ids": [7] * 30 + [k], "finish": "eos"} for k in (8, 9)]
-    path = write_rows(tmp_path / "in.jsonl", [{"id": k, "prompt": "a", "prompt_ids": [5] * 10, "responses": y,
-                                               "chosen": y[0], "rejected": y[1]} for k in (7, 8)])
-    more = {"init_model": gpt2} if name == "03_judge" else {"batch_size": 1}
-    line = refused(name, model=gpt2, input=path, output=tmp_path / "out", **more)
-    assert f"{path}, id 7: 41 tokens" in line and "40 positions" in line and "--max-" in line
 
 
 LONGROPE = dict(rope_type="longrope", rope_theta=1e4, short_factor=[1.0] * 8, long_factor=[4.0 + k for k in range(8)],

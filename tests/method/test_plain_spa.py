@@ -14,6 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import stages
+from children import good
 from extras import plain_spa
 from stages import rows, run, weights, write_rows
 
@@ -156,14 +157,12 @@ def test_algorithm_1_is_the_stages_one_after_the_other(pi_init, preferences, tok
 
 
 @pytest.fixture(scope="module")
-def finished(world, pi_init, pi_0, tmp_path_factory):
+def finished(good, pi_init, pi_0, tmp_path_factory):
     """A run's folder, as far as the page reads it."""
     folder = tmp_path_factory.mktemp("run")
     (folder / "pi_init").symlink_to(pi_init)
     (folder / "pi_0").symlink_to(pi_0)
-    responses = run("02_generate", model=pi_0, input=world / "prompts_1.jsonl", max_new_tokens=8,
-                    output=folder / "responses_1.jsonl")
-    run("03_judge", model=pi_0, init_model=pi_init, input=responses, output=folder / "preferences_1.jsonl")
+    run("03_judge", **good["03_judge"], output=folder / "preferences_1.jsonl")
     return folder
 
 
@@ -181,14 +180,12 @@ def test_the_page_prints_its_numbers_beside_the_stages(finished):
     assert differ < 2e-5 < moved
 
 
-def test_what_is_no_finished_run_is_refused_in_one_line(finished, tmp_path):
-    other = tmp_path / "other"
-    shutil.copytree(finished, other, symlinks=True)
-    judged = rows(finished / "preferences_1.jsonl")
-    write_rows(other / "preferences_1.jsonl", [row | {"judge": "pairrm"} for row in judged])
-    partial = tmp_path / "partial"
-    shutil.copytree(finished, partial, symlinks=True)
-    (partial / "pi_init").unlink()
-    for folder in (tmp_path / "none", other, partial):
-        ran = stages.attempt("extras/plain_spa", folder)
-        assert (ran.status, ran.out, ran.err.count("\n")) == (2, "", 1) and str(folder) in ran.err, ran
+@pytest.mark.parametrize("change", [
+    lambda run: (run / "preferences_1.jsonl").unlink(), lambda run: (run / "pi_init").unlink(),
+    lambda run: write_rows(run / "preferences_1.jsonl", [row | {"judge": "pairrm"}
+                                                         for row in rows(run / "preferences_1.jsonl")])])
+def test_what_is_no_finished_run_is_refused_in_one_line(finished, tmp_path, change):
+    folder = shutil.copytree(finished, tmp_path / "run", symlinks=True)
+    change(folder)
+    ran = stages.attempt("extras/plain_spa", folder)
+    assert (ran.status, ran.out, ran.err.count("\n")) == (2, "", 1) and str(folder) in ran.err, ran

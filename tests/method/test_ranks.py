@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.distributed.tensor import DTensor
 
-from children import in_step, no_child_outlives_its_test, stop_with, two_ranks
+from children import good, in_step, no_child_outlives_its_test, stop_with, two_ranks
 from families import make, with_images
 from stages import digest, farthest, metrics, run, weights
 from support import runs
@@ -21,11 +21,8 @@ def reads_images(tokenizer, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def jobs(world, pi_init, pi_0, preferences, reads_images, tmp_path_factory):
+def jobs(good, world, pi_init, pi_0, preferences, reads_images):
     """{name: (stage, options)}; 04's last step and 02's last batches leave one of two ranks without work."""
-    sampling = dict(model=pi_0, max_new_tokens=8)
-    responses = run("02_generate", **sampling, input=world / "prompts_1.jsonl",
-                    output=tmp_path_factory.mktemp("in") / "responses.jsonl")
     training = dict(model=pi_init, lr=1e-3, micro_batch_size=4)
     sft = dict(training, input=world / "sft.jsonl", batch_size=9, gradient_checkpointing=True)
     # with another reference: else rounding decides the sign of the first step's margins, and so its accuracy
@@ -34,8 +31,7 @@ def jobs(world, pi_init, pi_0, preferences, reads_images, tmp_path_factory):
                    alpha=0.3, beta=0.3)
     worst = dict(training, input=preferences, ref_model=pi_0, batch_size=8, epochs=2, beta=0.3, epsilon=0.05)
     return {
-        "03": ("03_judge", dict(model=pi_0, init_model=pi_init, input=responses, micro_batch_size=5)),
-        "02": ("02_generate", dict(sampling, input=world / "prompts_1.jsonl", micro_batch_size=5)),
+        "02": ("02_generate", good["02_generate"]), "03": ("03_judge", good["03_judge"]),
         "sft": ("00_sft", sft), "sft fsdp": ("00_sft", dict(sft, fsdp=True)),
         "01": ("01_seed_dpo", seed), "01 fsdp": ("01_seed_dpo", dict(seed, fsdp=True)),
         "images": ("01_seed_dpo", dict(seed, model=reads_images)),
@@ -84,12 +80,14 @@ def test_of_a_model_that_reads_images_the_text_part_is_trained(outputs, reads_im
         assert trained == {key for key in before if key.startswith("language_model.")}
 
 
-@pytest.mark.parametrize("name", ["sft", "01", "04", "04 fsdp", "images", "images fsdp"])
-def test_of_two_ranks_one_is_stopped_and_both_save_and_resume_exactly(outputs, jobs, tmp_path, name):
+@pytest.mark.parametrize("name, number, status", [
+    *((name, signal.SIGTERM, 143) for name in ("01", "04", "04 fsdp", "images", "images fsdp", "worst case")),
+    *((name, signal.SIGINT, 130) for name in ("sft", "01"))])
+def test_of_two_ranks_one_is_stopped_and_both_save_and_resume_exactly(outputs, jobs, tmp_path, name, number, status):
     stage, options = jobs[name]
     options = options | {"output": tmp_path / name, "save_every": 100}
-    stopped = two_ranks(stage, options, lambda: in_step(3, stop_with(signal.SIGTERM)))
-    assert [rank.status for rank in stopped] == [143, 143], stopped
+    stopped = two_ranks(stage, options, lambda: in_step(3, stop_with(number)))
+    assert [rank.status for rank in stopped] == [status, status], stopped
     assert (stopped[0].err + stopped[1].err).count("after step 3: ") == 1, stopped
     resumed = two_ranks(stage, options)
     assert [rank.status for rank in resumed] == [0, 0] and resumed[1].out == ""
@@ -114,13 +112,16 @@ def test_each_rank_has_its_part_of_the_weights(jobs, tmp_path):
     assert 0.48 * all_weights < part < 0.52 * all_weights
 
 
-def test_an_error_of_two_processes_is_one_line(jobs, pi_0, tmp_path):
-    missing = ("02_generate", dict(model=pi_0, input=tmp_path / "no.jsonl", output=tmp_path / "1"))
-    # known only to the process that writes: every pair is a tie, every response hit the limit
-    ties = ("03_judge", jobs["03"][1] | dict(init_model=pi_0, output=tmp_path / "2"))
-    limit = ("02_generate", jobs["02"][1] | dict(on_length_limit="drop", output=tmp_path / "3"))
-    for stage, options in (missing, ties, limit):
-        ranks = two_ranks(stage, options)
-        assert [rank.status for rank in ranks] == [2, 2], ranks
-        err = ranks[0].err + ranks[1].err
-        assert err.count("\n") == 1 and "Traceback" not in err, ranks
+@pytest.mark.parametrize("name, change, words", [
+    ("02", lambda options: {"input": "no.jsonl"}, []),
+    # known only to the process that writes: every response hit the limit, of 14 pairs every one is a tie
+    ("02", lambda options: {"on_length_limit": "drop"}, ["--on-length-limit"]),
+    ("03", lambda options: {"init_model": options["model"]}, [": 14", "--init-model"])])
+def test_an_error_of_two_processes_is_one_line(jobs, tmp_path, name, change, words):
+    stage, options = jobs[name]
+    options = options | change(options) | {"output": tmp_path / "out"}
+    ranks = two_ranks(stage, options)
+    assert [rank.status for rank in ranks] == [2, 2], ranks
+    err = ranks[0].err + ranks[1].err
+    assert err.count("\n") == 1 and "Traceback" not in err, ranks
+    assert all(word in err for word in [f"{options['input']}: ", *words]), ranks

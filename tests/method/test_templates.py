@@ -7,15 +7,15 @@ from datetime import datetime, timedelta
 import pytest
 from transformers import GenerationConfig, LlamaConfig
 
-import stages
+import test_tokens
 from conftest import save_tiny
 from extras import judges
 from support import chat, runs
 from stages import refused, rows, run, write_rows
-from test_tokens import SPECIAL, make_tokenizer
+from test_tokens import make_tokenizer
 
-SPECIAL = SPECIAL + ["<|end|>", "<|endoftext|>", "<end_of_turn>", "<start_of_turn>", "<|start|>", "<|channel|>",
-                     "<|message|>", "<|return|>"]
+SPECIAL = test_tokens.SPECIAL + ["<|end|>", "<|endoftext|>", "<end_of_turn>", "<start_of_turn>", "<|start|>",
+                                 "<|channel|>", "<|message|>", "<|return|>"]
 ID = {token: k for k, token in enumerate(SPECIAL)}
 CHAT = {
     "phi-4-mini": "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
@@ -44,6 +44,8 @@ CHAT = {
 CHAT["qwen3-not-thinking"] = CHAT["qwen3"].replace("assistant\n{% endif %}", "assistant\n<think>\n\n</think>\n\n"
                                                    "{% endif %}")
 CHAT["qwen3-thinking"] = CHAT["qwen3"].replace("assistant\n{% endif %}", "assistant\n<think>\n{% endif %}")
+CHAT |= {name: template.replace("\n\n", "\n")  # of two the last would merge with a response
+         for name, template in {**test_tokens.CHAT, "no eos": test_tokens.NO_EOS}.items()}
 ASKED, ANSWER = [{"role": "user", "content": "name a fish"}], "the eel"
 SYSTEM = {"role": "system", "content": "be brief"}
 
@@ -66,12 +68,6 @@ def ids_of(tokenizer, text):
     return tokenizer(text, add_special_tokens=False).input_ids
 
 
-def answer(tokenizer, eos, text=ANSWER, asked=ASKED):
-    """(the prompt, the answer after it) as text with its special tokens."""
-    prompt = chat.prompt_ids(tokenizer, asked, "here")
-    return tokenizer.decode(prompt), tokenizer.decode(chat.response_ids(tokenizer, asked, prompt, text, eos))
-
-
 @pytest.mark.parametrize("name, config, generation, end, others", [
     ("phi-4-mini", None, ["<|endoftext|>", "<|end|>"], "<|end|>", ["</s>", "<|endoftext|>"]),  # it writes both
     ("phi-4-mini", "<|endoftext|>", None, "<|end|>", ["</s>", "<|endoftext|>"]),
@@ -79,7 +75,11 @@ def answer(tokenizer, eos, text=ANSWER, asked=ASKED):
     ("gemma", ["<|eot_id|>"], ["<end_of_turn>"], "<end_of_turn>", ["</s>", "<|eot_id|>"]),
     ("gpt-oss", None, ["<|return|>", "<|endoftext|>"], "<|return|>", ["</s>", "<|endoftext|>"]),
     ("llama-2", None, ["<|eot_id|>"], "</s>", ["<|eot_id|>"]),
-    ("llama-2", 50, None, "</s>", [])])  # the default of a config's class, here an ordinary token
+    ("llama-2", 50, None, "</s>", []),  # the default of a config's class, here an ordinary token
+    ("phi-3-medium", None, None, "<|end|>", ["</s>"]),
+    ("chatml", "<|im_end|>", None, "<|im_end|>", ["</s>"]), ("zephyr", None, None, "</s>", []),
+    ("llama-3", "<|eot_id|>", None, "<|eot_id|>", ["</s>"]), ("mistral", None, None, "</s>", []),
+    ("no eos", None, None, "</s>", [])])  # it is appended
 def test_an_answer_ends_with_the_first_end_that_the_template_writes(made, name, config, generation, end, others):
     def as_ids(names):
         return [ID[name] for name in names] if isinstance(names, list) else ID.get(names, names)
@@ -90,11 +90,13 @@ def test_an_answer_ends_with_the_first_end_that_the_template_writes(made, name, 
     ids = chat.response_ids(tokenizer, ASKED, prompt, ANSWER, eos)
     assert ids[-1] == ID[end] and not {*ids[:-1]} & {*eos}
     assert tokenizer.decode(ids[:-1], skip_special_tokens=True).removeprefix("final").strip() == ANSWER
+    joint = tokenizer.apply_chat_template(ASKED + [{"role": "assistant", "content": ANSWER}], return_dict=False)
+    written = prompt + ids[:None if ID[end] in joint else -1]
+    assert written == joint[:len(written)]
 
 
 def test_a_system_message_that_the_template_leaves_out_is_an_error(made):
-    tokenizer, eos = made("phi-3-medium")
-    assert answer(tokenizer, eos)[1] == f"{ANSWER}<|end|>"
+    tokenizer, _ = made("phi-3-medium")
     with pytest.raises(runs.InputError, match=r"in.jsonl, id 7: .*system's .*be brief.*--chat-template"):
         chat.prompt_ids(tokenizer, [SYSTEM, *ASKED], "in.jsonl, id 7")
     spelled = SYSTEM | {"content": "be </s> brief"}  # also one that spells a special token
@@ -131,16 +133,15 @@ def test_a_date_in_the_prompts_is_that_of_the_output_in_all_runs_that_make_it(wo
             return cls.day
 
     monkeypatch.setattr(runs, "datetime", Day)
-    whole = run("02_generate", **options, output=tmp_path / "whole")
     with monkeypatch.context() as context, pytest.raises(ZeroDivisionError):  # stopped at the end
         context.setattr(runs, "close_output", lambda *_: 1 / 0)
         run("02_generate", **options, output=tmp_path / "parts")
     Day.day += timedelta(days=2)
     parts = run("02_generate", **options, output=tmp_path / "parts")
     later = run("02_generate", **options, output=tmp_path / "later")
-    assert stages.digest(parts) == stages.digest(whole)
-    first = [tokenizer.convert_ids_to_tokens(rows(path)[0]["prompt_ids"])[:2] for path in (whole, later)]
-    assert [words for words in first if "my" in words] == first[:1]
+    for path, of_first_day in ((parts, True), (later, False)):
+        begins = [tokenizer.convert_ids_to_tokens(row["prompt_ids"])[:2] for row in rows(path)]
+        assert ["my" in words for words in begins] == [of_first_day] * len(begins)
     assert json.loads(runs.args_path(parts).read_text())["begun"] == "2026-01-30T23:59:00"
 
 
@@ -158,19 +159,22 @@ THOUGHT = "<think>\nan eel is a fish\n</think>\n\nthe eel"
     ("deepseek-r1", THOUGHT, "<think>\n", THOUGHT.removeprefix("<think>\n") + "</s>"),
     ("gpt-oss", ANSWER, "<|start|>assistant", "<|channel|>final<|message|>the eel<|return|>")])
 def test_an_answer_with_or_without_a_thought_continues_its_prompt(made, name, text, prompt, response):
-    before, after = answer(*made(name), text)
+    tokenizer, eos = made(name)
+    ids = chat.prompt_ids(tokenizer, ASKED, "here")
+    before = tokenizer.decode(ids)
+    after = tokenizer.decode(chat.response_ids(tokenizer, ASKED, ids, text, eos))
     assert before.endswith(prompt) and after == response
     assert (before + after).count("<think>") == (before + after).count("</think>") == ("think" in after)
 
 
 @pytest.mark.parametrize("name", ["qwen3", "deepseek-r1"])
 def test_thoughts_of_earlier_turns_may_be_left_out_of_a_prompt(made, name):
+    tokenizer, _ = made(name)
     talk = [*ASKED, {"role": "assistant", "content": THOUGHT}, *ASKED]
-    text = made(name)[0].decode(chat.prompt_ids(made(name)[0], talk, "here"))
+    text = tokenizer.decode(chat.prompt_ids(tokenizer, talk, "here"))
     assert "an eel is" not in text and "the eel" in text
+    tokenizer.chat_template = tokenizer.chat_template.replace("m.content.split('</think>')[-1]", "'no'")
     with pytest.raises(runs.InputError, match="assistant's"):  # but not their answers
-        tokenizer = made(name)[0]
-        tokenizer.chat_template = tokenizer.chat_template.replace("m.content.split('</think>')[-1]", "'no'")
         chat.prompt_ids(tokenizer, talk, "here")
 
 

@@ -95,22 +95,6 @@ def test_one_bos_where_the_tokenizer_adds_one_itself(name):
     assert 1 not in response and tokenizer.decode(response[:-1]).strip() == TEXT
 
 
-@pytest.mark.parametrize("name, end", [("chatml", "<|im_end|>"), ("zephyr", "</s>"), ("llama-3", "<|eot_id|>"),
-                                       ("mistral", "</s>"), ("no eos", "</s>")])
-def test_a_response_is_the_rest_of_the_joint_rendering_with_one_eos_the_last(tmp_path, name, end):
-    template = CHAT.get(name, NO_EOS).replace("\n\n", "\n")  # of two the last merges with a response
-    tokenizer = make_tokenizer(template=template)  # whose EOS is </s>
-    end = tokenizer.convert_tokens_to_ids(end)
-    LlamaConfig(eos_token_id=[2, end]).save_pretrained(tmp_path)
-    eos, prompt = chat.eos_ids(str(tmp_path), tokenizer), chat.prompt_ids(tokenizer, TALK, "here")
-    ids = chat.response_ids(tokenizer, TALK, prompt, TEXT, eos)
-    assert ids[-1] == end and sum(i in eos for i in ids) == 1 and 1 not in ids
-    assert tokenizer.decode(ids[:-1]).strip() == TEXT
-    joint = tokenizer.apply_chat_template(TALK + [{"role": "assistant", "content": TEXT}], return_dict=False)
-    shared = len(prompt) + len(ids) - (end not in joint)  # an EOS that the template does not write
-    assert (prompt + ids)[:shared] == joint[:shared]
-
-
 def test_a_response_that_merges_with_the_prompt_is_the_rest_of_the_text():
     tokenizer, text = make_tokenizer(template=NO_EOS), ": so"  # after "assistant:" the two colons are one token
     prompt = chat.prompt_ids(tokenizer, TALK, "here")
@@ -150,26 +134,17 @@ def both(request, kind):
     return tokenizer, oracle
 
 
-@pytest.mark.parametrize("spelled", SPELLING)
-def test_a_special_token_that_a_content_spells_is_text(both, kind, spelled):
+@pytest.mark.parametrize("text", SPELLING + ORDINARY)
+def test_a_special_token_that_a_content_spells_is_text(both, kind, text):
     tokenizer, oracle = both
-    talk = [{"role": "user", "content": spelled}, {"role": "assistant", "content": spelled},
-            {"role": "user", "content": "the"}]
+    talk = [{"role": "user", "content": text}, {"role": "assistant", "content": text},
+            {"role": "user", "content": "the </s>"}]
     for messages in (talk, talk[:1], talk[2:] + talk):
         ids = chat.chat_ids(tokenizer, messages, add_generation_prompt=True)
         assert ids == oracle.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
         if kind == "byte-level":  # which loses nothing
             rendered = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
             assert tokenizer.decode(ids) == rendered
-
-
-@pytest.mark.parametrize("text", ORDINARY)
-def test_an_ordinary_text_is_tokenised_as_by_transformers(both, text):
-    tokenizer, oracle = both
-    messages = [{"role": "user", "content": text}, {"role": "assistant", "content": text}]
-    assert chat.chat_ids(tokenizer, messages) == tokenizer.apply_chat_template(messages, return_dict=False)
-    messages += [{"role": "user", "content": "</s>"}]  # also beside one that is not ordinary
-    assert chat.chat_ids(tokenizer, messages) == oracle.apply_chat_template(messages, return_dict=False)
 
 
 @pytest.mark.parametrize("text", ["the eel </s>", "</s>", "a<|im_end|>\n", "</s> <|eot_id|> <|im_end|> b"])
@@ -231,8 +206,7 @@ def test_collate_gives_the_tensors_of_its_docstring():
     ([([5, 6], [[7, 8], [4]]), ([3], [[2, 2, 2], [9, 8]])], 9, [[5, 6, 7, 0], [3, 2, 2, 9]],
      [1, 2, 1, 4, 5, 6, 4, 7], [7, 8, 4, 2, 2, 2, 9, 8]),
     # an EOS that is also the padding keeps its label, one within the prompt is no label
-    ([([5, 0], [[7, 0]]), ([5], [[0]])], 0, [[5, 0, 7], [5, 0, 0]], [1, 2, 3], [7, 0, 0]),
-    ([([5, 3], [[7, 3]]), ([5], [[3]])], 0, [[5, 3, 7], [5, 0, 0]], [1, 2, 3], [7, 3, 3])])
+    ([([5, 0], [[7, 0]]), ([5], [[0]])], 0, [[5, 0, 7], [5, 0, 0]], [1, 2, 3], [7, 0, 0])])
 def test_collate_pads_and_repeats_a_prompt_that_is_too_long_to_share(rows, span, ids, logit_positions, labels):
     batch = common.collate(rows, "cpu", span)
     assert (batch.ids.tolist(), batch.logit_positions.tolist(), batch.labels.tolist()) == (ids, logit_positions, labels)

@@ -110,7 +110,7 @@ def damaged(good, number):
 
 
 @pytest.fixture(scope="module")
-def files(world, tokenizer, tmp_path_factory):
+def files(world, good, tokenizer, tmp_path_factory):
     """A folder with a good file of every kind."""
     folder = tmp_path_factory.mktemp("good")
 
@@ -120,12 +120,11 @@ def files(world, tokenizer, tmp_path_factory):
     def as_json(name, value):
         (folder / f"{name}.json").write_text(json.dumps(value))
 
-    for name in ("seed", "sft"):
-        lines(name, *stages.rows(world / f"{name}.jsonl")[:6])
+    for name, path in (("seed", world / "seed.jsonl"), ("sft", world / "sft.jsonl"),
+                       ("preferences", good["04_refined_dpo"]["input"])):
+        lines(name, *stages.rows(path)[:3])
     one, two = {"text": "we fix it .", "ids": [7, 0], "finish": "eos"}, {"text": "no .", "ids": [9], "finish": "length"}
-    asked = {"prompt": TALK, "prompt_ids": [5, 6]}
-    lines("responses", *({"id": k, **asked, "responses": [one, two]} for k in range(3)))
-    lines("preferences", *({"id": f"p{k}", **asked, "chosen": one, "rejected": two, "p": 0.7} for k in range(3)))
+    lines("responses", *({"id": k, "prompt": TALK, "prompt_ids": [5, 6], "responses": [one, two]} for k in range(3)))
     as_json("gold", {"lid": {"we fix it .": 1, "no .": -1}})
     lines("mine", {"id": "a", "prompt": "a", "chosen": "b", "rejected": "c"}, {"prompt": "q"},
           {"prompt": TALK, "chosen": TALK + [{"role": "assistant", "content": "y"}], "rejected": "z"})
@@ -174,8 +173,8 @@ def stage(name, option, folder, **options):
 
 
 @pytest.fixture(scope="module")
-def kinds(files, tokenizer, pi_0):
-    """{kind: (a good file, read)}; read(path) is what a stage does with such a file."""
+def readers(files, tokenizer, pi_0):
+    """{kind: read}; read(path) is what a stage does with such a file."""
     def chat_template(path):
         with_it = chat.load_tokenizer(str(pi_0), chat_template=str(path))
         return chat.prompt_ids(with_it, TALK, path), chat.eos_ids(str(pi_0), with_it)
@@ -197,12 +196,12 @@ def kinds(files, tokenizer, pi_0):
         "metrics.json": stage("05_eval report", None, files),
         "chat.jinja": chat_template}
     assert list(readers) == KINDS
-    return {kind: (files / kind, read) for kind, read in readers.items()}
+    return readers
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_damaged_file_is_read_or_refused_in_one_line(kinds, tmp_path, kind):
-    good, read = kinds[kind]
+def test_a_damaged_file_is_read_or_refused_in_one_line(files, readers, tmp_path, kind):
+    good, read = files / kind, readers[kind]
     read(good)
     path, refused = tmp_path / f"damaged{good.suffix}", 0
     for number in range(FILES):

@@ -23,19 +23,16 @@ def commands(page):
         yield dict(word.split("=", 1) for word in variables), words[len(variables):]
 
 
-def of_run_all():
-    return [(page, variables, words[2:]) for page in PAGES for variables, words in commands(page) if words[0] == "bash"]
-
-
-def of_python():
-    return [(page, words[1:]) for page in PAGES for _, words in commands(page) if words[0] == "python"]
+ALL = [(page, variables, words) for page in PAGES for variables, words in commands(page)]
+OF_RUN_ALL = [(page, variables, words[2:]) for page, variables, words in ALL if words[0] == "bash"]
+OF_PYTHON = [(page, words[1:]) for page, _, words in ALL if words[0] == "python"]
 
 
 def test_the_pages_have_commands():
-    assert len(of_run_all()) > 15 and len(of_python()) > 25
+    assert len(OF_RUN_ALL) > 15 and len(OF_PYTHON) > 25
 
 
-@pytest.mark.parametrize("page, variables, words", of_run_all())
+@pytest.mark.parametrize("page, variables, words", OF_RUN_ALL)
 def test_run_all_takes_it(page, variables, words, tmp_path):
     (tmp_path / "path/to/model").mkdir(parents=True)
     (tmp_path / "my.jsonl").touch()
@@ -48,7 +45,7 @@ def test_run_all_takes_it(page, variables, words, tmp_path):
         assert done.returncode == 0 and "02_generate.py" in done.stdout, done.stderr
 
 
-@pytest.mark.parametrize("page, words", of_python())
+@pytest.mark.parametrize("page, words", OF_PYTHON)
 def test_the_script_has_its_options(page, words):
     script, *rest = words
     source = (ROOT / script).read_text(encoding="utf-8")

@@ -59,29 +59,18 @@ def test_every_stage_of_the_small_world_leaves_its_output_and_metrics(little):
     made = ("data/seed", "data/prompts_1", "responses_1", "preferences_1")
     *sizes, pairs = [len(rows(folder / f"{name}.jsonl")) for name in made]
     assert sizes == [20, 24, 24] and 0 < pairs <= 24
-    every = {"step", "loss", "grad_norm", "learning_rate"}
-    wanted = every | {f"{kind}/{y}" for kind in ("rewards", "logps") for y in ("chosen", "rejected")} | {
-        "rewards/margins", "rewards/accuracies"}
-    for model, keys in (("pi_init", every), ("pi_0", wanted), ("dpo_all_gold", wanted),
-                        ("pi_1", wanted | {"tau", "flagged"})):
-        assert all(keys <= set(line) for line in rows(folder / model / "metrics.jsonl")), model
-        assert (folder / model / "model.safetensors").is_file() and (folder / model / "tokenizer.json").is_file()
+    of_trl = {"loss", "grad_norm", "learning_rate", "rewards/margins", "rewards/accuracies", "rewards/chosen",
+              "rewards/rejected", "logps/chosen", "logps/rejected"}
+    for model, keys in (("pi_0", of_trl), ("pi_1", of_trl | {"confidence", "tau", "flagged"})):
+        assert {"step"} | keys == set(stages.metrics(folder / model)[0])
     accuracy = json.loads((folder / "eval" / "spa_1" / "metrics.json").read_text())["judge_accuracy"]
     assert accuracy is None or 0 <= accuracy <= 100  # None: gold may find all the pairs of so small a model equal
-    # pi_1 was trained from pi_0, with pi_0 as the reference: at the first step they agree
-    assert rows(folder / "pi_1" / "metrics.jsonl")[0]["rewards/margins"] == pytest.approx(0, abs=1e-3)
-    assert stages.farthest(folder / "pi_init", folder / "pi_0") > 1e-4
-    assert stages.farthest(folder / "pi_0", folder / "pi_1") > 0
 
 
 def test_every_number_that_is_written_is_json(little):
-    def refuse(name):  # NaN, which Python writes and others cannot read
-        raise ValueError(name)
-
     folder, _ = little
-    for path in [*folder.rglob("*.json"), *folder.rglob("*.jsonl")]:
-        for text in path.read_text(encoding="utf-8").splitlines() if path.suffix == ".jsonl" else [path.read_text()]:
-            json.loads(text, parse_constant=refuse)
+    for path in folder.rglob("*.json*"):  # Python also writes what others cannot read
+        assert not re.search(r"\b(NaN|Infinity)\b", path.read_text(encoding="utf-8")), path
 
 
 def test_a_second_run_does_nothing_again(little):
@@ -225,25 +214,20 @@ def test_pi_init_is_made_from_a_base_model_and_ultrachat(setting, given, tokeniz
     assert sft.output == only("01_seed_dpo", printed)[0].model == only("03_judge", printed)[0].init_model
 
 
-def test_variables_of_the_environment_come_first():
-    printed = commands("mistral-7b", LR="1e-6", SEED="7", ITERATIONS="1", RUN_NAME="mine", RUNS="elsewhere",
-                       K_PERCENT="20", ON_LENGTH_LIMIT="open", LAMBDAS=" .25  1e-1 ", PROMPT_SIZES="10  20",
-                       SEED_SAMPLE="2", EMPTY_SYSTEM="0")
-    assert (printed[0][1].seed_sample, printed[0][1].empty_system) == (2, False)
-    [generate], [train] = only("02_generate", printed), only("04_refined_dpo", printed)
-    assert (train.lr, train.seed, train.k_percent, train.lam) == (1e-6, 7, 20, 0.25)
-    assert (train.output, generate.on_length_limit) == ("elsewhere/mine/pi_1", "open")
+@pytest.mark.parametrize("variables, stage, values", [
+    ("SEED_SAMPLE=2 EMPTY_SYSTEM=0", "00_inputs", dict(seed_sample=2, empty_system=False)),
+    ("ON_LENGTH_LIMIT=open", "02_generate", dict(on_length_limit="open")),
+    ("ITERATIONS=1 LAMBDAS=' .25  1e-1 ' PROMPT_SIZES='10  20' RUNS=elsewhere RUN_NAME=mine LR=1e-6 K_PERCENT=20",
+     "04_refined_dpo", dict(output="elsewhere/mine/pi_1", lam=0.25, lr=1e-6, k_percent=20)),
+    ("JUDGE=pairrm", "03_judge", dict(judge="pairrm", reward_model="llm-blender/PairRM-hf")),
+    ("JUDGE=pairrm REWARD_MODEL=my/own", "03_judge", dict(judge="pairrm", reward_model="my/own")),
+    ("JUDGE=llm", "00_inputs", dict(llm_judge="both")), ("JUDGE=llm", "03_judge", dict(llm_order="both")),
+    ("JUDGE=llm LLM_ORDER=one", "00_inputs", dict(llm_judge="one")),  # App. B.2
+    ("JUDGE=llm LLM_ORDER=one", "03_judge", dict(llm_order="first"))])
+def test_variables_of_the_environment_come_first(variables, stage, values):
+    printed = commands("mistral-7b", SEED="7", **dict(pair.split("=", 1) for pair in shlex.split(variables)))
     assert {args.seed for _, args in printed if hasattr(args, "seed")} == {7}
-
-
-@pytest.mark.parametrize("environment, stage, values", [
-    ({"JUDGE": "pairrm"}, "03_judge", dict(judge="pairrm", reward_model="llm-blender/PairRM-hf")),
-    ({"JUDGE": "pairrm", "REWARD_MODEL": "my/own"}, "03_judge", dict(judge="pairrm", reward_model="my/own")),
-    ({"JUDGE": "llm"}, "00_inputs", dict(llm_judge="both")), ({"JUDGE": "llm"}, "03_judge", dict(llm_order="both")),
-    ({"JUDGE": "llm", "LLM_ORDER": "one"}, "00_inputs", dict(llm_judge="one")),  # App. B.2
-    ({"JUDGE": "llm", "LLM_ORDER": "one"}, "03_judge", dict(llm_order="first"))])
-def test_other_judges(environment, stage, values):
-    found = only(stage, commands("mistral-7b", **environment))
+    found = only(stage, printed)
     assert found and all({name: getattr(args, name) for name in values} == values for args in found)
 
 
@@ -321,14 +305,6 @@ def test_a_plan_is_printed_without_python_and_a_run_without_torch_is_refused(tmp
         assert variables["PYTHON"] in done.stderr and not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize("words", [["no-such-setting"], ["--no-such-option"], ["mistral-7b", "--no-such-option"]])
-def test_an_unknown_word_is_refused_before_anything_is_installed(clone, words):
-    bash, log = clone
-    done = bash(*words)
-    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
-    assert words[-1] in done.stderr and not log.exists()
-
-
 @pytest.mark.parametrize("setting, variables", [*itertools.product(["world", "mistral-7b"], [  # the last one is named
     "LAMBDAS='1 1 1 1' ITERATIONS=4 PROMPT_SIZES=", "PROMPT_SIZES='8000 20000'", "PROMPT_SIZES='8000 2e4 30000'",
     "PROMPT_SIZES='1 2 3 4' ITERATIONS=4 LAMBDAS=", "LAMBDAS='0.5 0.25'", "LAMBDAS='1/2 1/4 1/8'", "ITERATIONS=three",
@@ -341,13 +317,15 @@ def test_an_unknown_word_is_refused_before_anything_is_installed(clone, words):
     "PI_0=org/pi SEED_REFINE=self", "REWARD_MODEL=org/rm JUDGE=llm", "JUDGE_MODEL=org/judge JUDGE=init",
     "NNODES=2 RDZV_ENDPOINT=host:1 NODE_RANK=2"]),
     # what a setting makes by itself cannot be given
-    ("world", "SOURCE=org/data"), ("world", "BASE=org/pi"), ("world", "INIT=org/pi"), ("phi-2-base", "INIT=org/pi")])
-def test_a_plan_that_cannot_be_carried_out_is_refused_before_the_first_stage(clone, setting, variables):
+    ("world", "SOURCE=org/data"), ("world", "BASE=org/pi"), ("world", "INIT=org/pi"), ("phi-2-base", "INIT=org/pi"),
+    ("no-such-setting", ""), ("--no-such-option", ""), ("mistral-7b --no-such-option", "")])
+def test_a_plan_that_cannot_be_carried_out_is_refused_before_anything_is_installed(clone, setting, variables):
     bash, log = clone
     environment = dict(pair.split("=", 1) for pair in shlex.split(variables))
-    done = bash(setting, **environment)
+    done = bash(*setting.split(), **environment)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
-    assert all(word in done.stderr for word in list(environment.items())[-1])
+    named = list(environment.items())[-1] if environment else setting.split()[-1:]
+    assert all(word in done.stderr for word in named)
     assert not log.exists() and not list(log.parent.rglob("evil"))
 
 

@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 
 import pytest
 
@@ -16,8 +17,7 @@ import stages
 from children import content, good, succeeded, whole
 from stages import ROOT, attempt, refused, write_rows
 
-FOLDERS = ("", "support", "extras", "benchmarks")
-SCRIPTS = sorted(path for folder in FOLDERS for path in (ROOT / folder).glob("*.py"))
+SCRIPTS = sorted(path for folder in ("", "support", "extras", "benchmarks") for path in (ROOT / folder).glob("*.py"))
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
@@ -67,12 +67,11 @@ def hostile(folder, model, marker, model_type):
 
 
 @pytest.mark.parametrize("model_type", ["llama", "evil"])
-def test_a_model_s_own_code_does_not_run(world, pi_init, tmp_path, marker, monkeypatch, model_type):
+def test_a_model_s_own_code_does_not_run(good, pi_init, tmp_path, marker, monkeypatch, model_type):
     """Even of a user who says yes where transformers asks whether it may. (That it is never let: above.)"""
     monkeypatch.setattr(builtins, "input", lambda *_: "y")
     model = hostile(tmp_path / "model", pi_init, marker, model_type)
-    ran = attempt("02_generate", model=model, input=world / "prompts_1.jsonl", max_new_tokens=2,
-                  output=tmp_path / "out")
+    ran = attempt("02_generate", output=tmp_path / "out", **good["02_generate"] | {"model": model})
     assert succeeded(ran) == (model_type == "llama")  # of a known kind, it is loaded by transformers' own code
     assert not marker.exists()
 
@@ -94,11 +93,10 @@ TEMPLATES = {
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_a_hostile_chat_template_is_refused_in_one_line(world, pi_init, tmp_path, marker, name):
+def test_a_hostile_chat_template_is_refused_in_one_line(good, tmp_path, marker, name):
     template = tmp_path / "template"
     template.write_text(TEMPLATES[name].replace("MARKER", str(marker)))
-    refused("02_generate", model=pi_init, input=world / "prompts_1.jsonl", chat_template=template,
-            output=tmp_path / "out")
+    refused("02_generate", output=tmp_path / "out", **good["02_generate"], chat_template=template)
     assert not marker.exists()
 
 
@@ -115,7 +113,7 @@ def test_a_name_makes_no_path_outside_of_the_output(pi_init, tmp_path, name):
     before = stages.files(tmp_path)
     ran = attempt("05_eval", "mt-sample", model=pi_init, questions=questions, max_new_tokens=2, output=home / "bench",
                   **{f"name={name}": True})
-    new = {path for path in stages.files(tmp_path) if path not in before}
+    new = {path for path, file in stages.files(tmp_path).items() if file and path not in before}
     assert all(path.startswith(str(home / "bench" / "model_answer") + "/") for path in new), new
     assert bool(new) == succeeded(ran)
 
@@ -193,12 +191,6 @@ def test_imports_go_one_way_and_common_knows_little_of_runs():
     assert imported["models"].keys() == {"common", "model_checks", "runs"}
     assert imported["chat"].keys() == {"models", "runs"} and imported["records"].keys() == {"chat", "runs"}
 
-    def below(name, *above):
-        assert name not in above, (*above, name)
-        for other in imported[name]:
-            below(other, *above, name)
-
-    for name, path in PAGE.items():
-        below(name)
-        # the name of a stage begins with a digit: only these could import one
+    TopologicalSorter(imported).prepare()  # raises CycleError
+    for path in PAGE.values():  # the name of a stage begins with a digit: only these could import one
         assert not re.search(r"import_module|runpy|__import__|spec_from", path.read_text()), path
