@@ -6,7 +6,6 @@ Every stage uses it; SPA can be understood without reading it. It knows nothing 
 import argparse
 import contextlib
 import fcntl
-import glob
 import gzip
 import hashlib
 import json
@@ -494,7 +493,7 @@ def record(value, work, label, rank=0):
 def read_journal(work, label):
     """The values that all ranks have recorded. Skips lines that are half-written or damaged."""
     values = []
-    for path in sorted(work.glob(f"{glob.escape(label)}.*.jsonl")):
+    for path in sorted(work.glob(f"{label}.*.jsonl")):
         for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
             with contextlib.suppress(ValueError, TypeError, RecursionError):
                 checksum, value = json.loads(line)

@@ -106,11 +106,6 @@ def test_finished_batches_are_not_computed_again_and_damaged_ones_are_none(good,
         assert content(tmp_path / "out") == whole(stage)
 
 
-def test_the_label_of_a_journal_may_have_any_characters(tmp_path):
-    runs.record([0, 1.5], tmp_path, "work of {t-1} [1]")
-    assert runs.read_journal(tmp_path, "work of {t-1} [1]") == [[0, 1.5]]
-
-
 def out_of_memory():
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
