@@ -89,7 +89,7 @@ def main():
     tokenizer = chat.load_tokenizer(args.model, args.tokenizer, args.chat_template)
     examples, counts = read_examples(args, tokenizer)
 
-    model, policy = models.load_policy(args, ranks)
+    model, policy = models.load_policy(args, ranks)  # policy(batch): log-probs of the model, under DDP or FSDP
     fits = [row for row in examples if common.row_length(row) <= model_checks.count_positions(model)]
     counts["dropped as too long"] += len(examples) - len(fits)
     examples = fits or examples  # where none fits, the first is named
@@ -108,11 +108,11 @@ def main():
         for k, (micro, weight) in enumerate(micros):
             batch = common.collate([(example["prompt"], [example["response"]]) for example in micro], ranks.device)
             trained = torch.tensor([z for example in micro for z in example["trained"]], device=ranks.device)  # (N,)
-            with common.grad_sync(policy, last=k == len(micros) - 1):
+            with common.grad_sync(policy, last=(k == len(micros) - 1)):
                 with common.autocast(ranks.device):
                     logp_theta = policy(batch)  # (N,)
                 losses = -common.response_logps(trained * logp_theta, batch.lengths)  # (b,)
-                (weight * losses.sum() / tokens).backward()  # adds up to the mean over the step's trained tokens
+                (weight * losses.sum() / tokens).backward()  # over all micro-batches and ranks: the mean over tokens
             # scaled so that the mean over the step's rows, which log_step takes, is the mean over its tokens
             logged_rows += common.per_row(micro, {"loss": losses / tokens * len(step_examples)}, weight)
 

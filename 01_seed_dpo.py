@@ -14,7 +14,8 @@ Writes a model folder with metrics.jsonl (one line a step) and args.json
     torchrun --nproc-per-node 4 01_seed_dpo.py --model pi_init --input seed.jsonl --output pi_0
 
 Departs from the paper: nowhere. Choices that it leaves open: the gradient norm is clipped at 1.0, weight decay and
-dropout are 0, pairs with a prompt of more than 1,024 tokens, or with equal responses, are dropped.
+dropout are 0, responses are cut where prompt and response exceed 2,048 tokens, and pairs with a prompt of more than
+1,024, or with equal responses, are dropped.
 """
 
 import torch.nn.functional as F
@@ -77,7 +78,7 @@ def main():
     ref = models.load_reference(args.ref_model or args.model, pairs, args, ranks)
     common.store_logps(ref, pairs, args, work, ranks)
     del ref
-    model, policy = models.load_policy(args, ranks)
+    model, policy = models.load_policy(args, ranks)  # policy(batch): log-probs of the model, under DDP or FSDP
     optimizer, scheduler = common.make_optimizer(model, args.lr, len(batches))
     state = runs.load_state(work, ranks, model, optimizer, scheduler)
 
@@ -88,9 +89,9 @@ def main():
         optimizer.zero_grad()
         for k, (micro, weight) in enumerate(micros):
             batch, logps_ref = common.collate_pairs(micro, model)
-            with common.grad_sync(policy, last=k == len(micros) - 1):
+            with common.grad_sync(policy, last=(k == len(micros) - 1)):
                 losses, logged = pair_losses(policy, batch, logps_ref, args)
-                (weight * losses.sum() / len(step_pairs)).backward()  # adds up to the mean over the step's pairs
+                (weight * losses.sum() / len(step_pairs)).backward()  # over all micro-batches and ranks: the mean
             logged_rows += common.per_row(micro, logged, weight)
 
         grad_norm = common.clip_gradient(model)

@@ -12,8 +12,8 @@ Writes responses_t.jsonl  {"id": "12", "prompt": [...], "prompt_ids": [1, 733, .
 Every token is decided by one uniform number, drawn from (seed, prompt id, sample, step), so a response is the same on
 any number of ranks and after resuming. Its ids, not its text, are judged and trained on.
 
-Departs from the paper: prompts of more than 1,024 tokens are dropped (--max-prompt-length). The paper does not say how
-it treats a response that hits the length limit (--on-length-limit).
+Departs from the paper: nowhere. Choices that it leaves open: prompts of more than 1,024 tokens are dropped
+(--max-prompt-length), and a response that hits the length limit gets an EOS (--on-length-limit).
 """
 
 import numpy as np
@@ -48,7 +48,7 @@ def parse_args():
 
 
 def sample(args, work, ranks, rows, eos):
-    """y_1, y_2 ~ pi_{t-1}(.|x) for the prompt of each row: [(token ids, "eos" or "length") of each sample] of each."""
+    """y_1, y_2 ~ pi_{t-1}(.|x) for the prompt of each row: [[([415, 2], "eos"), ([9, 7], "length")], ...]"""
     model = models.load_model(args.model, ranks.device, common.scoring_dtype(ranks.device))
     model_checks.check_limits(args.input, ((row["id"], row["prompt_ids"], []) for row in rows), model,
                               "--max-prompt-length or --max-new-tokens", args.max_new_tokens)

@@ -18,8 +18,8 @@ Writes preferences_t.jsonl  {"id": "12", "prompt": [...], "prompt_ids": [1, 733,
                              improbable: their tokens to which the reference gives less than 1e-4
 
 The summary says how far pi_{t-1} is from pi_init on its own responses: the mean of log pi_{t-1}(y | x) - log
-pi_init(y | x), by response and by token, and the share of improbable tokens. Rows with identical responses are not in
-it. Eq. 7 compares two models' log-probs, so far from pi_init, where its log-probs say little, a label says little.
+pi_init(y | x), by response and by token, and the share of improbable tokens; it leaves out rows with identical
+responses. Eq. 7 rests on pi_init's log-probs: where pi_{t-1} has moved far away they say little, and so does a label.
 
     python 03_judge.py --model pi_0 --init-model pi_init --input responses_1.jsonl --output preferences_1.jsonl
     torchrun --nproc-per-node 4 03_judge.py --model pi_0 --init-model pi_init --input ... --output ...
@@ -158,9 +158,9 @@ def make_pairs(args, rows, rewards, extra, counts):
         options = ["--" + name.replace("_", "-") for name in READ if getattr(args, name, None)]
         raise runs.InputError(f"{args.input}: no pair carries a preference ({counts}): "
                               f"check what the judge is made of, {' and '.join(options)}")
-    longer = [len(pair["chosen"]["ids"]) - len(pair["rejected"]["ids"]) for pair in pairs]
+    extra_tokens = [len(pair["chosen"]["ids"]) - len(pair["rejected"]["ids"]) for pair in pairs]
     counts |= {"pairs with the first response chosen": sum(pair["p"] > 0.5 for pair in pairs),
-               "mean extra tokens of the chosen response": round(sum(longer) / len(pairs), 3)}
+               "mean extra tokens of the chosen response": round(sum(extra_tokens) / len(pairs), 3)}
     return pairs
 
 

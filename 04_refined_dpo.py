@@ -10,7 +10,7 @@ before 50 pairs are known. With lambda = 0, theta~ is theta, and Eq. 11 is Eq. 9
 `diff 01_seed_dpo.py 04_refined_dpo.py` shows what SPA adds to DPO.
 
 Reads  preferences_t.jsonl  what 03_judge.py writes; uses id, prompt_ids, chosen.ids, rejected.ids
-       seed.jsonl           labelled texts too: beside D_t, or alone (then pi_theta and pi_ref start as pi_init)
+       seed.jsonl           labelled texts too: beside D_t, or alone with --model pi_init, as 01 but with refined labels
 Writes a model folder with metrics.jsonl (one line a step) and args.json
 
     python 04_refined_dpo.py --model pi_0 --input preferences_1.jsonl --output pi_1 --lam 0.5
@@ -40,10 +40,10 @@ def dpo_margin(logps_theta, logps_ref, beta):
 
 
 def extrapolate(logits_theta, logits_ref, lam):
-    """Eq. 12, of token logits, before the softmax. (N, V), (N, V) -> (N, V)
+    """Eq. 12, of token logits, before the softmax. (n, V), (n, V) -> (n, V)
 
-    Mixing the summed log-probs instead would only multiply every margin by 1 + lambda: the same order of pairs, and so
-    the flags of Eq. 9. What de-coupled detection adds comes from the softmax of each token's mixed logits alone.
+    Extrapolating the summed log-probs instead would only multiply every margin by 1 + lambda: the same order of pairs,
+    and so practically the flags of Eq. 9. What de-coupled detection adds comes from each token's softmax alone.
     """
     return (1 + lam) * logits_theta - lam * logits_ref
 
@@ -51,9 +51,9 @@ def extrapolate(logits_theta, logits_ref, lam):
 def threshold(window, k_percent):
     """tau in Eq. 9 and 11: the K-th percentile of the window's confidences, below which K % of new pairs fall.
 
-    A new value is below the k-th smallest of n with probability k / (n + 1), so numpy's "weibull" flags K % on average;
-    its default, "linear", would flag 11.6 % for K = 10, n = 50. The least K is 100 / (n + 1): below it, tau is the
-    smallest value. K = 0 flags nothing.
+    A new value is below the r-th smallest of n with probability r / (n + 1), so numpy's "weibull" flags K % on average;
+    its default, "linear", would flag 11.6 % for K = 10, n = 50. With K below 100 / (n + 1) tau is the smallest value.
+    K = 0 flags nothing.
     """
     return float(np.percentile(window, k_percent, method="weibull")) if k_percent else 0.0
 
@@ -61,7 +61,7 @@ def threshold(window, k_percent):
 def refined_loss(margin, z, alpha):
     """Eq. 10 for each pair; log p_theta(y_l > y_w | x) is the log-sigmoid of -margin. (b,), z (b,) in {0, 1} -> (b,)
 
-    The loss of a flagged pair, z = 1, is that of conservative DPO (cDPO), TRL's label_smoothing, with alpha.
+    For z = 1 this is conservative DPO (cDPO): TRL's label_smoothing = alpha.
     """
     return -((1 - alpha * z) * F.logsigmoid(margin) + alpha * z * F.logsigmoid(-margin))
 
@@ -75,7 +75,7 @@ def parse_args():
     add("--input", required=True, nargs="+", help="D_t: preferences of 03_judge.py, and files like 01's")
     add("--output", required=True, help="folder for pi_t")
     chat.add_options(add)
-    # Section 5.1
+    # Section 5.1, App. B.4
     add("--beta", type=runs.nonnegative, default=0.1, help="KL strength, beta in Eq. 5")
     add("--lr", type=runs.nonnegative, default=5e-7, help="peak learning rate, eta")
     add("--epochs", type=runs.positive, default=1)
@@ -101,7 +101,7 @@ def prepare_reference(pairs, args, work, ranks):
     if args.lam == 0:
         common.store_logps(ref, pairs, args, work, ranks)
         return None
-    return common.shard(ref, ranks, "hidden") if common.is_sharded(args, ranks) else ref
+    return common.shard(ref, ranks, "hidden") if common.is_sharded(args, ranks) else ref  # its method for Eq. 12
 
 
 def pair_losses(policy, ref, batch, stored_logps_ref, tau, args):
@@ -141,7 +141,7 @@ def main():
     if args.ref_model:
         models.check_same_vocabulary(args.model, args.ref_model)
     ref = prepare_reference(pairs, args, work, ranks)
-    model, policy = models.load_policy(args, ranks)
+    model, policy = models.load_policy(args, ranks)  # policy(batch): log-probs of the model, under DDP or FSDP
     optimizer, scheduler = common.make_optimizer(model, args.lr, len(batches))
     state = runs.load_state(work, ranks, model, optimizer, scheduler)
     window = deque(state.get("window", []), maxlen=args.window)  # p_theta~ of the latest pairs of all ranks
@@ -155,10 +155,10 @@ def main():
             tau = threshold(window, args.k_percent)
         optimizer.zero_grad()
         for k, (micro, weight) in enumerate(micros):
-            batch, logps_ref = common.collate_pairs(micro, model)
-            with common.grad_sync(policy, last=k == len(micros) - 1):
-                losses, logged = pair_losses(policy, ref, batch, logps_ref, tau, args)
-                (weight * losses.sum() / len(step_pairs)).backward()  # adds up to the mean over the step's pairs
+            batch, stored_logps_ref = common.collate_pairs(micro, model)
+            with common.grad_sync(policy, last=(k == len(micros) - 1)):
+                losses, logged = pair_losses(policy, ref, batch, stored_logps_ref, tau, args)
+                (weight * losses.sum() / len(step_pairs)).backward()  # over all micro-batches and ranks: the mean
             logged_rows += common.per_row(micro, logged, weight)
 
         grad_norm = common.clip_gradient(model)

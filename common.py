@@ -7,8 +7,8 @@
     ranks         start_ranks, map_batches, map_rows, score: work shared by torchrun's processes
     training      make_policy, store_logps; epoch_batches, make_optimizer, micro_batches, what is logged
 
-Names become models in support/models.py, texts token ids in support/chat.py. "Eq. N" is the SPA paper's. Shapes: B
-sequences of T tokens, N response tokens in all of them, hidden states of d, a vocabulary of V.
+support/models.py loads models, support/chat.py turns texts into token ids. "Eq. N" is the SPA paper's. Shapes: b pairs,
+B sequences of T tokens, N response tokens in all of them, n of these in a chunk, hidden states of d, a vocabulary of V.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 from transformers import get_cosine_schedule_with_warmup
 
-from support.runs import InputError, progress, read_journal, record, torchrun_ranks
+from support.runs import InputError, append_journal, progress, read_journal, torchrun_ranks
 
 # ---------------------------------------------------------------------------------------------
 # Batches
@@ -146,13 +146,13 @@ def autocast(device):
 
 
 def scoring_dtype(device):
-    """A model that only scores or samples is held in the dtype in which the policy computes."""
+    """What 02 and 03 hold a model in: the dtype in which a policy computes."""
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
 # ---------------------------------------------------------------------------------------------
-# Faster: the same numbers sooner. tests/method/test_logps.py shows each equal to the plain page. A first reader can
-# skip them: without them ResponseLogps would be -F.cross_entropy(F.linear(hidden, *head).float(), labels).
+# Faster: the same numbers sooner. tests/method/test_logps.py shows each equal to the plain page. A first reader skips
+# them: without, ResponseLogps would be -F.cross_entropy(F.linear(hidden, *head).float(), labels, reduction="none").
 
 
 def collate_shared(rows, device):
@@ -319,7 +319,7 @@ class Ranks:
 
 
 def start_ranks():
-    """Meet the other processes that torchrun has started, when rank 0 has made the output's folder."""
+    """Join torchrun's other processes, after `open_output`: rank 0 has then made the folder to work in."""
     rank, world, local_rank = torchrun_ranks()
     device = torch.device("cpu")
     if torch.cuda.is_available():
@@ -328,7 +328,7 @@ def start_ranks():
             raise InputError(f"{processes} processes on a machine where CUDA finds {gpus} GPUs: start one for each GPU")
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
-    if dist.is_initialized():  # by an earlier command of this start
+    if dist.is_initialized():  # by the command before, of 05_eval.py --then
         dist.barrier()
     elif world > 1:  # a long timeout: saving a large model takes rank 0 long, and torchrun notices a rank that dies
         on_gpu = dict(device_id=device) if device.type == "cuda" else {}
@@ -348,7 +348,7 @@ def map_batches(compute, batches, work, ranks, label):
     done = recorded()
     mine = [[i for i in batch if i not in done] for batch in batches[ranks.rank::ranks.world]]
     for batch in progress([batch for batch in mine if batch], label, ranks):
-        record([batch, compute(batch)], work, label, ranks.rank)
+        append_journal([batch, compute(batch)], work, label, ranks.rank)
     ranks.gather([])  # wait until all are done
     done = recorded()
     ranks.gather([])  # before any rank may remove the folder
@@ -464,9 +464,9 @@ def make_optimizer(model, lr, steps):
 def micro_batches(rows, args, ranks):
     """This rank's [(rows, weight)] of an optimizer step: what it computes at a time, rows of similar length together.
 
-    The step's gradient is that of sum over all micro-batches of weight * losses.sum() / (rows of the step). weight is
-    the number of ranks, by which DDP and FSDP divide where they average; or 0 for the first micro-batch once more,
-    where there are none left for a rank: every rank has to take part in every forward and backward pass.
+    weight * losses.sum() / (rows of the step), summed over micro-batches and averaged over ranks, is the mean loss.
+    weight is the number of ranks, by which DDP and FSDP divide where they average; or 0 for the first micro-batch once
+    more, where there are none left for a rank: every rank has to take part in every forward and backward pass.
     Every rank gets its share (32 rows, 4 ranks: 8 each), even where one could hold all.
     """
     per_rank = math.ceil(len(rows) / ranks.world)

@@ -17,7 +17,7 @@ settings() {
   case $SETTING in
     world)  # 36 tokens a response, not 300: the margin, a sum over tokens, needs a larger beta (README.md)
       default BETA=10 LR=2e-4 BATCH_SIZE=16 MICRO_BATCH_SIZE=16 SEED_SIZE=200 PROMPT_SIZES="800 2000 3000"
-      default EVAL_SIZE=500 MAX_NEW_TOKENS=56 ON_LENGTH_LIMIT=drop SAMPLING_BATCH_SIZE=128 GOLD_LABEL_SHARE="3.3 %"
+      default EVAL_SIZE=500 MAX_NEW_TOKENS=56 ON_LENGTH_LIMIT=drop SAMPLING_BATCH_SIZE=128
       default SOURCE=world SFT_SIZE=8000 SFT_LR=5e-3 SFT_EPOCHS=3 SFT_BATCH_SIZE=32
       default JUDGE_LR=1e-3 JUDGE_EPOCHS=20 JUDGE_BATCH_SIZE=16 ;;
     mistral-7b)   default INIT=alignment-handbook/zephyr-7b-sft-full EMPTY_SYSTEM=1 ;;                 # Section 5.1
@@ -47,9 +47,10 @@ settings() {
   default NPROC= NNODES=1 NODE_RANK=0 RDZV_ENDPOINT= MAX_RESTARTS=0      # torchrun's; NPROC: see count_gpus
 }
 
-options() {  # that several stages share
+options() {  # of the stages, made from the settings
   local all=60000  # rows of UltraFeedback, as the paper counts
-  WORLD= LLM= EMPTY=${EMPTY_SYSTEM#0} MERGED=${MERGE_SEED#0} R=$RUNS/$RUN_NAME sizes=($PROMPT_SIZES) lambdas=($LAMBDAS)
+  WORLD= LLM= R=$RUNS/$RUN_NAME sizes=($PROMPT_SIZES) lambdas=($LAMBDAS)
+  EMPTY=${EMPTY_SYSTEM#0} MERGED=${MERGE_SEED#0}  # 0 becomes empty, for ${EMPTY:+...}
   [ "$SETTING" != world ] || WORLD=1
   [ "$JUDGE" != llm ] || LLM="--llm-judge $LLM_ORDER"
   [ "$SOURCE" = ultrafeedback ] || all=$(IFS=+; echo $(( SEED_SIZE + ${sizes[*]} )))
@@ -60,6 +61,8 @@ options() {  # that several stages share
             --micro-batch-size "$SAMPLING_BATCH_SIZE")
   training=(--beta "$BETA" --lr "$LR" --batch-size "$BATCH_SIZE" --micro-batch-size "$MICRO_BATCH_SIZE" --seed "$SEED"
             "${shared[@]}")
+  smoothing=(--alpha "$ALPHA" --k-percent "$K_PERCENT")
+  worst_case=(extras/worst_case_dpo.py --epsilon "$EPSILON" ${RESOLVE_STEPS:+--resolve-steps "$RESOLVE_STEPS"})
 }
 
 algorithm_1() {  # `stage` runs a script on all GPUs, `single` in one process
@@ -67,47 +70,54 @@ algorithm_1() {  # `stage` runs a script on all GPUs, `single` in one process
   single 00_inputs.py --source "$SOURCE" --split "$SPLIT" --seed-size "$SEED_SIZE" --prompt-sizes "${sizes[@]}" \
     --seed "$SEED" --seed-sample "$SEED_SAMPLE" --eval-size "$EVAL_SIZE" --output "$R/data" \
     ${WORLD:+--all-gold --sft-size "$SFT_SIZE"} $LLM ${EMPTY:+--empty-system}
-  [ -z "$WORLD$BASE" ] || INIT=$R/pi_init
-  if [ -n "$WORLD" ]; then
-    sft SFT "$R/data/base" "$R/data/sft.jsonl" "$INIT" --micro-batch-size "$SFT_BATCH_SIZE"
-  elif [ -n "$BASE" ]; then
-    single 00_inputs.py --source ultrachat --output "$R/ultrachat" ${EMPTY:+--empty-system}
-    sft SFT "$BASE" "$R/ultrachat/sft.jsonl" "$INIT" --micro-batch-size "$MICRO_BATCH_SIZE" --all-turns \
-      ${INIT_TOKENIZER:+--tokenizer "$INIT_TOKENIZER"}
-  fi
+  [ -z "$WORLD$BASE" ] || make_pi_init
 
   # Obtaining an initial weakly aligned model pi_0 using DPO with pi_init and D_0
   if [ -z "$PI_0" ]; then
     PI_0=$R/pi_0
     local update=(01_seed_dpo.py)
-    [ -z "$SEED_REFINE" ] || choose_update "$SEED_REFINE" 0
+    [ "$SEED_REFINE" != self ] || update=(04_refined_dpo.py --refine self "${smoothing[@]}" --lam 0)
+    [ "$SEED_REFINE" != worst-case ] || update=("${worst_case[@]}")
     stage "${update[@]}" --model "$INIT" --input "$R/data/seed.jsonl" --output "$PI_0" --epochs "$SEED_EPOCHS" \
       ${INIT_TOKENIZER:+--tokenizer "$INIT_TOKENIZER"} "${training[@]}"
   fi
-  if [ "$JUDGE" = llm ] && [ -z "$JUDGE_MODEL" ]; then  # App. B.2
-    JUDGE_MODEL=$R/judge
-    sft JUDGE "$INIT" "$R/data/judge_sft.jsonl" "$JUDGE_MODEL" --micro-batch-size "$MICRO_BATCH_SIZE" \
-      --max-prompt-length 4096 --max-length 4100 ${INIT_TOKENIZER:+--tokenizer "$INIT_TOKENIZER"}
-  fi
+  [ "$JUDGE$JUDGE_MODEL" != llm ] || make_judge
 
-  # for t = 1 to T do
+  # for t = 1 to T do: T is ITERATIONS
   local previous=$INIT policy=$PI_0 update judge t
   for (( t = 1; t <= ITERATIONS; t++ )); do
-    # Synthesizing preference data D_t with pi_{t-1} and X_t
+    # Synthesizing preference data D_t with pi_{t-1} and X_t: y_1, y_2 are sampled,
     stage 02_generate.py --model "$policy" --input "$R/data/prompts_$t.jsonl" --output "$R/responses_$t.jsonl" \
       --on-length-limit "$ON_LENGTH_LIMIT" "${sampling[@]}"
-    judge=(--model "$policy" --init-model "$INIT" --beta "$BETA")  # Eq. 7
+    # and labelled by direct preference judgment (Eq. 7, 8)
+    judge=(--model "$policy" --init-model "$INIT" --beta "$BETA")
     [ "$JUDGE" = init ] || other_judge
     stage 03_judge.py "${judge[@]}" --input "$R/responses_$t.jsonl" --output "$R/preferences_$t.jsonl" \
       --micro-batch-size "$SAMPLING_BATCH_SIZE" ${LENGTH_PENALTY:+--length-penalty "$LENGTH_PENALTY"}
-    # pi_theta, pi_ref <- pi_{t-1}; de-coupled noise detection, refined labels, update; pi_t
-    choose_update "$REFINE" "${lambdas[t-1]}"  # 04_refined_dpo.py
+    # pi_theta, pi_ref <- pi_{t-1}; for mini-batch B in D_t do: de-coupled noise detection, refined labels, update
+    update=(04_refined_dpo.py --refine "$REFINE" "${smoothing[@]}" --lam "${lambdas[t-1]}")
+    [ "$REFINE" != worst-case ] || update=("${worst_case[@]}")
     stage "${update[@]}" --model "$policy" --output "$R/pi_$t" \
       --input "$R/preferences_$t.jsonl" ${MERGED:+"$R/data/seed.jsonl"} "${training[@]}"
-    previous=$policy policy=$R/pi_$t
+    previous=$policy policy=$R/pi_$t  # pi_t <- pi_theta
   done
-  [ -z "$WORLD" ] || stage 01_seed_dpo.py --model "$INIT" --input "$R/data/all_gold.jsonl" --epochs 1 \
-    --output "$R/dpo_all_gold" "${training[@]}"  # for comparison
+}
+
+make_pi_init() {  # App. B.1
+  INIT=$R/pi_init
+  if [ -n "$WORLD" ]; then
+    sft SFT "$R/data/base" "$R/data/sft.jsonl" "$INIT" --micro-batch-size "$SFT_BATCH_SIZE"
+  else
+    single 00_inputs.py --source ultrachat --output "$R/ultrachat" ${EMPTY:+--empty-system}
+    sft SFT "$BASE" "$R/ultrachat/sft.jsonl" "$INIT" --micro-batch-size "$MICRO_BATCH_SIZE" --all-turns \
+      ${INIT_TOKENIZER:+--tokenizer "$INIT_TOKENIZER"}
+  fi
+}
+
+make_judge() {  # App. B.2
+  JUDGE_MODEL=$R/judge
+  sft JUDGE "$INIT" "$R/data/judge_sft.jsonl" "$JUDGE_MODEL" --micro-batch-size "$MICRO_BATCH_SIZE" \
+    --max-prompt-length 4096 --max-length 4100 ${INIT_TOKENIZER:+--tokenizer "$INIT_TOKENIZER"}
 }
 
 sft() {  # SFT or JUDGE (whose values are taken), model, examples, output, more options
@@ -116,24 +126,20 @@ sft() {  # SFT or JUDGE (whose values are taken), model, examples, output, more 
     --seed "$SEED" "${shared[@]}" "${@:5}"
 }
 
-choose_update() {  # how labels are refined, lambda -> update: the script that trains on them
-  update=(04_refined_dpo.py --refine "$1" --alpha "$ALPHA" --k-percent "$K_PERCENT" --lam "$2")
-  [ "$1" != worst-case ] || update=(extras/worst_case_dpo.py --epsilon "$EPSILON"
-                                    ${RESOLVE_STEPS:+--resolve-steps "$RESOLVE_STEPS"})
-}
-
 other_judge() {  # what the paper compares with
   case $JUDGE in
     previous) judge=(--judge previous --model "$policy" --ref-model "$previous" --beta "$BETA") ;;
     none)     judge=(--judge none --model "$policy" --beta "$BETA") ;;
     pairrm)   judge=(--judge pairrm --reward-model "${REWARD_MODEL:-llm-blender/PairRM-hf}") ;;
     reward)   judge=(--judge reward --reward-model "$REWARD_MODEL") ;;
-    llm)      judge=(--judge llm --judge-model "$JUDGE_MODEL" --llm-order "${LLM_ORDER/one/first}") ;;
+    llm)      judge=(--judge llm --judge-model "$JUDGE_MODEL" --llm-order "$LLM_ORDER") ;;
   esac
 }
 
-evaluation() {  # return pi_T, and evaluate every model on the way
+evaluation() {  # of pi_T, every model on the way, and in the world DPO on all gold labels
   local samples=() evaluated=() t
+  [ -z "$WORLD" ] || stage 01_seed_dpo.py --model "$INIT" --input "$R/data/all_gold.jsonl" --epochs 1 \
+    --output "$R/dpo_all_gold" "${training[@]}"
   evaluate sft "$INIT_NAME" "0 %" "$INIT" ${INIT_TOKENIZER:+--tokenizer "$INIT_TOKENIZER"}
   evaluate dpo "$PI_0_NAME" "$GOLD_LABEL_SHARE" "$PI_0"
   for (( t = 1; t <= ITERATIONS; t++ )); do
@@ -160,7 +166,7 @@ main() {
   if [ "$SETTING" = test ]; then find_python; exec "$PYTHON" -m pytest tests "$@"; fi
   if [ "${1:-}" = --dry-run ]; then DRY_RUN=1; shift; fi
   [ $# = 0 ] || fail "\"$1\" is not known: only --dry-run can follow a setting"
-  GIVEN=${INIT:-}
+  GIVEN_INIT=${INIT:-}
   settings
   check_settings
   options

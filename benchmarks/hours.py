@@ -25,7 +25,7 @@ def hours(number, peak, bandwidth):
 def main():
     print("| Computed hours, 10,000 prompts | 02 | 03 | 04 | together |\n|---|---|---|---|---|")
     for name, card in CARDS.items():
-        parts = hours(*card)
+        parts = [round(part, 2) for part in hours(*card)]
         print(f"| {name} | " + " | ".join(f"{part:.2f}" for part in [*parts, sum(parts)]) + " |")
     print("| the paper, measured on four A6000 (App. B.4) | 1 to 2 | 1 to 2 | 1 to 2 | 5 to 6 |")
 

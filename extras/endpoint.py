@@ -51,7 +51,7 @@ def ask_all(endpoint, jobs, work):
     def keep(k, answer):
         with endpoint.lock:
             answers[k] = runs.pack(answer)
-            runs.record([k, answer], work, "answers")
+            runs.append_journal([k, answer], work, "answers")
 
     def ask_one(k):
         try:

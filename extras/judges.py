@@ -5,7 +5,7 @@
             pairrm      PairRM (Tables 2 and 7; extras/pairrm.py)
             reward      a reward model, which scores each response by itself
             llm         LLM-as-judge (Table 2, App. B.2), asked in both orders of a pair, so that position bias cancels;
-                        with --llm-order first in one, as App. B.2 does
+                        with --llm-order one in that of sampling alone; the paper does not say which
             gold        the small world's gold judge, for the 100 % rows
 
     python 03_judge.py --judge llm --judge-model judge --input responses_1.jsonl --output preferences_1.jsonl
@@ -37,7 +37,7 @@ def parse_args(parser):
     add("--reward-model", help="--judge pairrm: llm-blender/PairRM-hf, or its folder; --judge reward: a sequence "
         "classifier with one label")
     add("--judge-model", help="--judge llm: what 00_sft.py trained on judge_sft.jsonl of 00_inputs.py")
-    add("--llm-order", choices=("both", "first"), default="both",
+    add("--llm-order", choices=("both", "one"), default="both",
         help="--judge llm: both orders of a pair, or the order of sampling alone")
     add("--gold", help="--judge gold: gold.json of the small world")
     args = parser.parse_args()
@@ -151,7 +151,7 @@ def judge_llm(rows, args, work, ranks):
     """LLM-as-judge (App. B.2): the log-prob of the letter of each response as the answer to Listing 1.
 
     A response's reward is the mean over both orders of the pair, so that position bias cancels, or, with --llm-order
-    first, its value in the order of sampling alone. Of more than two responses: the mean over all pairs that it is in.
+    one, its value in the order of sampling alone. Of more than two responses: the mean over all pairs that it is in.
     """
     tokenizer = chat.load_tokenizer(args.judge_model)
     model = models.load_model(args.judge_model, ranks.device, common.scoring_dtype(ranks.device))

@@ -1,6 +1,6 @@
 """SPA on one page. `python extras/plain_spa.py runs/world-seed0` prints its numbers beside those of a finished run.
 
-One pair at a time, with whole logits; the stages are tested against it. "Eq. N" is the paper's. A pair by hand, with
+One pair at a time, with full logits; the stages are tested against it. "Eq. N" is the paper's. A pair by hand, with
 beta = 1 and two words, a and b, that have the same probabilities everywhere:
 
 Judging. DPO has turned pi_init, (1/2, 1/2), into pi_{t-1}, (3/4, 1/4), which samples y_1 = "a a" and y_2 = "b".
@@ -80,14 +80,14 @@ def train(pi_theta, pi_ref, pairs, refine, lam=0.5, alpha=0.1, k_percent=10, bet
     pi_tilde = extrapolate(pi_theta, pi_ref, lam)
     confidences = []  # of every pair so far
     for step, batch in enumerate(steps):
-        tau = 0.0  # nothing is below it: in the first step pi_theta is pi_ref, every p is 0.5, and nothing can be told
+        tau = 0.0  # no p is below it; in the first step pi_theta is pi_ref, and every p is 0.5
         if refine and step >= refine_after * len(steps) and len(confidences) >= window:
             # Weibull's: a new value is below the k-th smallest of n with probability k / (n + 1), so K % are flagged
             tau = float(np.percentile(confidences[-window:], k_percent, method="weibull"))
         rows = []
         for x, y_w, y_l in (pairs[i] for i in batch):
             margin = reward(pi_theta, pi_ref, x, y_w, beta) - reward(pi_theta, pi_ref, x, y_l, beta)  # of Eq. 5
-            # more passes, to be plain: those of the margin have the logits that Eq. 12 needs, and 04 takes them there
+            # these passes repeat those of the margin, to be plain: 04 takes the logits from there
             confidence = preference(pi_tilde, pi_ref, x, y_w, y_l, beta) if refine else torch.sigmoid(margin).item()
             z = float(confidence < tau)                                           # Eq. 11; Eq. 9 where lambda = 0
             loss = -((1 - alpha * z) * F.logsigmoid(margin) + alpha * z * F.logsigmoid(-margin))  # Eq. 10

@@ -142,7 +142,7 @@ def main():
     ref = models.load_reference(args.ref_model or args.model, pairs, args, ranks)
     common.store_logps(ref, pairs, args, work, ranks)
     del ref
-    model, policy = models.load_policy(args, ranks)
+    model, policy = models.load_policy(args, ranks)  # policy(batch): log-probs of the model, under DDP or FSDP
     optimizer, scheduler = common.make_optimizer(model, args.lr, len(batches))
     state = runs.load_state(work, ranks, model, optimizer, scheduler)
     atoms = state.get("atoms") or {pair["id"]: [0.0, 0.0] for pair in pairs}  # until it is solved nothing is moved
@@ -156,10 +156,10 @@ def main():
         optimizer.zero_grad()
         for k, (micro, weight) in enumerate(micros):
             batch, logps_ref = common.collate_pairs(micro, model)
-            with common.grad_sync(policy, last=k == len(micros) - 1):
+            with common.grad_sync(policy, last=(k == len(micros) - 1)):
                 of_micro = torch.tensor([atoms[pair["id"]] for pair in micro], device=model.device)  # (b, 2)
                 losses, logged = pair_losses(policy, batch, logps_ref, of_micro, args)
-                (weight * losses.sum() / len(step_pairs)).backward()  # adds up to the mean over the step's pairs
+                (weight * losses.sum() / len(step_pairs)).backward()  # over all micro-batches and ranks: the mean
             logged_rows += common.per_row(micro, logged, weight)
 
         grad_norm = common.clip_gradient(model)

@@ -33,7 +33,7 @@ check_settings() {
     [[ $name != RUNS && ! -e $path ]] || printf -v "$name" %s "${path/#-/./-}"  # or it would be read as an option
   done
   [ "$SETTING" != world ] || must_be "left out: the small world has its own" "world|" SOURCE BASE
-  [[ $SETTING != world && -z $BASE || -z $GIVEN ]] || must_be "left out: SFT makes pi_init here" "" INIT
+  [[ $SETTING != world && -z $BASE || -z $GIVEN_INIT ]] || must_be "left out: SFT makes pi_init here" "" INIT
 }
 
 COUNT='[1-9][0-9]{0,17}' WHOLE='(0|[1-9][0-9]{0,17})' PATH_LIKE='^[-./~]|/.*/|/$'

@@ -1,6 +1,6 @@
 """What makes a run safe: errors in one line, checks of options, files and outputs that are whole or absent, resuming.
 
-Every stage uses it; SPA can be understood without reading it. It knows nothing of models.
+Every stage uses it; SPA can be understood without reading it. Of models it knows only the state of their training.
 """
 
 import argparse
@@ -177,7 +177,10 @@ def should_report():
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse, with errors in one line as everywhere else."""
+    """argparse, with errors in one line as everywhere else, and no abbreviated options: 03 looks for --judge itself."""
+
+    def __init__(self, **options):
+        super().__init__(allow_abbrev=False, **options)
 
     def parse_args(self, words=None):
         for word in sys.argv[1:]:
@@ -483,7 +486,7 @@ def check_finite(step, rows, grad_norm, work):
 # Resuming: finished batches
 
 
-def record(value, work, label, rank=0):
+def append_journal(value, work, label, rank=0):
     """Append a line with a checksum to work/LABEL.RANK.jsonl, below one that a kill may have left half-written."""
     text = json.dumps(value)
     with open(work / f"{label}.{rank}.jsonl", "a", encoding="utf-8") as file:

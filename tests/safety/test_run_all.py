@@ -223,7 +223,7 @@ def test_pi_init_is_made_from_a_base_model_and_ultrachat(setting, given, tokeniz
     ("JUDGE=pairrm REWARD_MODEL=my/own", "03_judge", dict(judge="pairrm", reward_model="my/own")),
     ("JUDGE=llm", "00_inputs", dict(llm_judge="both")), ("JUDGE=llm", "03_judge", dict(llm_order="both")),
     ("JUDGE=llm LLM_ORDER=one", "00_inputs", dict(llm_judge="one")),  # App. B.2
-    ("JUDGE=llm LLM_ORDER=one", "03_judge", dict(llm_order="first"))])
+    ("JUDGE=llm LLM_ORDER=one", "03_judge", dict(llm_order="one"))])
 def test_variables_of_the_environment_come_first(variables, stage, values):
     printed = commands("mistral-7b", SEED="7", **dict(pair.split("=", 1) for pair in shlex.split(variables)))
     assert {args.seed for _, args in printed if hasattr(args, "seed")} == {7}
@@ -252,13 +252,15 @@ def test_the_row_of_zephyr_has_its_recipe_s_values():  # App. B.2
 
 
 @pytest.mark.parametrize("setting, environment, share", [
-    ("mistral-7b", {"SEED_SIZE": "500"}, "0.8 %"), ("mistral-7b-no-seed", {}, "0 %"),
+    ("mistral-7b", {"SEED_SIZE": "500"}, "0.8 %"), ("mistral-7b-no-seed", {}, "0 %"), ("world", {}, "3.3 %"),
+    ("world", {"SEED_SIZE": "100"}, "1.7 %"),
     ("phi-2", {"GOLD_LABEL_SHARE": "some"}, "some"),
     ("phi-2", {"SOURCE": "README.md", "SEED_SIZE": "20", "PROMPT_SIZES": "100 180"}, "6.7 %")])
 def test_the_table_says_the_share_of_gold_labels(setting, environment, share):
     evaluated = [args.label_share for args in only("05_eval", commands(setting, **environment))
                  if args.command == "sample"]
-    assert evaluated == ["0 %", *[share] * (len(evaluated) - 1)]
+    gold = ["100 %"] if setting == "world" else []  # DPO on all gold labels
+    assert evaluated == ["0 %", *[share] * (len(evaluated) - 1 - len(gold)), *gold]
 
 
 @pytest.mark.parametrize("setting", ["world", "mistral-7b"])
