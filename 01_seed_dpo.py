@@ -70,7 +70,7 @@ def main():
     work = runs.open_output(args, "model", "ref_model", "input")
     ranks = common.start_ranks()
     tokenizer = chat.load_tokenizer(args.model, args.tokenizer, args.chat_template)
-    pairs, counts = records.read_pairs(args, tokenizer, records.LABELLED)
+    pairs, counts = records.read_pairs(args, tokenizer, records.LABELLED)  # "prompt", "chosen", "rejected": ids
     batches = common.epoch_batches(len(pairs), args.batch_size, args.epochs, args.seed, " ".join(args.input))
     # models
     if args.ref_model:
@@ -85,7 +85,7 @@ def main():
     bar = runs.progress(range(state["step"], len(batches)), "seed DPO", ranks)
     for step in bar:
         step_pairs, logged_rows = [pairs[i] for i in batches[step]], []
-        micros = common.micro_batches(step_pairs, args, ranks)
+        micros = common.micro_batches(step_pairs, args, ranks)  # [(pairs, weight)] of this rank
         optimizer.zero_grad()
         for k, (micro, weight) in enumerate(micros):
             batch, logps_ref = common.collate_pairs(micro, model)

@@ -149,7 +149,7 @@ def main():
     bar = runs.progress(range(state["step"], len(batches)), "refined DPO", ranks)
     for step in bar:
         step_pairs, logged_rows = [pairs[i] for i in batches[step]], []
-        micros = common.micro_batches(step_pairs, args, ranks)
+        micros = common.micro_batches(step_pairs, args, ranks)  # [(pairs, weight)] of this rank
         tau = 0.0  # p_theta~ is never below it: no label is refined
         if args.refine != "none" and step >= refine_from and len(window) == args.window:
             tau = threshold(window, args.k_percent)

@@ -150,7 +150,7 @@ def main():
     bar = runs.progress(range(state["step"], len(batches)), "worst-case DPO", ranks)
     for step in bar:
         step_pairs, logged_rows = [pairs[i] for i in batches[step]], []
-        micros = common.micro_batches(step_pairs, args, ranks)
+        micros = common.micro_batches(step_pairs, args, ranks)  # [(pairs, weight)] of this rank
         if step == refine_from or step > refine_from and step % resolve_every == 0:
             atoms = solve(policy, model, pairs, args, ranks)
         optimizer.zero_grad()
