@@ -54,17 +54,20 @@ def fit(features, target, weight, l1=0.1):
     features (n, k), target (n,) in [0, 1], weight (n,) -> w (k,). The penalty keeps w finite where all targets are 1.
     FISTA (Beck and Teboulle, 2009), whose momentum starts anew where it points uphill (O'Donoghue and Candes, 2015).
     """
+    scale = np.linalg.norm(features, axis=0)  # badly scaled columns would take too many steps
+    scale[scale == 0] = 1
+    features, l1 = features / scale, l1 / scale
     step = 4 / np.linalg.norm((features.T * weight) @ features, 2)  # the cross-entropy curves by at most 1 / step
     w = ahead = np.zeros(features.shape[1])
     t = 0  # steps since the momentum started
     for _ in range(100_000):
         before, w = w, ahead - step * features.T @ (weight * (sigmoid(features @ ahead) - target))
         w = np.sign(w) * np.maximum(abs(w) - step * l1, 0)
-        if abs(w - ahead).max() < 1e-13:
+        if abs(w - ahead).max() < 1e-12:
             break
         t = t + 1 if (ahead - w) @ (w - before) <= 0 else 0
         ahead = w + t / (t + 3) * (w - before)
-    return w
+    return w / scale
 
 
 def length_controlled(y, d, difficulty=None, gamed=None):

@@ -58,6 +58,8 @@ def ask_all(endpoint, jobs, work):
             keep(k, endpoint.ask(jobs[k]))
         except NoAnswer as error:
             unanswered[k] = error.args
+            if error.args[0] == "no letter" and answers:  # the judge works: this preference is missing
+                keep(k, None)
 
     try:
         while waiting and not endpoint.works and len(unanswered) < PROBES:
@@ -70,10 +72,10 @@ def ask_all(endpoint, jobs, work):
     finally:  # on Ctrl-C too: what the requests that were sent have led to is still recorded, and no other is sent
         endpoint.stop.set()
         pool.shutdown()
-        refused = [end for end, _ in unanswered.values()].count("refused")
-        for k, (end, _) in unanswered.items():
-            if answers and (end == "no letter" or end == "refused" and refused <= max(PROBES, len(jobs) // 5)):
-                keep(k, None)
+        refused = [k for k, (end, _) in unanswered.items() if end == "refused"]
+        early = [k for k, (end, _) in unanswered.items() if end == "no letter" and k not in answers]
+        for k in [*early, *refused * (len(refused) <= max(PROBES, len(jobs) // 5))] if answers else ():
+            keep(k, None)
     report_unanswered(endpoint, list(unanswered.values()), len(jobs), len(jobs.keys() - answers.keys()), work)
     return answers
 
@@ -134,7 +136,7 @@ class Endpoint:
                 end, why = error.args
             except Exception as error:  # many kinds: a timeout, a broken connection, a reply without an answer
                 end, why = "failed", f"{type(error).__name__}: {error}"
-            if end == "refused" and self.limit == "max_tokens" and "max_completion_tokens" in why:
+            if end == "refused" and self.limit and "max_tokens" in body and "max_completion_tokens" in why:
                 self.limit = "max_completion_tokens"
                 continue
             if end == "fault":
@@ -203,11 +205,11 @@ class JudgeEndpoint(Endpoint):
             raise NoAnswer("failed" if self.works else "fault", "the endpoint gave no log-probs")
         likely, p = tokens[0].get("top_logprobs") or [], dict.fromkeys(self.letters, 0.0)
         for top in likely:
-            if not top["logprob"] < 0.1:  # NaN too; 0.1 for an endpoint that rounds
+            if not float(top["logprob"]) < 0.1:  # NaN too; 0.1 for an endpoint that rounds
                 raise ValueError("the endpoint gave log-probs that are not log-probs")
             token = top["token"].strip().lstrip("Ġ▁")  # some servers give the space before it as tokenizers write it
             if token in p:
-                p[token] += math.exp(top["logprob"])
+                p[token] += math.exp(float(top["logprob"]))
         if not any(p.values()):
             tokens = json.dumps([top["token"] for top in likely], ensure_ascii=False)[:80]
             raise NoAnswer("no letter", f"{' and '.join(p)} are not among the most likely tokens, {tokens}: the judge "

@@ -169,7 +169,7 @@ def judge_llm(rows, args, work, ranks):
     model_checks.check_limits(args.input, [(row["id"], row["prompt_ids"], letters) for row in asked], model,
                               "02's --max-new-tokens")
     scores = iter(common.score(common.ResponseLogps(model), asked, args.micro_batch_size, work, ranks,
-                               "asking the judge"))
+                               "asking about pairs"))
     options = [[[one, two, *next(scores)[0]] for one, two in of_row] for of_row in pairs]
     rewards = [llm_rewards(len(row["responses"]), of_row) for row, of_row in zip(rows, options, strict=True)]
     return rewards, [{"options": of_row} for of_row in options]

@@ -141,6 +141,7 @@ def figure(metrics):
             elements, width = panel(rows, key, against, colors, height)
             parts += [f'<g transform="translate({left} 0)">', *elements, "</g>"]
             left += width
+    left = max(left, PLOT)  # without a panel too
     size = f'width="{left}" height="{height + 90}"'
     return "\n".join([f'<svg xmlns="http://www.w3.org/2000/svg" {size} viewBox="0 0 {left} {height + 90}" '
                       f'font-family="sans-serif" font-size="13">\n<rect {size} fill="white"/>', *parts, "</svg>\n"])

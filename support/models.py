@@ -1,6 +1,7 @@
 """Other people's models, loaded and saved. What could be wrong with one: model_checks.py.
 
     from_pretrained, load_config, load_weights, load_model    with all their weights, without dropout and foreign code
+    check_same_vocabulary                      of two models
     load_policy, load_reference                what 00_sft, 01 and 04 train, and train against
     save_model, save_trained                   what they leave
 """
@@ -94,8 +95,20 @@ def load_policy(args, ranks):
 
 
 def freeze_unused(model):
-    """Weights that a text does not reach, such as those for images, require no gradient: DDP would wait for theirs."""
-    reached = {*model.get_decoder().parameters(), *model.get_output_embeddings().parameters()}
+    """Weights that a text does not reach, such as those for images, require no gradient: DDP would wait for theirs.
+
+    Found by a trial step: also the text model may have some, such as what balances the load of experts.
+    """
+    def note(weight):
+        reached.add(weight)
+        weight.grad = None  # at once: the gradients of all weights may not fit
+
+    reached = set()
+    hooks = [weight.register_post_accumulate_grad_hook(note) for weight in model.parameters()]
+    response = [3, 4] * int(min(64, model_checks.count_positions(model) // 2))  # some need more than a few tokens
+    common.ResponseLogps(model)(common.collate([([1], [response])], model.device)).sum().backward()
+    for hook in hooks:
+        hook.remove()
     for weight in model.parameters():
         weight.requires_grad_(weight in reached)
 

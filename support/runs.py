@@ -402,7 +402,8 @@ def check_made_from(path, new):
                 for k in old[part] | new[part] if old[part].get(k) != new[part].get(k)}
 
     try:
-        old = read_record(path)["made_from"]
+        record = read_record(path)
+        old, _ = record["made_from"], datetime.fromisoformat(record["begun"])
         stage, options, contents = old["stage"], differences("args"), differences("inputs")
     except Exception:  # there is no such record, or it is damaged
         raise InputError(f"{path}: exists and does not say how it was made: move it or choose another --output")

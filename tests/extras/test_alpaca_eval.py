@@ -84,14 +84,15 @@ def test_gamed_rows_have_a_tenth_of_the_weight_and_no_intercept():
     assert lc == pytest.approx(67.5, abs=1e-8)
 
 
-def test_fit_is_at_the_minimum():
+@pytest.mark.parametrize("scale", [0.02, 1e5])  # of a column
+def test_fit_is_at_the_minimum(scale):
     """Where w is not 0 the gradient of the loss is -l1 sign(w), where it is 0 it is within l1."""
     rng = np.random.default_rng(0)
     for _ in range(20):
-        x, y, weight = rng.normal(size=(60, 3)) * [1, 3, 0.02], rng.random(60), rng.random(60)
+        x, y, weight = rng.normal(size=(60, 3)) * [1, 3, scale], rng.random(60), rng.random(60)
         w = alpaca_eval.fit(x, y, weight)
         gradient = x.T @ (weight * (alpaca_eval.sigmoid(x @ w) - y))
-        assert np.allclose(gradient[w != 0], -0.1 * np.sign(w[w != 0]), atol=1e-8)
+        assert np.allclose(gradient[w != 0], -0.1 * np.sign(w[w != 0]), atol=1e-8 * max(1, scale))
         assert (abs(gradient[w == 0]) <= 0.1 + 1e-8).all()
 
 
@@ -364,10 +365,13 @@ def test_the_figure():
     ([("A (pi_0)", 30.0, None), ("B (pi_0, another)", 20.0, None), ("SPA, iteration 2", 40.0, None)], [1], [2]),
     ([("SPA, iteration 1", 40.0, None), ("X, iteration 1", 30.0, None), ("A (pi_0)", 20.0, None)], [4], [0]),
     ([("SFT", 40.0, None), ("SFT", 30.0, None), ("SFT, iteration 1", 30.0, None)], [1], [2]),
-    ([("A (pi_0)", 0.0, None)], [0], [1]), ([("", 0.0, 0.0), ("pi_0", 0.0, 0.5)], [0], [2])])
+    ([("A (pi_0)", 0.0, None)], [0], [1]), ([("", 0.0, 0.0), ("pi_0", 0.0, 0.5)], [0], [2]),
+    ([("A", None, None)], [], [])])
 def test_the_figure_of_whatever_there_is(rows, curves, dashed):
     names = ("name", "win_rate", "length_controlled_winrate")
-    found = panels(report.figure([dict(zip(names, row)) for row in rows])).values()
+    svg = report.figure([dict(zip(names, row)) for row in rows])
+    found = panels(svg).values()
+    assert int(ElementTree.fromstring(svg).get("width")) > 0
     assert [len(points(elements)) for elements in found] == curves
     assert [[line[2] for line in paths(elements)].count(True) for elements in found] == dashed
 

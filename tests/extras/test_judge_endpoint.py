@@ -284,6 +284,27 @@ def test_max_completion_tokens_where_the_endpoint_asks_for_it(preferences):
     assert {request["max_completion_tokens"] for request in server.requests[1:]} == {1}
 
 
+def test_several_requests_at_once_may_be_told_to_use_max_completion_tokens(preferences):
+    def respond(request, before):
+        if "max_tokens" not in request or "say 0 " in str(request):  # the first one, by another server, is answered
+            return prefers_ours(request, before)
+        time.sleep(0.3)  # until several are under way
+        return 400, "use max_completion_tokens", {}
+    with serving(respond) as server:
+        assert preferences(server, judge_requests=4) == JUDGED
+
+
+def test_an_answer_without_a_letter_is_kept_at_once(tmp_path, judge):
+    kept = []
+
+    def respond(request, before):
+        kept.append(len(runs.read_journal(tmp_path / "a.json.partial", "answers")))
+        return prefers_ours(request, before) if len(kept) == 1 else top_logprobs(("x", -0.1))
+    with serving(respond) as server:
+        assert [row["preference"] is None for row in judge(server, judge_requests=1)].count(True) == N - 1
+    assert kept == list(range(N))
+
+
 def test_the_key_is_sent_and_never_written(tmp_path, alpaca_judge, caplog):
     """Even where the server repeats it in its errors. (In its answers: test_mt_bench.py.)"""
     caplog.set_level(logging.DEBUG)

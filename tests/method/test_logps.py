@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
-from transformers import Gemma3Config, LlamaConfig, OPTConfig
+from transformers import AutoConfig, Gemma3Config, LlamaConfig, OPTConfig
 
 import common
 from extras import plain_spa
@@ -147,13 +147,22 @@ def test_every_dropout_is_zero_in_the_config(tmp_path, config, name):
     assert getattr(models.load_config(str(tmp_path)).get_text_config(), name) == 0
 
 
-@pytest.mark.parametrize("config", [*FAMILIES, "with images"])
-def test_the_weights_that_a_text_reaches_are_trained(config):
-    model = make(with_images(40) if config == "with images" else config)
+UNREACHED = {  # what a text does not reach: images; what balances the load of experts, within the text model
+    "images": with_images(40),
+    "balance": AutoConfig.for_model("ernie4_5_moe", **SHAPE, moe_num_experts=4, moe_k=2, moe_intermediate_size=16,
+                                    moe_layer_start_index=1, moe_num_shared_experts=1)}
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, *UNREACHED])
+def test_the_weights_that_a_text_reaches_are_trained(tmp_path, name):
+    make(UNREACHED.get(name, name)).save_pretrained(tmp_path)
+    model = models.load_model(str(tmp_path), CPU)
     plain_logps(model, SEQUENCES).sum().backward()
     reached = [weight.grad is not None for weight in model.parameters()]
+    model.zero_grad()
     models.freeze_unused(model)
-    assert [weight.requires_grad for weight in model.parameters()] == reached and all(reached) == (config in FAMILIES)
+    assert all(weight.grad is None for weight in model.parameters())
+    assert [weight.requires_grad for weight in model.parameters()] == reached and all(reached) == (name in FAMILIES)
 
 
 def test_a_bf16_checkpoint_is_trained_in_float32(tmp_path):
