@@ -162,12 +162,12 @@ def at_event(n, act, folder=None):
 
 def after_batch(n, act):
     """Call act() when n batches are recorded, by all models together."""
-    real, tick = common.record, nth(n, act)
+    real, tick = common.append_journal, nth(n, act)
 
-    def record(*args):
+    def append(*args):
         real(*args)
         tick()
-    common.record = record
+    common.append_journal = append
 
 
 def at_end(act, output):
