@@ -68,8 +68,9 @@ class SamplingEndpoint(Endpoint):
         try:
             names = [model["id"] for model in read_reply(self.send("GET", "/models"), "data")]
         except Exception as error:  # as in `ask`
-            raise runs.InputError(f"--url: cannot list its models ({self.shown(str(error.args[-1:] or error))}): give "
-                                  "the address of a running server, .../v1, its key in OPENAI_API_KEY")
+            why = error.args[1] if isinstance(error, NoAnswer) else f"{type(error).__name__}: {error}"
+            raise runs.InputError(f"--url: cannot list its models ({self.shown(why)}): give the address of a running "
+                                  "server, .../v1, and its key in OPENAI_API_KEY")
         if args.url_model not in names:  # SGLang answers to any name
             raise runs.InputError(f"--url: serves {self.shown(str(names))}, not {args.url_model}: serve --model there, "
                                   "or give its name there with --url-model")
