@@ -95,10 +95,7 @@ def load_policy(args, ranks):
 
 
 def freeze_unused(model):
-    """Weights that a text does not reach, such as those for images, require no gradient: DDP would wait for theirs.
-
-    Found by a trial step: also the text model may have some, such as what balances the load of experts.
-    """
+    """Weights that no text reaches, for images or for a balance of experts, get no gradient: DDP would wait for it."""
     def note(weight):
         reached.add(weight)
         weight.grad = None  # at once: the gradients of all weights may not fit
