@@ -21,7 +21,7 @@ dropout are 0, responses are cut where prompt and response exceed 2,048 tokens, 
 import torch.nn.functional as F
 
 import common
-from support import chat, models, records, runs
+from support import chat, data, models, records, runs
 
 
 def dpo_margin(logps_theta, logps_ref, beta):
@@ -70,7 +70,7 @@ def main():
     work = runs.open_output(args, "model", "ref_model", "input")
     ranks = common.start_ranks()
     tokenizer = chat.load_tokenizer(args.model, args.tokenizer, args.chat_template)
-    pairs, counts = records.read_pairs(args, tokenizer, records.LABELLED)  # "prompt", "chosen", "rejected": ids
+    pairs, counts = data.read_pairs(args, tokenizer, records.LABELLED)  # "prompt", "chosen", "rejected": ids
     batches = common.epoch_batches(len(pairs), args.batch_size, args.epochs, args.seed, " ".join(args.input))
     # models
     if args.ref_model:

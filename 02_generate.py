@@ -19,7 +19,7 @@ Departs from the paper: nowhere. Choices that it leaves open: prompts of more th
 import numpy as np
 
 import common
-from support import chat, model_checks, models, records, runs
+from support import chat, data, model_checks, models, runs
 
 ON_LENGTH_LIMIT = """what to do with a response of --max-new-tokens tokens without an EOS.
 eos: append one, as in the authors' release (it was not sampled, so its log-ratio is noise).
@@ -67,12 +67,12 @@ def main():
     work = runs.open_output(args, "model", "input")
     ranks = common.start_ranks()
     tokenizer = chat.load_tokenizer(args.model, args.tokenizer, args.chat_template)
-    rows, counts = records.read_prompts(args.input, tokenizer, args.max_prompt_length)
+    rows, counts = data.read_prompts(args.input, tokenizer, args.max_prompt_length)
     eos = chat.eos_ids(args.model, tokenizer)
     sampled = sample(args, work, ranks, rows, eos)
 
     def write():
-        runs.write_jsonl(work / "responses", records.make_records(args, rows, sampled, tokenizer, eos, counts))
+        runs.write_jsonl(work / "responses", data.make_records(args, rows, sampled, tokenizer, eos, counts))
         runs.close_output(args, work, work / "responses", counts)
 
     ranks.on_first(write)

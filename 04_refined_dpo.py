@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 
 import common
-from support import chat, models, records, runs
+from support import chat, data, models, records, runs
 
 
 def dpo_margin(logps_theta, logps_ref, beta):
@@ -134,7 +134,7 @@ def main():
     work = runs.open_output(args, "model", "ref_model", "input")
     ranks = common.start_ranks()
     tokenizer = chat.load_tokenizer(args.model, args.tokenizer, args.chat_template)
-    pairs, counts = records.read_pairs(args, tokenizer, records.PREFERENCES, records.LABELLED)
+    pairs, counts = data.read_pairs(args, tokenizer, records.PREFERENCES, records.LABELLED)
     batches = common.epoch_batches(len(pairs), args.batch_size, args.epochs, args.seed, " ".join(args.input))
     refine_from = math.ceil(args.refine_after * len(batches))
     # models

@@ -27,7 +27,7 @@ from extras import alpaca_eval, held_out, mt_bench, report
 from extras.answers import Sampler
 from extras.endpoint import endpoint_url
 from extras.small_world import gold_score, gold_values, read_gold
-from support import chat, records, runs
+from support import chat, data, records, runs
 
 
 def sample(args):
@@ -36,7 +36,7 @@ def sample(args):
     gold = read_gold(args.gold) if args.gold else None
     rows = records.read_jsonl(args.input, records.PROMPTS | ({"reference": records.is_text} if gold else {}))
     sampler = Sampler(args)
-    kept, counts = records.short_prompts(args.input, rows, sampler.tokenizer, args.max_prompt_length)
+    kept, counts = data.short_prompts(args.input, rows, sampler.tokenizer, args.max_prompt_length)
     rows, prompts = zip(*kept)
     sampler.check_room(prompts)
     answers = sampler.generate_answers(work, prompts, [row["id"] for row in rows])

@@ -7,7 +7,7 @@
     ranks         start_ranks, map_batches, map_rows, score: work shared by torchrun's processes
     training      make_policy, store_logps; epoch_batches, make_optimizer, micro_batches, what is logged
 
-support/models.py loads models, support/records.py reads rows as token ids. "Eq. N" is the SPA paper's. Shapes: b pairs,
+support/models.py loads models, support/data.py reads rows as token ids. "Eq. N" is the SPA paper's. Shapes: b pairs,
 B sequences of T tokens, N response tokens in all of them, n of these in a chunk, hidden states of d, a vocabulary of V.
 """
 

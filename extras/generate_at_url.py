@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import common
 from extras.endpoint import Endpoint, NoAnswer, ask_all, endpoint_url, read_reply
-from support import chat, models, records, runs
+from support import chat, data, models, runs
 
 FREE = ("output", "url", "url_requests")  # options that change no response
 TIMEOUT, RETRIES = 600.0, 5  # seconds until a request has failed, and how often it is sent again
@@ -107,7 +107,7 @@ def main():
     args = parse_args()
     work = runs.open_output(args, "model", "input", free=FREE)
     tokenizer = chat.load_tokenizer(args.model, args.tokenizer, args.chat_template)
-    rows, counts = records.read_prompts(args.input, tokenizer, args.max_prompt_length)
+    rows, counts = data.read_prompts(args.input, tokenizer, args.max_prompt_length)
     eos = chat.eos_ids(args.model, tokenizer)
     jobs = [(row["prompt_ids"], int(2 ** 31 * common.uniforms(args.seed, row["id"], k, 1)[0]))
             for k in range(args.samples) for row in rows]  # so the first requests are about different prompts
@@ -115,7 +115,7 @@ def main():
     sampled = [[answers[k] for k in range(i, len(jobs), len(rows))] for i in range(len(rows))]
     kept = [i for i, samples in enumerate(sampled) if None not in samples]  # none refused for ever
     counts["prompts refused by the server"] = len(rows) - len(kept)
-    made = records.make_records(args, [rows[i] for i in kept], [sampled[i] for i in kept], tokenizer, eos, counts)
+    made = data.make_records(args, [rows[i] for i in kept], [sampled[i] for i in kept], tokenizer, eos, counts)
     runs.write_jsonl(work / "responses", made)
     runs.close_output(args, work, work / "responses", counts)
 

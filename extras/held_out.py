@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 import common
 from extras.alpaca_eval import win_rate
-from support import model_checks, models, records
+from support import data, model_checks, models, records
 
 
 def agreement(margin):
@@ -68,7 +68,7 @@ def evaluate(args, sampler, rows, prompts, responses, work):
     pairs, longer, positions = [], [], model_checks.count_positions(sampler.model)
     for row in rows:
         if records.is_text(row.get("chosen")) and records.is_text(row.get("rejected")):
-            prompt, *answers = records.tokenize_pair(args.input, row, sampler.tokenizer, sampler.eos)
+            prompt, *answers = data.tokenize_pair(args.input, row, sampler.tokenizer, sampler.eos)
             if len(prompt) + max(map(len, answers)) <= positions:
                 pairs.append({"prompt_ids": prompt, "responses": [{"ids": ids} for ids in answers]})
                 longer.append(len(row["chosen"]) - len(row["rejected"]))

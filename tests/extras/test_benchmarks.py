@@ -22,7 +22,7 @@ import sampling
 import shared
 import stages
 from extras.small_world import gold_score, read_gold
-from support import chat, models, records, runs
+from support import chat, data, models, records, runs
 
 OURS = [name for name in dpo.COMPETITORS if "TRL" not in name]
 
@@ -222,7 +222,7 @@ def test_gpu_py_measures_the_stages_on_what_it_counts(monkeypatch, tmp_path, cap
     args.model, args.input = bench.folder / "model", [str(bench.folder / "rows.jsonl")]  # what 04 read
     tokenizer = chat.load_tokenizer(args.model)
     assert set(chat.eos_ids(args.model, tokenizer)) == set(gpu.EOS)  # what ends 02's responses
-    pairs, _ = records.read_pairs(args, tokenizer, records.PREFERENCES)
+    pairs, _ = data.read_pairs(args, tokenizer, records.PREFERENCES)
     assert sum(len(pair[key]) for key in ("prompt", "chosen", "rejected") for pair in pairs) == bench.tokens
     assert len(pairs) == bench.prompts and args.gradient_checkpointing
 

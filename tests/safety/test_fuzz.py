@@ -22,7 +22,7 @@ import stages
 from children import at_end, fork, good, kill, no_child_outlives_its_test, succeeded
 from extras import alpaca_eval, mt_bench
 from extras.small_world import gold_score, read_gold
-from support import chat, records, runs
+from support import chat, data, records, runs
 
 FILES = int(os.environ.get("FUZZ", 150))  # damaged files of each kind
 KINDS = ["seed.jsonl", "sft.jsonl", "preferences.jsonl", "responses.jsonl", "gold.json", "mine.jsonl", "base.json",
@@ -180,9 +180,9 @@ def readers(files, tokenizer, pi_0):
         return chat.prompt_ids(with_it, TALK, path), chat.eos_ids(str(pi_0), with_it)
 
     readers = {
-        "seed.jsonl": reader(records.read_pairs, pi_0, tokenizer, records.LABELLED, several=True),
+        "seed.jsonl": reader(data.read_pairs, pi_0, tokenizer, records.LABELLED, several=True),
         "sft.jsonl": reader(stages.load("00_sft").read_examples, pi_0, tokenizer),
-        "preferences.jsonl": reader(records.read_pairs, pi_0, tokenizer, records.PREFERENCES, records.LABELLED,
+        "preferences.jsonl": reader(data.read_pairs, pi_0, tokenizer, records.PREFERENCES, records.LABELLED,
                                     several=True),
         "responses.jsonl": stage("03_judge", "input", files, judge="gold", gold=files / "gold.json"),
         "gold.json": lambda path: gold_score(read_gold(path), TALK, "we fix it . no ."),

@@ -189,7 +189,8 @@ def test_imports_go_one_way_and_common_knows_little_of_runs():
     assert "*" not in imported["common"]["runs"] and len(imported["common"]["runs"]) <= 5
     assert imported["model_checks"].keys() == {"common", "runs"}
     assert imported["models"].keys() == {"common", "model_checks", "runs"}
-    assert imported["chat"].keys() == {"models", "runs"} and imported["records"].keys() == {"chat", "runs"}
+    assert imported["chat"].keys() == {"models", "runs"} and imported["records"].keys() == {"runs"}
+    assert imported["data"].keys() == {"chat", "records", "runs"}
 
     TopologicalSorter(imported).prepare()  # raises CycleError
     for path in PAGE.values():  # the name of a stage begins with a digit: only these could import one
