@@ -101,7 +101,7 @@ def prepare_reference(pairs, args, work, ranks):
     if args.lam == 0:
         common.store_logps(ref, pairs, args, work, ranks)
         return None
-    return common.shard(ref, ranks, "hidden") if common.is_sharded(args, ranks) else ref  # its method for Eq. 12
+    return common.shard(ref, ranks, "hidden") if common.is_sharded(args, ranks) else ref  # Eq. 12 calls ref.hidden
 
 
 def pair_losses(policy, ref, batch, stored_logps_ref, tau, args):

@@ -152,7 +152,7 @@ def scoring_dtype(device):
 
 # ---------------------------------------------------------------------------------------------
 # Faster: the same numbers sooner. tests/method/test_logps.py shows each equal to the plain page. A first reader skips
-# them: without, ResponseLogps would be -F.cross_entropy(F.linear(hidden, *head).float(), labels, reduction="none").
+# them: ResponseLogps could also be -F.cross_entropy(F.linear(hidden, *head).float(), labels, reduction="none").
 
 
 def collate_shared(rows, device):
